@@ -1,0 +1,163 @@
+"""How ``megatron_dppo._C`` is built; setup.py imports this file by its path.
+
+The library has CPU kernels always and CUDA kernels where nvcc is found. Without a compiler or torch, megatron_dppo still
+installs and computes in plain torch. nvcc is called directly on the torch-free .cu files (seconds, where torch's headers
+take minutes), so the CUDA kernels also build against a CPU build of torch.
+
+Environment:
+    MEGATRON_DPPO_BUILD_EXT   auto (default): build; on failure say so and go on without.  1: failure is an error.  0: skip.
+    MEGATRON_DPPO_CUDA        auto (default): CUDA kernels if nvcc is found.  1: nvcc must be there.  0: CPU kernels only.
+    MEGATRON_DPPO_CUDA_ARCHS  default "80;90a;100+PTX"
+    CUDA_HOME                 the toolkit, if it is neither on PATH nor in /usr/local/cuda
+    CXX, CFLAGS, MAX_JOBS     as usual
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CSRC = Path(__file__).resolve().parent
+NAME = "megatron_dppo._C"
+DEFAULT_ARCHS = "80;90a;100+PTX"
+# errno and trapping keep loops from being vectorised; NaN, infinity and signed zero keep their meaning (no -ffast-math).
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# Subnormal results round to 0: one instruction per exponential instead of four. tools/check_cuda.sh builds with the same.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
+
+
+def extension_modules() -> list[Any]:
+    """The extension, or nothing where none is wanted or torch is not there to build against."""
+    if _choice("MEGATRON_DPPO_BUILD_EXT") == "0":
+        return []
+    try:
+        import torch
+        from torch.utils.cpp_extension import CppExtension
+    except ImportError as error:
+        _give_up(error)
+        return []
+    cuda_home = _cuda_home_if_wanted()
+    flags = [*CXX_FLAGS, *_vector_width_flags()]
+    macros = [("DPPO_BUILD_FLAGS", f'"{" ".join(flags)}"'), ("DPPO_TORCH_VERSION", f'"{torch.__version__}"')]
+    settings: dict[str, Any] = {"extra_link_args": ["-fopenmp", *_torch_openmp()]}
+    if cuda_home is not None:
+        macros += [("DPPO_WITH_CUDA", "1"), ("DPPO_CUDA_ARCHS", f'"{";".join(cuda_archs())}"')]
+        settings["include_dirs"] = [str(cuda_home / "include")]
+        settings["library_dirs"] = [str(cuda_home / "lib64")]
+        settings["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+    sources = [CSRC / "binding.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    relative = [os.path.relpath(source, CSRC.parent) for source in sources]
+    return [CppExtension(NAME, relative, define_macros=macros, extra_compile_args=flags, **settings)]
+
+
+def build_ext_command() -> Any:
+    """The build_ext command class: nvcc first, then torch's own build of the C++ sources; None where torch is missing."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError:
+        return None
+
+    class BuildNativeExtension(BuildExtension):
+        def build_extensions(self) -> None:
+            cuda_home = _cuda_home_if_wanted()
+            if cuda_home is not None:
+                self.extensions[0].extra_objects += compile_cuda(cuda_home, Path(self.build_temp).resolve())
+            super().build_extensions()
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                _give_up(error)
+                self.extensions = []
+
+    return BuildNativeExtension
+
+
+def cuda_archs() -> list[str]:
+    """Architectures to compile for, such as ``90a`` or ``100+PTX``."""
+    archs = os.environ.get("MEGATRON_DPPO_CUDA_ARCHS", DEFAULT_ARCHS).split(";")
+    return [arch.strip() for arch in archs if arch.strip()]
+
+
+def find_cuda_home() -> Path | None:
+    """The folder that holds bin/nvcc and include/cuda_runtime.h. nvcc on PATH may be a script that lies elsewhere."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "bin/nvcc").exists() and _has_headers(Path(candidate)):
+            return Path(candidate)
+    return None
+
+
+def compile_cuda(cuda_home: Path, folder: Path) -> list[str]:
+    """Compile every .cu of csrc/cuda for all architectures; return the object files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = {}
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        target = str(folder / f"{source.stem}.cuda.o")
+        flags = [*NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", *(_gencode(arch) for arch in cuda_archs())]
+        commands[target] = [str(cuda_home / "bin/nvcc"), *flags, "-c", str(source), "-o", target]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        for _ in pool.map(_run, commands.values()):
+            pass
+    return list(commands)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+
+
+def _gencode(arch: str) -> str:
+    number = arch.removesuffix("+PTX")
+    code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
+
+
+def _has_headers(cuda_home: Path) -> bool:
+    return (cuda_home / "include/cuda_runtime.h").exists()
+
+
+def _cuda_home_if_wanted() -> Path | None:
+    wanted = _choice("MEGATRON_DPPO_CUDA")
+    cuda_home = None if wanted == "0" else find_cuda_home()
+    if wanted == "1" and cuda_home is None:
+        raise RuntimeError("MEGATRON_DPPO_CUDA=1, but there is no CUDA toolkit: put nvcc on PATH or set CUDA_HOME")
+    return cuda_home
+
+
+def _choice(variable: str) -> str:
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "0", "1"):
+        raise RuntimeError(f"{variable} must be auto, 0 or 1, not {value!r}")
+    return value
+
+
+def _vector_width_flags() -> list[str]:
+    """x86-64 compilers prefer 256-bit vectors even where 512-bit ones are faster; other machines know no such flag."""
+    import platform
+
+    return ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+
+
+def _torch_openmp() -> list[str]:
+    """The OpenMP runtime that torch carries: with a second one, torch.set_num_threads would not reach these kernels."""
+    import torch
+
+    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))]
+
+
+def _give_up(error: Exception) -> None:
+    if _choice("MEGATRON_DPPO_BUILD_EXT") == "1":
+        raise error
+    print(
+        f"megatron_dppo: built without its native kernels; everything works, in plain torch ({type(error).__name__}: {error})",
+        file=sys.stderr,
+    )

@@ -1,0 +1,77 @@
+// Arguments of the three kernels, the same for CPU and CUDA. Pointers are to memory of the kernel's device.
+//
+// N rows of logits, of which n matter (those of prompts and padding do not): `rows` lists them, and every per-token array
+// is compact, [n]. With z = x / temperature, what crosses between shards is in units of z.
+#pragma once
+
+#include <cstdint>
+
+namespace megatron_dppo {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// One rank's shard of the logits, [N, columns]; columns are contiguous.
+struct LogitsShard {
+  const void* data;
+  Dtype dtype;
+  int64_t columns;
+  int64_t row_stride;    // elements from one row to the next
+  int64_t first_column;  // global id of column 0
+  int64_t num_columns;   // true vocabulary; the columns beyond are padding: never read, gradient exactly 0
+};
+
+struct RowSelection {
+  const int64_t* rows;  // [n] rows that matter, or null: rows 0 to n - 1
+  int64_t n;
+};
+
+// Fields of a row's partials, as they travel in the all-gather; gathered logits are 0 on the shards that do not hold the
+// id, so that a plain sum over shards selects them.
+enum Partial : int64_t {
+  kMax = 0,      // m = max z
+  kRest = 1,     // sum exp(z - m) without the maximum's own term
+  kTilt = 2,     // sum (z - m) exp(z - m)
+  kSquares = 3,  // sum exp(2 (z - m)) without the maximum's own term
+  kTarget = 4,   // z of the target
+  kTopk = 5      // K more z follow
+};
+
+struct PartialsArguments {
+  LogitsShard logits;
+  RowSelection selection;
+  const int64_t* target;    // [n] global ids
+  const int64_t* topk_ids;  // [n, topk] global ids
+  int64_t topk;
+  float temperature;
+  float* partials;  // [n, 5 + topk]  OUT
+};
+
+struct MergeArguments {
+  const float* partials;  // [shards, n, 5 + topk]
+  int64_t shards;
+  int64_t n;
+  int64_t topk;
+  float* log_prob;       // [n]        OUT
+  float* entropy;        // [n]        OUT
+  float* collision;      // [n]        OUT  sum of squared probabilities
+  float* topk_log_prob;  // [n, topk]  OUT
+  float* max;            // [n]        OUT  largest z
+  float* log_sum;        // [n]        OUT  log of the sum of exp(z - max)
+};
+
+struct BackwardArguments {
+  LogitsShard logits;
+  RowSelection selection;
+  const int64_t* target;       // [n] global ids
+  const float* max;            // [n]
+  const float* log_sum;        // [n]
+  const float* log_prob;       // [n]
+  const float* entropy;        // [n]
+  const float* grad_log_prob;  // [n], or null: all 0
+  const float* grad_entropy;   // [n], or null: all 0
+  float temperature;
+  void* grad_logits;  // [N, columns] of the logits' dtype  OUT; may be the logits themselves. Only selected rows are written
+  int64_t grad_row_stride;
+};
+
+}  // namespace megatron_dppo

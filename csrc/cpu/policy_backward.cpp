@@ -1,0 +1,84 @@
+// Backward: one read and one write of each row that something flows back through, one write of the others.
+
+#include "kernels.h"
+#include "row_tasks.h"
+#include "vector_math.h"
+
+#include "../core/row_outputs.h"
+
+namespace megatron_dppo::cpu {
+namespace {
+
+// `x` and `out` may be the same memory: element i is written after it was read and never read again.
+template <bool HasEntropy, typename T>
+DPPO_INLINE void write_gradient(const T* x, T* out, int64_t n, const RowGradient& row, float exp2_scale) {
+  const float max = row.max, log2_sum = row.log2_sum, constant = row.constant, slope = row.slope;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Exponent p = exp2_nonpositive((to_float(x[i]) - max) * exp2_scale - log2_sum);
+    const float coefficient = HasEntropy ? constant + slope * p.y : constant;
+    out[i] = from_float<T>(p.two_to_y * coefficient);
+  }
+}
+
+template <typename T>
+DPPO_INLINE void write_row_segment(const T* x, T* out, int64_t n, const RowGradient& row, float exp2_scale) {
+  if (row.slope != 0.f)
+    write_gradient<true>(x, out, n, row, exp2_scale);
+  else
+    write_gradient<false>(x, out, n, row, exp2_scale);
+}
+
+DPPO_CPU_CLONES void backward_float32(const float* x, float* out, int64_t n, const RowGradient& row, float scale) {
+  write_row_segment(x, out, n, row, scale);
+}
+DPPO_CPU_CLONES void backward_bfloat16(const BFloat16* x, BFloat16* out, int64_t n, const RowGradient& row,
+                                       float scale) {
+  write_row_segment(x, out, n, row, scale);
+}
+DPPO_CPU_CLONES void backward_float16(const Float16* x, Float16* out, int64_t n, const RowGradient& row, float scale) {
+  write_row_segment(x, out, n, row, scale);
+}
+
+void backward(const float* x, float* out, int64_t n, const RowGradient& row, float scale) {
+  backward_float32(x, out, n, row, scale);
+}
+void backward(const BFloat16* x, BFloat16* out, int64_t n, const RowGradient& row, float scale) {
+  backward_bfloat16(x, out, n, row, scale);
+}
+void backward(const Float16* x, Float16* out, int64_t n, const RowGradient& row, float scale) {
+  backward_float16(x, out, n, row, scale);
+}
+
+template <typename T>
+void policy_backward_of(const BackwardArguments& args) {
+  const LogitsShard& logits = args.logits;
+  const float exp2_scale = kLog2E / args.temperature;
+  const RowCut cut(args.selection.n, logits.columns);
+  for_each_segment(args.selection.n, logits.columns, cut, [&](int64_t i, int64_t, int64_t begin, int64_t end) {
+    const int64_t r = args.selection.rows != nullptr ? args.selection.rows[i] : i;
+    const T* x = static_cast<const T*>(logits.data) + r * logits.row_stride;
+    T* out = static_cast<T*>(args.grad_logits) + r * args.grad_row_stride;
+    const RowGradient row = row_gradient(args, i);
+    const int64_t valid_end = row.is_zero ? begin : std::max(begin, std::min(end, logits.num_columns));
+    backward(x + begin, out + begin, valid_end - begin, row, exp2_scale);
+    std::memset(static_cast<void*>(out + valid_end), 0, (end - valid_end) * sizeof(T));
+    if (!row.is_zero && row.target_column >= begin && row.target_column < valid_end)
+      out[row.target_column] = from_float<T>(row.at_target);
+  });
+}
+
+}  // namespace
+
+void policy_backward(const BackwardArguments& args) {
+  switch (args.logits.dtype) {
+    case Dtype::kFloat32:
+      return policy_backward_of<float>(args);
+    case Dtype::kBFloat16:
+      return policy_backward_of<BFloat16>(args);
+    case Dtype::kFloat16:
+      return policy_backward_of<Float16>(args);
+  }
+}
+
+}  // namespace megatron_dppo::cpu

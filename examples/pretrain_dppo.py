@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Train a policy with DPPO.
+
+One process per GPU (or CPU core), started by torchrun:
+
+    torchrun --nproc-per-node 2 examples/pretrain_dppo.py --config examples/conf/quickstart.yaml
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        examples/pretrain_dppo.py --config examples/conf/qwen3_30b_a3b.yaml run.name=my-run rollout.prompts_per_step=256
+
+Any key of the configuration can be overridden by key.sub=value. --check reads and checks everything a run reads
+(configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from megatron_dppo.training.config import Config
+from megatron_dppo.training.config_loading import load_config
+from megatron_dppo.training.distributed import choose_device, rank, world_size
+from megatron_dppo.training.run import check_run_folder, run_training
+from megatron_dppo.training.run_inputs import RunInputs, read_run_inputs
+
+EXIT_BAD_INPUT = 2
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; see examples/conf")
+    parser.add_argument("--check", action="store_true", help="check the configuration and its inputs, then stop")
+    parser.add_argument("--world-size", type=int, help="with --check: how many processes the run will have")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
+    return parser.parse_intermixed_args()
+
+
+def read_input(arguments: argparse.Namespace) -> tuple[Config, RunInputs]:
+    """Everything that can be wrong with the input is found here, before any process group or model exists."""
+    config = load_config(arguments.config, arguments.overrides)
+    if config.run.name is None:
+        config.run.name = f"{Path(arguments.config).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    inputs = read_run_inputs(config, arguments.world_size or world_size())
+    check_run_folder(config)
+    return config, inputs
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        config, inputs = read_input(arguments)
+        device = choose_device(config.run.device)
+    except ValueError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if arguments.check:
+        print(f"{arguments.config}: fine ({inputs.hf_config.model_type}, {len(inputs.eval_prompts)} held-out prompts)")
+        return 0
+    run_training(config, inputs, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Adapters that put the loss into other training pipelines."""

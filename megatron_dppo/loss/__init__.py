@@ -1,0 +1,1 @@
+"""What is optimised. Tensors in, tensors out; imports torch and ops/ only."""

@@ -1,0 +1,77 @@
+"""Is Transformer Engine, is Apex really usable? An import that fails in any way means no, with the reason.
+
+megatron-core asks ``try: import transformer_engine except ImportError``. Two installations that are common defeat it: a
+Transformer Engine without its CUDA libraries raises OSError or FileNotFoundError, and the ``apex`` that pip
+installs by that name imports without error but is an unrelated toolkit. So the exact symbols are probed here,
+and ``hide_unusable_dependencies`` makes core see an unusable package as absent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+
+# What megatron-core's layers and fused kernels take from each package.
+_TRANSFORMER_ENGINE_SYMBOLS = ("LayerNormLinear", "Linear", "DotProductAttention", "RMSNorm")
+_APEX_MODULES = ("apex.normalization.fused_layer_norm", "amp_C", "fused_weight_gradient_mlp_cuda")
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a package can be used; ``reason`` says why not, or which version was found."""
+
+    usable: bool
+    reason: str
+
+
+def probe_transformer_engine() -> Availability:
+    """Import the Transformer Engine layers that the policy's layer spec is made of."""
+    if _is_absent("transformer_engine"):
+        return Availability(False, "transformer_engine is not installed")
+    try:
+        module = importlib.import_module("transformer_engine.pytorch")
+        missing = [symbol for symbol in _TRANSFORMER_ENGINE_SYMBOLS if not hasattr(module, symbol)]
+    except Exception as error:
+        return Availability(False, f"transformer_engine is installed but broken ({type(error).__name__}: {error})")
+    if missing:
+        return Availability(False, f"transformer_engine.pytorch lacks {', '.join(missing)}")
+    version = getattr(sys.modules["transformer_engine"], "__version__", "unknown")
+    return Availability(True, f"transformer_engine {version}")
+
+
+def probe_apex() -> Availability:
+    """Import the compiled Apex modules that core's fused norms, optimizers and gradient accumulation need."""
+    if _is_absent("apex"):
+        return Availability(False, "apex is not installed")
+    for name in _APEX_MODULES:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            return Availability(
+                False, f"the installed apex is not NVIDIA's, or lacks {name} ({type(error).__name__}: {error})"
+            )
+    return Availability(True, "apex with its compiled extensions")
+
+
+def hide_unusable_dependencies() -> None:
+    """Make ``import transformer_engine`` and ``import apex`` raise ImportError where the package is unusable.
+
+    Has to run before the first import of megatron.core, which decides at import time what it builds on. Whatever the
+    failed import left in ``sys.modules`` is hidden too, or core would find half a package there.
+    """
+    for package, availability in (("transformer_engine", probe_transformer_engine()), ("apex", probe_apex())):
+        if availability.usable:
+            continue
+        for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+            sys.modules[name] = None  # type: ignore[assignment]
+        # The documented meaning of None: importing the name raises ModuleNotFoundError.
+        sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _is_absent(package: str) -> bool:
+    """True if the package is not on the path, or was hidden earlier."""
+    if package in sys.modules:
+        return sys.modules[package] is None
+    return importlib.util.find_spec(package) is None

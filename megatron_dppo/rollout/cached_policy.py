@@ -1,0 +1,210 @@
+"""A Megatron policy made to decode: prefill once, then one token per step over a key-value cache.
+
+Core's own inference path rotates every cached key again at each step, gathers what is not asked for, and changes between
+versions. Decoding needs three things of a training forward pass, and gets them from outside, for as long as
+``CachedPolicy.decoding()`` lasts:
+
+1. attention that remembers: every layer's core attention is replaced by one that keeps the (rotated) keys and values;
+2. rotary angles of the tokens' real positions: a hook on the rotary module returns that slice of the table;
+3. logits of the last position only: a hook on the output layer drops the others before the large matrix product.
+
+Prompts of different lengths are padded on the left. That shifts a row's positions by a constant, and rotary attention
+depends on differences of positions only, so the distribution is that of the row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dppo.models.attention import attend, attention_scale
+
+
+class CachedPolicy:
+    """One pipeline stage of a Megatron GPT model, with a key-value cache while ``decoding()``.
+
+    All ranks of a replica call the methods in the same order with the same arguments. Logits are [B, V padded], gathered
+    over tensor-parallel ranks, on ranks of the last pipeline stage; elsewhere None.
+
+    Raises ValueError for models that cannot be decoded this way.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        config = model.config
+        if model.position_embedding_type != "rope":
+            raise ValueError(
+                f"position_embedding_type={model.position_embedding_type!r}: the embedded engine needs 'rope', "
+                "whose relative positions make left padding harmless"
+            )
+        if config.moe_expert_capacity_factor is not None:
+            raise ValueError(
+                f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}: dropped tokens would make a response's "
+                "log-probs depend on its batch; leave it unset"
+            )
+        self.model = model
+        self.config = config
+        self._layers = [_CachedAttention(attention_scale(config)) for _ in model.decoder.layers]
+        self._padding_BT: torch.Tensor | None = None
+        self._rotary_T11D: torch.Tensor | None = None
+        self._length = 0
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within: eval mode, no gradients, cached attention. Afterwards the model is as before, whatever happened."""
+        # no_grad and not inference_mode: core caches tensors made here (rotary tables) and uses them in training.
+        with ExitStack() as undo, torch.no_grad():
+            for module in self.model.modules():
+                if module.training:
+                    undo.callback(setattr, module, "training", True)
+            self.model.eval()
+            for owner, name in _sequence_parallel_switches(self.model):
+                undo.callback(setattr, owner, name, True)
+                setattr(owner, name, False)
+            for layer, cached in zip(self.model.decoder.layers, self._layers, strict=True):
+                undo.callback(setattr, layer.self_attention, "core_attention", layer.self_attention.core_attention)
+                layer.self_attention.core_attention = cached
+            undo.callback(self.model.rotary_pos_emb.register_forward_hook(self._real_positions).remove)
+            if self.model.post_process:
+                undo.callback(self.model.output_layer.register_forward_pre_hook(_last_position).remove)
+            undo.callback(self._forget)
+            yield
+
+    def prefill(self, tokens_BL: torch.Tensor, padding_BL: torch.Tensor | None) -> torch.Tensor | None:
+        """Read whole prompts into an empty cache; returns the logits after the last token.
+
+        ``padding_BL`` is True at the padding on the left of shorter prompts; None: there is none.
+        """
+        self._forget()
+        length = tokens_BL.shape[1]
+        self._padding_BT = padding_BL
+        self._rotary_T11D = self.model.rotary_pos_emb.get_emb(length)
+        masked_out = None
+        if padding_BL is not None:
+            # A padding query may look at itself: with nothing to look at, its softmax would be NaN and so would its key.
+            itself = torch.eye(length, dtype=torch.bool, device=tokens_BL.device)
+            later = torch.ones_like(itself).triu(1)
+            masked_out = (later | (padding_BL[:, None, :] & ~itself))[:, None]
+        return self._forward(tokens_BL, masked_out)
+
+    def decode(self, tokens_B: torch.Tensor) -> torch.Tensor | None:
+        """Append one token to every row; returns the logits after it."""
+        end = self._length + 1
+        masked_out = None if self._padding_BT is None else self._padding_BT[:, None, None, :end]
+        return self._forward(tokens_B[:, None], masked_out)
+
+    def select(self, rows: torch.Tensor, capacity: int) -> None:
+        """Make the cache's rows ``rows`` (repeated, reordered or dropped), with room for ``capacity`` tokens each."""
+        for layer in self._layers:
+            layer.select(rows, self._length, capacity)
+        if self._padding_BT is not None:
+            padding_BT = self._padding_BT[rows, : self._length]
+            self._padding_BT = torch.nn.functional.pad(padding_BT, (0, capacity - self._length))
+        self._rotary_T11D = self.model.rotary_pos_emb.get_emb(capacity)
+
+    def _forget(self) -> None:
+        for layer in self._layers:
+            layer.key_BGTD = layer.value_BGTD = None
+        self._padding_BT = self._rotary_T11D = None
+        self._length = 0
+
+    def _real_positions(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the rotary module, which only knows how many tokens come, not where they stand."""
+        assert self._rotary_T11D is not None
+        return self._rotary_T11D[self._length : self._length + self._incoming]
+
+    def _forward(self, tokens_BS: torch.Tensor, masked_out: torch.Tensor | None) -> torch.Tensor | None:
+        batch, self._incoming = tokens_BS.shape
+        for layer in self._layers:
+            layer.length = self._length
+        if not self.model.pre_process:
+            self.model.set_input_tensor(self._receive_hidden(batch))
+        output = self.model(
+            tokens_BS,
+            None,
+            masked_out,
+            runtime_gather_output=True,  # no position ids: rotary takes them from the hook
+        )
+        self._length += self._incoming
+        if self.model.post_process:
+            return output[:, -1]
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+
+    def _receive_hidden(self, batch: int) -> torch.Tensor:
+        dtype = torch.float32 if self.config.fp32_residual_connection else self.config.pipeline_dtype
+        shape = (self._incoming, batch, self.config.hidden_size)
+        hidden_SBH = torch.empty(shape, dtype=dtype, device=next(self.model.parameters()).device)
+        dist.recv(hidden_SBH, parallel_state.get_pipeline_model_parallel_prev_rank())
+        return hidden_SBH
+
+
+class _CachedAttention(torch.nn.Module):
+    """Core attention over everything it was ever given. Keys come rotated, so they are rotated once."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.length = 0  # tokens in the cache before this forward pass
+        self.key_BGTD: torch.Tensor | None = None
+        self.value_BGTD: torch.Tensor | None = None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """[s, b, heads, dim] -> [s, b, heads * dim]; ``attention_mask`` covers the whole cache."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.key_BGTD is None or self.value_BGTD is None:
+            self.key_BGTD, self.value_BGTD = key, value
+        else:
+            end = self.length + key.shape[2]
+            self.key_BGTD[:, :, self.length : end] = key
+            self.value_BGTD[:, :, self.length : end] = value
+            key, value = self.key_BGTD[:, :, :end], self.value_BGTD[:, :, :end]
+        context = attend(query, key, value, attention_mask, self.scale)
+        return context.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+    def select(self, rows: torch.Tensor, length: int, capacity: int) -> None:
+        """See ``CachedPolicy.select``."""
+        assert self.key_BGTD is not None
+        assert self.value_BGTD is not None
+        self.key_BGTD, self.value_BGTD = (
+            _with_capacity(cache[:, :, :length].index_select(0, rows), capacity)
+            for cache in (self.key_BGTD, self.value_BGTD)
+        )
+
+
+def _with_capacity(cache_BGTD: torch.Tensor, capacity: int) -> torch.Tensor:
+    batch, groups, length, dim = cache_BGTD.shape
+    roomy = cache_BGTD.new_empty(batch, groups, capacity, dim)
+    roomy[:, :, :length] = cache_BGTD
+    return roomy
+
+
+def _last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Pre-hook of the output layer: [s, b, h] -> [1, b, h]."""
+    return (args[0][-1:], *args[1:])
+
+
+def _sequence_parallel_switches(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Every (object, attribute) that has to be off for one token per sequence, which cannot be split over ranks.
+
+    Without sequence parallelism tensor-parallel ranks hold the same whole hidden states: same weights, same numbers. An
+    MoE layer then sends each token from every tensor-parallel rank, which costs work at decode but changes nothing.
+    """
+    owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
+    return [
+        (owner, name)
+        for owner in owners.values()
+        for name in ("sequence_parallel", "reduce_scatter_embeddings")
+        if getattr(owner, name, None) is True
+    ]

@@ -1,0 +1,120 @@
+"""Asks the servers for responses: many at a time, and again elsewhere when a server fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.transport import TransientServerError, Transport
+from megatron_dppo.rollout.sglang.wire_format import (
+    build_request,
+    check_prompt,
+    parse_response,
+    request_seed,
+    was_aborted,
+)
+
+_RETRY_WAIT_S = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
+
+
+class RolloutClient:
+    """One replica's view of the servers: which are alive, and how much it has asked of each."""
+
+    def __init__(self, transport: Transport, config: SGLangConfig, vocab_size: int) -> None:
+        self._transport = transport
+        self._config = config
+        self._vocab_size = vocab_size
+        self._in_flight: dict[str, int] = {}
+        self._last_failure = "no server was ever started"
+
+    def set_servers(self, urls: Sequence[str]) -> None:
+        """Use these servers from now on; all of them are taken to be alive."""
+        self._in_flight = dict.fromkeys(urls, 0)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int) -> list[Sample]:
+        """All samples of all prompts, in order. Raises RolloutError; ValueError for a prompt that must not be sent."""
+        for prompt in prompts:
+            check_prompt(prompt, self._vocab_size)
+        return self._transport.submit(self._generate_all(prompts, sampling, weight_version)).result()
+
+    async def _generate_all(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
+    ) -> list[Sample]:
+        gate = asyncio.Semaphore(self._config.max_concurrent_requests)
+        tasks = [
+            asyncio.ensure_future(
+                self._generate_one(gate, prompt, prompt_index, sample_index, sampling, weight_version)
+            )
+            for prompt_index, prompt in enumerate(prompts)
+            for sample_index in range(sampling.samples_per_prompt)
+        ]
+        try:
+            return await asyncio.wait_for(asyncio.gather(*tasks), self._config.generate_timeout_s)
+        except asyncio.TimeoutError as error:
+            limit = self._config.generate_timeout_s
+            raise RolloutError(f"not all of {len(tasks)} responses were complete after {limit:g} s") from error
+        finally:
+            for task in tasks:  # the first error ends the call; what is still in flight would only load the servers
+                task.cancel()
+
+    async def _generate_one(
+        self,
+        gate: asyncio.Semaphore,
+        prompt: Prompt,
+        prompt_index: int,
+        sample_index: int,
+        sampling: SamplingParams,
+        weight_version: int,
+    ) -> Sample:
+        seed = request_seed(prompt, prompt_index, sample_index, sampling)
+        body = build_request(prompt, sampling, seed)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(TransientServerError),
+            stop=stop_after_attempt(self._config.max_attempts),
+            wait=_RETRY_WAIT_S,
+        )
+        async with gate:
+            try:
+                response: dict[str, Any] = await retrying(self._ask_some_server, body)
+            except RetryError as error:
+                raise RolloutError(
+                    f"prompt {prompt.prompt_id} failed {self._config.max_attempts} times; last: {self._last_failure}"
+                ) from error
+        return parse_response(response, prompt, prompt_index, sampling, weight_version)
+
+    async def _ask_some_server(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One try, on the server that this replica has asked the least of."""
+        if not self._in_flight:
+            raise RolloutError(f"no SGLang server is left; the last one failed with: {self._last_failure}")
+        url = min(self._in_flight, key=lambda url: self._in_flight[url])
+        self._in_flight[url] += 1
+        try:
+            response: dict[str, Any] = await self._transport.request(
+                url, "/generate", body, self._config.request_timeout_s
+            )
+        except TransientServerError as error:
+            self._last_failure = str(error)
+            await self._drop_if_dead(url)
+            raise
+        finally:
+            if url in self._in_flight:
+                self._in_flight[url] -= 1
+        if was_aborted(response):
+            self._last_failure = f"{url} aborted the request: {response['meta_info']['finish_reason']}"
+            raise TransientServerError(self._last_failure)
+        return response
+
+    async def _drop_if_dead(self, url: str) -> None:
+        """Stop using a server that cannot answer at all; the next weight update decides whether it comes back."""
+        if url not in self._in_flight:
+            return
+        try:
+            await self._transport.request(url, "/health", None, self._config.control_timeout_s)
+        except RolloutError:
+            self._in_flight.pop(url, None)

@@ -1,0 +1,73 @@
+"""Options of the SGLang rollout engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional  # noqa: UP035 (OmegaConf's structured configs on Python 3.10 read these spellings)
+
+VERIFY_CHOICES = ("checksum", "none")
+
+
+@dataclass
+class SGLangConfig:
+    """How servers are started or found, asked, and given new weights.
+
+    Attributes:
+        python: interpreter that has SGLang installed; None: the trainer's own. The trainer itself never imports SGLang.
+        urls: attach to these running servers instead of starting any, e.g. ``["http://10.0.0.5:30000"]``.
+        num_servers: servers to start; each holds a full copy of the policy.
+        tensor_model_parallel_size: GPUs (or processes, on a CPU) per server.
+        dtype: dtype the servers compute in (``float32``, ``bfloat16``, ``float16``); None: the trainer's.
+        host: address that started servers listen on.
+        base_gpu_id: first GPU of the first server; None: the one after the trainer's own on this machine.
+        deterministic: honour ``SamplingParams.seed`` (SGLang's batch-invariant mode, which is slower on a GPU).
+            Otherwise responses differ from run to run.
+        startup_timeout_s: seconds until a started server must answer.
+        request_timeout_s: seconds until one response must be complete.
+        generate_timeout_s: seconds until a whole ``generate`` call must be complete.
+        sync_timeout_s: seconds until one weight update, verification included, must be complete.
+        control_timeout_s: seconds until any other call (health, pause, ...) must be answered.
+        max_attempts: how often a request is tried (on whatever servers are alive) before giving up.
+        max_concurrent_requests: requests that one model replica keeps in flight over all servers.
+        bucket_bytes: weights are sent in buckets of about this size.
+        verify: ``checksum``: after an update, every parameter that the servers hold is compared with what was exported.
+            ``none``: trust the server (for layouts whose checksums cannot be predicted, e.g. quantised weights).
+        master_address: address of the trainer's rank 0 as seen from the servers; None: found by asking the routing
+            table.
+        extra_args: further arguments for ``python -m sglang.launch_server``, e.g. ``["--mem-fraction-static", "0.8"]``.
+    """
+
+    python: Optional[str] = None  # noqa: UP045
+    urls: List[str] = field(default_factory=list)  # noqa: UP006
+    num_servers: int = 1
+    tensor_model_parallel_size: int = 1
+    dtype: Optional[str] = None  # noqa: UP045
+    host: str = "127.0.0.1"
+    base_gpu_id: Optional[int] = None  # noqa: UP045
+    deterministic: bool = False
+    startup_timeout_s: float = 600.0
+    request_timeout_s: float = 1800.0
+    generate_timeout_s: float = 7200.0
+    sync_timeout_s: float = 600.0
+    control_timeout_s: float = 60.0
+    max_attempts: int = 5
+    max_concurrent_requests: int = 256
+    bucket_bytes: int = 512 * 1024 * 1024
+    verify: str = "checksum"
+    master_address: Optional[str] = None  # noqa: UP045
+    extra_args: List[str] = field(default_factory=list)  # noqa: UP006
+
+    def check(self) -> None:
+        """Raise ValueError naming the first field whose value cannot work."""
+        positive = (
+            "num_servers tensor_model_parallel_size startup_timeout_s request_timeout_s generate_timeout_s "
+            "sync_timeout_s control_timeout_s max_attempts max_concurrent_requests bucket_bytes"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"SGLangConfig.{name} must be positive, not {getattr(self, name)}")
+        if self.verify not in VERIFY_CHOICES:
+            raise ValueError(f"SGLangConfig.verify must be one of {', '.join(VERIFY_CHOICES)}, not {self.verify!r}")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")

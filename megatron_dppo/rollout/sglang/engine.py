@@ -1,0 +1,256 @@
+"""The SGLang rollout engine: servers of their own, reached over HTTP, updated by broadcast.
+
+The trainer's global rank 0 owns the servers and sends the weights; the leader of each model replica asks for that
+replica's responses and hands them to the replica's other ranks. Whatever goes wrong on one rank is raised on all that
+wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_dppo.rollout.engine import NamedTensors, RolloutError, WeightSyncError
+from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sglang.client import RolloutClient
+from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
+from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.transport import Transport
+from megatron_dppo.rollout.sglang.weight_sync import ServerFacts, WeightSync
+
+T = TypeVar("T")
+
+# Errors that mean the same on every rank; anything else becomes a RolloutError elsewhere.
+_SHARED_ERRORS = (RolloutError, InvalidSampleError, ValueError)
+_COLLECTIVE_MARGIN_S = 120.0
+
+
+class SGLangEngine:
+    """A ``RolloutEngine`` (see rollout/engine.py) backed by one or many SGLang servers.
+
+    Constructed by every rank of the trainer at the same time; works without torch.distributed in a single process.
+    Nothing is generated before the first ``update_weights``: until then a server holds whatever checkpoint it was
+    started with. A weight update that fails leaves the engine unusable and the servers paused.
+    """
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        model_folder: str | Path,
+        vocab_size: int,
+        dtype: torch.dtype,
+        log_folder: str | Path,
+        replica_group: dist.ProcessGroup | None = None,
+        is_leader: bool = True,
+    ) -> None:
+        """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
+
+        Args:
+            config: how to run and reach the servers.
+            model_folder: Hugging Face checkpoint that started servers load.
+            vocab_size: true vocabulary size; prompts with ids beyond it are refused.
+            dtype: the trainer's dtype, used unless ``config.dtype`` names another.
+            log_folder: where servers write their logs, normally the run folder.
+            replica_group: the ranks that share one copy of the policy and its prompts; None: this rank alone.
+            is_leader: whether this rank asks the servers on behalf of its replica. One rank per replica does.
+        """
+        config.check()
+        self._config = config
+        self._vocab_size = vocab_size
+        self._dtype = getattr(torch, config.dtype) if config.dtype else dtype
+        self._weight_version = 0
+        self._failed = False
+        self._unusable_because: str | None = "no weights were sent yet: call update_weights before generating"
+        self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
+        self._is_leader = is_leader
+        self._world = _gloo_group(None, config)
+        self._replica = _gloo_group(replica_group, config) if replica_group is not None else None
+        self._transport = Transport()
+        self._client = RolloutClient(self._transport, config, vocab_size)
+        self._servers: list[SGLangServer] = []
+        self._sync: WeightSync | None = None
+        self._model_folder, self._log_folder = Path(model_folder), Path(log_folder)
+        try:
+            self._on_owner(self._prepare_servers)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def weight_version(self) -> int:
+        """The argument of the last completed ``update_weights``; 0 before the first."""
+        return self._weight_version
+
+    @property
+    def max_topk_log_probs(self) -> int:
+        """The largest K for which the servers return top-K log-probs: the whole vocabulary."""
+        return self._vocab_size
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
+        """See ``RolloutEngine.generate``."""
+        self._require_usable()
+        if sampling.topk_log_probs > self.max_topk_log_probs:
+            raise ValueError(
+                f"SamplingParams.topk_log_probs is {sampling.topk_log_probs}, more than the vocabulary of {self._vocab_size}"
+            )
+        return _run_on_one(
+            lambda: self._client.generate(prompts, sampling, self._weight_version), self._is_leader, self._replica
+        )
+
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
+        """See ``RolloutEngine.update_weights``. Servers of this engine that have died are started again first."""
+        if self._failed:
+            self._require_usable()
+        self._on_owner(self._revive_servers)
+        self._unusable_because = f"the weight update to version {version} did not complete"
+        error: Exception | None = None
+        try:
+            if self._is_owner:
+                assert self._sync is not None
+                self._sync.update(named_tensors, version)
+        except Exception as caught:
+            error = caught
+        try:
+            for _ in named_tensors:  # a collective iterator: every rank goes through all of it, whatever happened
+                pass
+        except Exception as caught:
+            error = error or caught
+        self._finish_update(error, version)
+
+    def _finish_update(self, error: Exception | None, version: int) -> None:
+        """Agree on the outcome, so that no rank goes on with weights that another failed to send."""
+        failures = [failure for failure in _all_gather(_portable(error), self._world) if failure is not None]
+        if failures:
+            self._failed = True
+            self._unusable_because = f"the weight update to version {version} failed: {failures[0]}"
+            if isinstance(failures[0], WeightSyncError):
+                raise failures[0]
+            raise WeightSyncError(self._unusable_because) from error
+        self._share_urls()
+        self._weight_version = version
+        self._unusable_because = None
+
+    def health(self) -> None:
+        """Raise RolloutError unless every server that the engine uses can generate a token now."""
+        self._require_usable()
+        self._on_owner(self._check_servers)
+
+    def close(self) -> None:
+        """Leave the weight-update group and end every server that the engine started. Safe to call twice."""
+        if self._sync is not None:
+            self._sync.close()
+            self._sync = None
+        for server in self._servers:
+            server.close()
+        self._servers = []
+        self._transport.close()
+        self._failed = True
+        self._unusable_because = "it was closed"
+
+    def _require_usable(self) -> None:
+        if self._unusable_because is not None:
+            raise RolloutError(f"the SGLang engine cannot be used: {self._unusable_because}")
+
+    def _on_owner(self, action: Callable[[], T]) -> T:
+        return _run_on_one(action, self._is_owner, self._world)
+
+    def _prepare_servers(self) -> None:
+        if self._config.urls:
+            return
+        folder = prepare_served_folder(self._model_folder, self._log_folder / "served_model")
+        dtype = str(self._dtype).removeprefix("torch.")
+        for index in range(self._config.num_servers):
+            self._servers.append(SGLangServer(self._config, folder, dtype, self._log_folder, index))
+        for server in self._servers:
+            server.start()
+        for server in self._servers:
+            server.wait_until_ready(self._transport)
+
+    def _revive_servers(self) -> None:
+        """Bring every server back that has ended, and make a new weight-update group if the servers changed."""
+        ended = [server for server in self._servers if not server.is_running()]
+        for server in ended:
+            server.start()
+        for server in ended:
+            server.wait_until_ready(self._transport)
+        urls = list(self._config.urls) or [server.url for server in self._servers]
+        if self._sync is not None and not ended:
+            return
+        if self._sync is not None:
+            self._sync.close()
+        shape = ModelShape.from_folder(self._model_folder) if self._config.verify == "checksum" else None
+        facts = [ServerFacts.ask(self._transport, url, self._config) for url in urls]
+        self._sync = WeightSync(self._transport, facts, self._config, shape, self._dtype)
+
+    def _check_servers(self) -> None:
+        assert self._sync is not None
+        for url in self._sync.urls:
+            self._transport.call(url, "/health", None, self._config.control_timeout_s)
+
+    def _share_urls(self) -> None:
+        def urls() -> list[str]:
+            assert self._sync is not None
+            return self._sync.urls
+
+        self._client.set_servers(self._on_owner(urls))
+
+
+def _gloo_group(like: dist.ProcessGroup | None, config: SGLangConfig) -> dist.ProcessGroup | None:
+    """A gloo group of the same ranks as ``like`` (None: all), patient enough to wait for generation and start-up.
+
+    The trainer's own groups would do on a CPU, but NCCL's give up after minutes, while a rollout may take longer.
+    """
+    if not dist.is_initialized():
+        return None
+    patience = max(config.generate_timeout_s, config.startup_timeout_s + config.sync_timeout_s) + _COLLECTIVE_MARGIN_S
+    timeout = timedelta(seconds=patience)
+    if like is None:
+        return dist.new_group(backend="gloo", timeout=timeout)
+    own = tuple(dist.get_process_group_ranks(like))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    mine = None
+    for ranks in sorted(set(everyone)):  # making a group is collective over all ranks, members or not
+        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+        if ranks == own:
+            mine = group
+    return mine
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """An error that means something on another rank, where its class or its cause may not."""
+    if error is None or isinstance(error, _SHARED_ERRORS):
+        return error
+    return RolloutError(f"{type(error).__name__}: {error}")
+
+
+def _all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    if group is None:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _run_on_one(action: Callable[[], T], is_the_one: bool, group: dist.ProcessGroup | None) -> T:
+    """Run ``action`` on one rank of ``group`` and return its result, or raise its error, on all of them."""
+    result: Any = None
+    error: Exception | None = None
+    if is_the_one:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+            if group is None:
+                raise
+    outcomes = _all_gather((is_the_one, result, _portable(error)), group)
+    result, failure = next((result, failure) for one, result, failure in outcomes if one)
+    if failure is not None:
+        raise failure from error
+    return result

@@ -1,0 +1,214 @@
+"""One SGLang server process: started, waited for, watched, and always ended together with everything it started."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.transport import TransientServerError, Transport
+
+_HERE = Path(__file__).parent
+_LOG_TAIL_BYTES = 4000
+_HEALTH_TIMEOUT_S = 30.0  # /health generates one token and looks for it once a second
+_TERMINATE_GRACE_S = 3.0
+
+# A server is a distributed job of its own: it must not find the trainer's rank or rendezvous in its environment.
+_TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_TRAINER_PREFIXES = ("TORCHELASTIC_", "MASTER_PORT", "ROLE_")
+
+# What serving on a CPU needs: plain PyTorch for every kernel, and no captured graphs.
+_CPU_FLAGS = {
+    "--device": "cpu",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--grammar-backend": "none",
+    "--mem-fraction-static": "0.3",
+    "--max-total-tokens": "65536",
+}
+_CPU_SWITCHES = ["--disable-cuda-graph", "--disable-overlap-schedule"]
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def prepare_served_folder(model_folder: Path, target: Path) -> Path:
+    """Make ``target`` a view of ``model_folder`` (links) in which no end-of-sequence token is configured.
+
+    SGLang always stops at the model's own eos_token_id, whereas a rollout ends at SamplingParams.stop_token_ids and
+    nowhere else. The generation config, which could also switch on top-p sampling, is left out altogether.
+    """
+    if not (model_folder / "config.json").is_file():
+        raise ValueError(f"{model_folder} has no config.json: it is not a Hugging Face model folder")
+    target.mkdir(parents=True, exist_ok=True)
+    for source in model_folder.iterdir():
+        link = target / source.name
+        if source.name not in ("config.json", "generation_config.json") and not link.exists():
+            link.symlink_to(source.resolve())
+    config = json.loads((model_folder / "config.json").read_text())
+    config["eos_token_id"] = None
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    return target
+
+
+class SGLangServer:
+    """A server process that this process owns."""
+
+    def __init__(self, config: SGLangConfig, model_folder: Path, dtype: str, log_folder: Path, index: int) -> None:
+        self.log_path = log_folder / f"sglang_server_{index}.log"
+        self.url = ""
+        self._config = config
+        self._model_folder = model_folder
+        self._dtype = dtype
+        self._index = index
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def start(self) -> None:
+        """Start the process and return at once; ``wait_until_ready`` waits."""
+        self.close()
+        port = free_port()
+        self.url = f"http://{self._config.host}:{port}"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._process = self._spawn(self._command(port), log)
+
+    def _spawn(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        guard = [sys.executable, str(_HERE / "server_guard.py"), str(os.getpid())]
+        log.write(f"$ {' '.join(command)}\n".encode())
+        log.flush()
+        try:
+            return subprocess.Popen(
+                guard + command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(self._config),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RolloutError(f"the SGLang server cannot be started: {error}") from error
+
+    def _command(self, port: int) -> list[str]:
+        config = self._config
+        python = config.python or sys.executable
+        command = [python, "-m", "sglang.launch_server", "--model-path", str(self._model_folder)]
+        command += ["--host", config.host, "--port", str(port), "--dtype", self._dtype]
+        command += [
+            "--tp-size",
+            str(config.tensor_model_parallel_size),
+            "--skip-server-warmup",
+            "--skip-tokenizer-init",
+        ]
+        if torch.cuda.is_available():
+            command += ["--enable-deterministic-inference"] if config.deterministic else []
+            command += ["--base-gpu-id", str(first_gpu(config, self._index, torch.cuda.device_count()))]
+        else:
+            command += [word for flag in _CPU_FLAGS.items() for word in flag] + _CPU_SWITCHES
+        return command + list(config.extra_args)
+
+    def wait_until_ready(self, transport: Transport) -> None:
+        """Return when the server has generated a token. Raises RolloutError, with the log's end, if it does not."""
+        deadline = time.monotonic() + self._config.startup_timeout_s
+        while time.monotonic() < deadline:
+            if not self.is_running():
+                raise RolloutError(f"the SGLang server ended while starting up. {self._log_tail()}")
+            try:
+                transport.call(self.url, "/health", None, min(_HEALTH_TIMEOUT_S, self._config.startup_timeout_s))
+                return
+            except TransientServerError:
+                time.sleep(0.5)
+        self.close()
+        limit = self._config.startup_timeout_s
+        raise RolloutError(f"the SGLang server was not ready after startup_timeout_s = {limit:g} s. {self._log_tail()}")
+
+    def is_running(self) -> bool:
+        """Whether the process that was started has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def _log_tail(self) -> str:
+        tail = self.log_path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        return f"The end of {self.log_path}:\n{tail}"
+
+    def close(self) -> None:
+        """End the server and every process of its group. Safe to call twice."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        group = process.pid  # the guard leads the session that it was started in
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + _TERMINATE_GRACE_S
+        while _group_exists(group) and time.monotonic() < deadline:
+            process.poll()  # reap it: a zombie would keep the group alive
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        process.wait()
+        atexit.unregister(self.close)
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def server_environment(config: SGLangConfig) -> dict[str, str]:
+    """The trainer's environment without its distributed settings, plus what a server needs on a CPU."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TRAINER_VARIABLES and not name.startswith(_TRAINER_PREFIXES)
+    }
+    # The server has its own interpreter: what the trainer finds through PYTHONPATH is not meant for it.
+    environment.pop("PYTHONPATH", None)
+    environment.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local folder
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        environment["PYTHONPATH"] = str(_HERE / "cpu_shim")
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cpu_binding(config.tensor_model_parallel_size))
+        if config.deterministic:
+            environment["MEGATRON_DPPO_SEEDED_SAMPLING"] = "1"
+    return environment
+
+
+def _cpu_binding(tp_size: int) -> str:
+    """This process's cores dealt out to the ranks, in SGLang's form ``0,1|2,3``; left to itself it wants whole sockets."""
+    cores = sorted(os.sched_getaffinity(0))
+    per_rank = max(1, len(cores) // tp_size)
+    starts = [rank * per_rank % len(cores) for rank in range(tp_size)]
+    return "|".join(",".join(str(core) for core in cores[start : start + per_rank]) for start in starts)
+
+
+def first_gpu(config: SGLangConfig, server_index: int, gpu_count: int) -> int:
+    """The first GPU of a server; by default the servers follow the trainer's ranks on this machine."""
+    trainer_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    base = trainer_gpus if config.base_gpu_id is None else config.base_gpu_id
+    first = base + server_index * config.tensor_model_parallel_size
+    last = first + config.tensor_model_parallel_size - 1
+    if last >= gpu_count:
+        raise ValueError(
+            f"SGLang server {server_index} needs GPUs {first} to {last}, but this machine has {gpu_count}. Lower "
+            "num_servers or tensor_model_parallel_size, set base_gpu_id, or start servers elsewhere and name them in urls"
+        )
+    return first

@@ -1,0 +1,79 @@
+"""HTTP to the servers: one event loop in a thread of its own, one session, a timeout on every call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import aiohttp
+
+from megatron_dppo.rollout.engine import RolloutError
+
+T = TypeVar("T")
+
+
+class TransientServerError(RolloutError):
+    """The server could not be reached, was too slow, or failed on its side: another try may work."""
+
+
+class RefusedRequestError(RolloutError):
+    """The server understood the request and refused it (4xx): the same request will fail again."""
+
+
+class Transport:
+    """Runs coroutines on a background event loop, so that the trainer's thread stays free to broadcast weights."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
+        self._thread.start()
+        self._session: aiohttp.ClientSession | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``coroutine`` on the event loop; its result, or exception, arrives in the future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """Send one request and wait for the answer (see ``request``)."""
+        return self.submit(self.request(url, path, body, timeout_s)).result()
+
+    async def request(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """POST ``body`` as JSON, or GET if it is None, and return the decoded answer.
+
+        Raises RefusedRequestError on a 4xx answer and TransientServerError on everything else that goes wrong.
+        """
+        if self._session is None:
+            # Concurrency is bounded by the callers; a limit here would only hide queueing from their timeouts.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(
+                "GET" if body is None else "POST", url + path, json=body, timeout=timeout
+            ) as response:
+                status, text = response.status, await response.text()
+        except asyncio.TimeoutError as error:
+            raise TransientServerError(f"{url}{path} did not answer within {timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise TransientServerError(f"{url}{path} cannot be reached: {error!r}") from error
+        if 400 <= status < 500:
+            raise RefusedRequestError(f"{url}{path} refused the request ({status}): {text[:1000]}")
+        if status != 200:
+            raise TransientServerError(f"{url}{path} failed ({status}): {text[:1000]}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text  # /health and /flush_cache answer with plain text
+
+    def close(self) -> None:
+        """Close the session and end the thread. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        if self._session is not None:
+            self.submit(self._session.close()).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()

@@ -1,0 +1,123 @@
+"""Requests to and responses from SGLang's ``/generate``, and nothing about how they travel."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.rollout.sample import FinishReason, Prompt, Sample, SamplingParams
+
+
+def check_prompt(prompt: Prompt, vocab_size: int) -> None:
+    """Raise ValueError for a prompt that must not be sent: an id outside the vocabulary ends the server's process."""
+    if not prompt.token_ids:
+        raise ValueError(f"prompt {prompt.prompt_id} is empty")
+    for position, token_id in enumerate(prompt.token_ids):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: token {position} has id {token_id}, outside the vocabulary of "
+                f"{vocab_size}; was it tokenised with another model's tokenizer?"
+            )
+
+
+def request_seed(prompt: Prompt, prompt_index: int, sample_index: int, sampling: SamplingParams) -> int:
+    """A seed that differs between the samples of a batch and is the same in every run."""
+    text = f"{sampling.seed}/{prompt.prompt_id}/{prompt_index}/{sample_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def build_request(prompt: Prompt, sampling: SamplingParams, seed: int) -> dict[str, Any]:
+    """The body of one ``/generate`` request for one response.
+
+    Everything that a model's generation_config.json could turn on (top-p, top-k, penalties) is turned off explicitly:
+    the rollout policy must be the plain softmax. ``ignore_eos`` switches off stop_token_ids as well, so it is set only
+    when there are none.
+    """
+    return {
+        "input_ids": list(prompt.token_ids),
+        "sampling_params": {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": not sampling.stop_token_ids,
+            "sampling_seed": seed,
+        },
+        "return_logprob": True,
+        "top_logprobs_num": sampling.topk_log_probs,
+        "return_text_in_logprobs": False,
+    }
+
+
+def parse_response(
+    response: dict[str, Any], prompt: Prompt, group_id: int, sampling: SamplingParams, weight_version: int
+) -> Sample:
+    """Turn the answer to ``build_request`` into a checked Sample. Raises RolloutError or InvalidSampleError.
+
+    ``weight_version`` is the version that the servers were last synchronised to: an answer drawn, even in part, by
+    other weights means that somebody restarted or updated a server behind the engine's back.
+    """
+    meta = response["meta_info"]
+    entries = meta["output_token_logprobs"]
+    response_ids = [int(token_id) for _, token_id, *_ in entries]
+    if response_ids != response["output_ids"]:
+        raise RolloutError(f"sample of {prompt.prompt_id}: the server's log-probs are not those of its output tokens")
+    topk_ids, topk_log_probs = _parse_topk(meta, sampling.topk_log_probs)
+    sample = Sample(
+        prompt=prompt,
+        response_ids=response_ids,
+        rollout_log_probs=[float(log_prob) for log_prob, *_ in entries],
+        finish_reason=_finish_reason(meta["finish_reason"], prompt, sampling),
+        weight_versions=_parse_weight_versions(meta, prompt, weight_version),
+        topk_ids=topk_ids,
+        topk_log_probs=topk_log_probs,
+        group_id=group_id,
+    )
+    sample.check()
+    return sample
+
+
+def was_aborted(response: dict[str, Any]) -> bool:
+    """Whether the server gave this request up (a pause, an overload) instead of finishing it."""
+    return bool(response["meta_info"]["finish_reason"]["type"] == "abort")
+
+
+def _finish_reason(reason: dict[str, Any], prompt: Prompt, sampling: SamplingParams) -> FinishReason:
+    if reason["type"] == "length":
+        return "length"
+    if reason["type"] == "stop" and reason.get("matched") in sampling.stop_token_ids:
+        return "stop"
+    raise RolloutError(
+        f"sample of {prompt.prompt_id}: the server ended the response for its own reason ({reason}), not one of "
+        f"stop_token_ids {sampling.stop_token_ids}. A server that was not started by this engine also stops at the "
+        "eos_token_id of its model folder: add that id to stop_token_ids"
+    )
+
+
+def _parse_weight_versions(meta: dict[str, Any], prompt: Prompt, weight_version: int) -> list[tuple[int, int]]:
+    spans = [(span["version"], span["end"] - span["start"]) for span in meta["weight_versions"]]
+    for version, _ in spans:
+        if version != str(weight_version):
+            raise RolloutError(
+                f"sample of {prompt.prompt_id}: drawn by weights version {version!r}, but version {weight_version} was "
+                "the last one sent; a server was restarted or updated by somebody else"
+            )
+    return [(weight_version, tokens) for _, tokens in spans]
+
+
+def _parse_topk(meta: dict[str, Any], k: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """[T, K] int64 ids and [T, K] fp32 log-probs, most likely first; None, None if k is 0."""
+    if k == 0:
+        return None, None
+    rows = meta["output_top_logprobs"]
+    ids_TK = torch.tensor([[entry[1] for entry in row] for row in rows], dtype=torch.int64)
+    log_probs_TK = torch.tensor([[entry[0] for entry in row] for row in rows], dtype=torch.float32)
+    return ids_TK, log_probs_TK

@@ -1,0 +1,96 @@
+"""From a problem to the tokens that the model reads, and from sampled tokens back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dppo.tasks.build import tasks_by_name
+from megatron_dppo.tasks.config import TaskConfig
+from megatron_dppo.tasks.task import Problem, TaskError
+
+
+class PromptTooLongError(TaskError):
+    """A prompt has more tokens than is allowed; the message names the problem and both numbers."""
+
+
+class PromptEncoder:
+    """Applies a task's prompt template, then the tokenizer's chat template if there is one.
+
+    A prompt is never cut: a question without its end has another answer. ``encode`` raises on one that is too long;
+    ``fits`` lets the training mixture pass over it (``build_mixture(..., fits=encoder.fits)``), which counts in
+    ``too_long``.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        configs: of all tasks whose problems are to be encoded.
+        max_prompt_tokens: the longest prompt, chat template included.
+        chat: use the chat template; False, or a tokenizer without one, gives plain text.
+
+    Raises:
+        TaskError: a template without ``{question}`` or a system prompt without a chat template.
+    """
+
+    def __init__(
+        self, tokenizer: Any, configs: Sequence[TaskConfig], max_prompt_tokens: int, chat: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._configs = tasks_by_name(configs)
+        self._max_prompt_tokens = max_prompt_tokens
+        self._chat = chat and bool(tokenizer.chat_template)
+        self._too_long: set[str] = set()
+        for config in self._configs.values():
+            _check_template(config)
+            if config.system_prompt is not None and not self._chat:
+                raise TaskError(
+                    f"task {config.name}: system_prompt needs chat: true and a tokenizer with a chat template"
+                )
+
+    @property
+    def too_long(self) -> int:
+        """How many different problems ``fits`` has refused so far."""
+        return len(self._too_long)
+
+    def encode(self, problem: Problem) -> tuple[int, ...]:
+        """Token ids of the prompt. Raises PromptTooLongError, or TaskError for a problem of an unknown task."""
+        token_ids = self._tokens(problem)
+        if len(token_ids) > self._max_prompt_tokens:
+            raise PromptTooLongError(
+                f"the prompt of {problem.problem_id} has {len(token_ids)} tokens, more than max_prompt_tokens = "
+                f"{self._max_prompt_tokens}; raise it or leave the problem out"
+            )
+        return token_ids
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether the prompt is not too long."""
+        if len(self._tokens(problem)) <= self._max_prompt_tokens:
+            return True
+        self._too_long.add(problem.problem_id)
+        return False
+
+    def decode(self, response_ids: Sequence[int]) -> str:
+        """The response as text, special tokens (the stop token among them) left out."""
+        return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
+
+    def _tokens(self, problem: Problem) -> tuple[int, ...]:
+        config = self._configs.get(problem.task_name)
+        if config is None:
+            raise TaskError(f"{problem.problem_id} is from no task of this run ({', '.join(self._configs)})")
+        text = config.prompt_template.replace("{question}", problem.question)
+        if not self._chat:
+            return tuple(self._tokenizer(text)["input_ids"])
+        messages = [{"role": "user", "content": text}]
+        system_prompt = problem.metadata.get("system_prompt", config.system_prompt)
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # The template writes every special token itself; the tokenizer must not add a second BOS.
+        return tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def _check_template(config: TaskConfig) -> None:
+    """The question is put in by replacement, not by formatting, so other braces (LaTeX, JSON) are fine."""
+    if config.prompt_template.count("{question}") != 1:
+        raise TaskError(
+            f"task {config.name}: prompt_template must contain {{question}} once, not {config.prompt_template!r}"
+        )

@@ -1,0 +1,1 @@
+"""The trainer: configuration, batching, update, loop, checkpoints, metrics."""

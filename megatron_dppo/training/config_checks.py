@@ -1,0 +1,160 @@
+"""What cannot work is refused here, in one message that names the key and the remedy, before anything is built."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
+from megatron_dppo.models.hf_config import check_policy_fits
+from megatron_dppo.training.config import Config, ConfigError, OptimizerSection
+
+
+def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -> None:
+    """Raise ConfigError for the first thing in ``config`` that cannot work with this model on so many ranks."""
+    _check_choices(config)
+    try:
+        check_policy_fits(hf_config, config.parallel, world_size)
+        config.rollout.sglang.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_sampling(config, hf_config)
+    _check_algorithm(config)
+    _check_batch_sizes(config, world_size // config.parallel.replica_size)
+    _check_optimizer("train.optimizer", config.train.optimizer)
+    _check_optimizer("warm_start.optimizer", config.warm_start.optimizer)
+
+
+def _check_choices(config: Config) -> None:
+    for key, value, choices in (
+        ("run.device", config.run.device, ("auto", "cuda", "cpu")),
+        ("run.resume", config.run.resume, ("auto", "never")),
+        ("model.init", config.model.init, ("pretrained", "random")),
+        ("model.dtype", config.model.dtype, ("bf16", "fp32")),
+        ("algorithm.advantage", config.algorithm.advantage, ADVANTAGE_KINDS),
+        ("algorithm.anchor", config.algorithm.anchor, ("rollout", "recomputed")),
+        ("rollout.engine", config.rollout.engine, ("embedded", "sglang")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:
+    rollout = config.rollout
+    for key, value, neutral in (
+        ("top_p", rollout.top_p, 1.0),
+        ("top_k", rollout.top_k, -1),
+        ("min_p", rollout.min_p, 0.0),
+    ):
+        if value != neutral:
+            raise ConfigError(
+                f"rollout.{key}={value}: truncated sampling changes the support of the rollout policy, and the log-probs that"
+                f" the trust region is measured with would not be those of the sampled distribution; leave it at {neutral}"
+            )
+    _at_least(
+        1,
+        ("rollout.max_prompt_tokens", rollout.max_prompt_tokens),
+        ("rollout.max_response_tokens", rollout.max_response_tokens),
+        ("rollout.max_batch_size", rollout.max_batch_size),
+    )
+    positions = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if positions > hf_config.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {positions}, but the model has"
+            f" {hf_config.max_position_embeddings} positions: lower one of them"
+        )
+    if config.eval.temperature < 0:
+        raise ConfigError(f"eval.temperature must be >= 0 (0: greedy), not {config.eval.temperature}")
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.needs_topk and algorithm.topk < 1:
+        raise ConfigError(f"algorithm.topk must be at least 1 for this divergence or direction, not {algorithm.topk}")
+    if algorithm.needs_topk and algorithm.anchor == "recomputed":
+        raise ConfigError(
+            "algorithm.anchor=recomputed exchanges the sampled tokens' log-probs only: use it with a binary divergence and"
+            " direction=ratio"
+        )
+    exact = algorithm.loss.divergence.startswith("exact_")
+    if exact and config.parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"algorithm.loss.divergence={algorithm.loss.divergence} recomputes the rollout policy's logits beside the"
+            " policy's own, which pipeline stages cannot: set parallel.pipeline_model_parallel_size=1 or use topk_*"
+        )
+    if algorithm.loss.kl_coef and config.warm_start.steps:
+        raise ConfigError(
+            "algorithm.loss.kl_coef with warm_start.steps: the reference policy would be the warm-started one, which a"
+            " resumed run no longer has; export a warm-started policy first and use it as model.path"
+        )
+
+
+def _check_batch_sizes(config: Config, replicas: int) -> None:
+    rollout, train = config.rollout, config.train
+    _at_least(
+        1,
+        ("rollout.prompts_per_step", rollout.prompts_per_step),
+        ("rollout.samples_per_prompt", rollout.samples_per_prompt),
+        ("train.steps", train.steps),
+        ("train.updates_per_rollout", train.updates_per_rollout),
+        ("train.micro_batch_size", train.micro_batch_size),
+        ("warm_start.batch_size", config.warm_start.batch_size),
+        ("eval.samples_per_prompt", config.eval.samples_per_prompt),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("tasks.score_workers", config.tasks.score_workers),
+    )
+    _at_least(
+        0,
+        ("warm_start.steps", config.warm_start.steps),
+        ("eval.every", config.eval.every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("logging.samples_per_step", config.logging.samples_per_step),
+    )
+    if rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt must be at least 2: the advantage compares responses to one prompt"
+        )
+    for key, value in (
+        ("rollout.prompts_per_step", rollout.prompts_per_step),
+        ("warm_start.batch_size", config.warm_start.batch_size),
+    ):
+        if value % replicas:
+            raise ConfigError(f"{key}={value} is not divisible by the {replicas} data-parallel replicas")
+    _at_least(replicas, ("eval.prompts", config.eval.prompts))
+    if not config.tasks.train or not config.tasks.eval:
+        raise ConfigError("tasks.train and tasks.eval must each name at least one task")
+    per_update, rest = divmod(
+        rollout.prompts_per_step // replicas * rollout.samples_per_prompt, train.updates_per_rollout
+    )
+    if rest or per_update == 0:
+        raise ConfigError(
+            f"train.updates_per_rollout={train.updates_per_rollout} does not divide the"
+            f" {rollout.prompts_per_step // replicas} x {rollout.samples_per_prompt} samples of each replica"
+        )
+    pipeline = config.parallel.pipeline_model_parallel_size
+    if pipeline > 1:
+        for key, sequences in (
+            ("the samples of one update", per_update),
+            ("warm_start.batch_size per replica", config.warm_start.batch_size // replicas),
+        ):
+            if sequences % train.micro_batch_size:
+                raise ConfigError(
+                    f"train.micro_batch_size={train.micro_batch_size} does not divide {key} ({sequences}), as it must with"
+                    " pipeline parallelism"
+                )
+
+
+def _check_optimizer(key: str, section: OptimizerSection) -> None:
+    if section.lr_decay_style not in ("constant", "linear", "cosine"):
+        raise ConfigError(f"{key}.lr_decay_style must be constant, linear or cosine, not {section.lr_decay_style!r}")
+    if not section.lr > 0 or not 0 <= section.min_lr <= section.lr:
+        raise ConfigError(
+            f"{key}: lr must be positive and 0 <= min_lr <= lr, not lr={section.lr}, min_lr={section.min_lr}"
+        )
+    if section.lr_warmup_steps < 0 or section.clip_grad < 0:
+        raise ConfigError(f"{key}: lr_warmup_steps and clip_grad must not be negative")
+
+
+def _at_least(minimum: int, *entries: tuple[str, int]) -> None:
+    for key, value in entries:
+        if value < minimum:
+            raise ConfigError(f"{key} must be at least {minimum}, not {value}")

@@ -1,0 +1,104 @@
+"""Putting a run together: ranks, policy, engine, scorer, folder; and taking it apart again whatever happens."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, closing
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+
+from megatron_dppo.models.build import build_policy, initialize_randomly
+from megatron_dppo.models.hf_weights import load_hf_weights
+from megatron_dppo.models.parallel import initialize_model_parallel, is_replica_leader, replica_group
+from megatron_dppo.rollout.embedded import EmbeddedEngine
+from megatron_dppo.rollout.sglang.engine import SGLangEngine
+from megatron_dppo.tasks.scoring import Scorer
+from megatron_dppo.training.config import Config, ConfigError
+from megatron_dppo.training.distributed import joined_ranks
+from megatron_dppo.training.metrics_log import MetricsLog
+from megatron_dppo.training.policy import TrainablePolicy, wrap_for_training
+from megatron_dppo.training.rollout_phase import RolloutPhase
+from megatron_dppo.training.run_folder import RunFolder
+from megatron_dppo.training.run_inputs import RunInputs
+from megatron_dppo.training.trainer import Trainer
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_STEPS_COMPARED = 5
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise ConfigError if the folder holds a run that must not be continued."""
+    folder = RunFolder(config)
+    if config.run.resume == "never" and folder.config_path.exists():
+        raise ConfigError(
+            f"{folder.path} holds a run already: choose another run.name, or run.resume=auto to continue it"
+        )
+
+
+def run_training(config: Config, inputs: RunInputs, device: torch.device) -> None:
+    """Train as configured, on all ranks that torchrun started."""
+    with ExitStack() as stack:
+        stack.enter_context(joined_ranks(device))
+        name = [config.run.name]  # it may hold the time of the start, which ranks read at different moments
+        dist.broadcast_object_list(name, src=0)
+        config.run.name = name[0]
+        folder = RunFolder(config)
+        initialize_model_parallel(config.parallel, config.run.seed)
+        writes = dist.get_rank() == 0
+        if writes:
+            folder.create(config)
+        dist.barrier()
+        policy = build_trainable_policy(config, inputs, device)
+        engine = stack.enter_context(closing(build_engine(config, policy, folder)))
+        scorer = stack.enter_context(
+            Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
+        )
+        phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group(), is_replica_leader())
+        log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
+        Trainer(config, inputs, folder, policy, phase, log).train()
+        log.say(summary(folder))
+
+
+def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.device) -> TrainablePolicy:
+    """The policy with its first weights, ready for training."""
+    dtype = _DTYPES[config.model.dtype]
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    chunks = build_policy(
+        inputs.hf_config, config.parallel, dtype, device, **(recompute if config.model.recompute_activations else {})
+    )
+    if config.model.init == "random":
+        initialize_randomly(chunks, config.run.seed)
+    else:
+        load_hf_weights(chunks, Path(config.model.path))
+    return wrap_for_training(chunks, inputs.hf_config, dtype)
+
+
+def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> EmbeddedEngine | SGLangEngine:
+    """The rollout engine that the configuration names."""
+    if config.rollout.engine == "embedded":
+        return EmbeddedEngine(policy.chunks, policy.vocab_size, config.rollout.max_batch_size)
+    return SGLangEngine(
+        config.rollout.sglang,
+        config.model.path,
+        policy.vocab_size,
+        policy.dtype,
+        folder.logs,
+        replica_group(),
+        is_replica_leader(),
+    )
+
+
+def summary(folder: RunFolder) -> str:
+    """What a run achieved, in three lines: reward at both ends, held-out accuracy at both ends, where to look."""
+    records = [json.loads(line) for line in folder.metrics_path.read_text(encoding="utf-8").splitlines()]
+    rewards = [record["reward/mean"] for record in records if "reward/mean" in record]
+    accuracies = [record["eval/accuracy"] for record in records if "eval/accuracy" in record]
+    first, last = fmean(rewards[:_STEPS_COMPARED]), fmean(rewards[-_STEPS_COMPARED:])
+    return (
+        f"reward: first {first:.3f}, last {last:.3f} (mean of {min(_STEPS_COMPARED, len(rewards))} steps at either end)\n"
+        f"held-out accuracy: before {accuracies[0]:.3f}, after {accuracies[-1]:.3f}\n"
+        f"run folder: {folder.path}"
+    )

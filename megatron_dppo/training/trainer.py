@@ -1,0 +1,172 @@
+"""The training loop: generate -> score -> advantages -> update -> sync.
+
+``Trainer.train`` is the page to read first; everything it calls is a method below it or a file beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dppo.loss.advantages import group_advantages
+from megatron_dppo.models.hf_weights import export_hf_weights, save_hf_checkpoint
+from megatron_dppo.rollout.sample import SamplingParams
+from megatron_dppo.training.batch import TrainingExample, example_from_sample
+from megatron_dppo.training.checkpoints import TrainerState, last_checkpoint, load_checkpoint, save_checkpoint
+from megatron_dppo.training.config import Config
+from megatron_dppo.training.dppo_update import DPPOUpdate
+from megatron_dppo.training.evaluation import evaluate
+from megatron_dppo.training.metrics_log import MetricsLog
+from megatron_dppo.training.policy import TrainablePolicy, build_optimizer
+from megatron_dppo.training.rollout_phase import RolloutPhase, ScoredRollouts
+from megatron_dppo.training.run_folder import RunFolder
+from megatron_dppo.training.run_inputs import RunInputs
+from megatron_dppo.training.step_metrics import phase_metrics, rollout_metrics
+from megatron_dppo.training.warm_start import warm_start
+
+
+class Trainer:
+    """Trains one policy. All ranks construct it and call ``train`` together."""
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: RunInputs,
+        folder: RunFolder,
+        policy: TrainablePolicy,
+        rollout_phase: RolloutPhase,
+        log: MetricsLog,
+    ) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.folder = folder
+        self.policy = policy
+        self.rollout_phase = rollout_phase
+        self.log = log
+        self.state = TrainerState()
+        self.device = next(policy.chunks[0].parameters()).device
+        self._seconds: dict[str, float] = {}
+
+    def train(self) -> None:
+        """Run until ``train.steps`` steps are done; goes on where a stopped run left off."""
+        self.start_or_resume()
+        while self.state.step < self.config.train.steps:
+            with self.timed("rollout"):
+                rollouts = self.generate_and_score()
+            with self.timed("update"):
+                update_metrics = self.update.run(self.learnable_examples(rollouts))
+            self.state.step += 1
+            with self.timed("sync"):
+                self.sync_weights()
+            metrics = {**self.step_metrics(rollouts), **update_metrics}
+            if self.is_due(self.config.eval.every):
+                metrics.update(self.evaluate())
+            self.log.record(self.state.step, metrics)
+            self.log.samples(self.state.step, rollouts, self.config.logging.samples_per_step)
+            if self.is_due(self.config.checkpoint.every):
+                self.save_checkpoint()
+        self.export_policy()
+
+    def start_or_resume(self) -> None:
+        """Bring weights, optimizer and engine to where training starts or was stopped."""
+        checkpoint = last_checkpoint(self.folder.checkpoints)
+        if checkpoint is None and self.config.warm_start.steps:
+            warm_start(self.policy, self.config, self.inputs, self.log)
+        train = self.config.train
+        self.optimizer_state = build_optimizer(self.policy, train.optimizer, train.steps * train.updates_per_rollout)
+        self.update = DPPOUpdate(self.config, self.policy, self.optimizer_state)
+        if checkpoint is not None:
+            self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
+            self.log.say(f"resuming from {checkpoint}")
+        self.log.start(self.state.step)
+        self.sync_weights()
+        if checkpoint is None:
+            self.log.record(0, self.evaluate())
+
+    def generate_and_score(self) -> ScoredRollouts:
+        """Sample responses to this replica's share of the next prompts and grade them."""
+        rollout = self.config.rollout
+        prompts = self.inputs.train_prompts(
+            self.state.prompts_drawn,
+            rollout.prompts_per_step,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        self.state.prompts_drawn += rollout.prompts_per_step
+        sampling = SamplingParams(
+            max_new_tokens=rollout.max_response_tokens,
+            temperature=self.config.algorithm.loss.temperature,
+            samples_per_prompt=rollout.samples_per_prompt,
+            stop_token_ids=self.inputs.stop_token_ids,
+            topk_log_probs=self.config.algorithm.topk if self.config.algorithm.needs_topk else 0,
+            seed=self.config.run.seed * 1_000_003 + self.state.step,
+        )
+        return self.rollout_phase.collect(prompts, sampling)
+
+    def learnable_examples(self, rollouts: ScoredRollouts) -> list[TrainingExample]:
+        """Samples with their advantages; a group's baseline is the mean reward of the same prompt's other samples."""
+        samples = rollouts.samples
+        advantages = group_advantages(
+            torch.tensor([float(sample.reward or 0.0) for sample in samples]),
+            torch.tensor([sample.group_id for sample in samples]),
+            self.config.algorithm.advantage,
+        )
+        return [example_from_sample(s, float(a)) for s, a in zip(samples, advantages, strict=True)]
+
+    def sync_weights(self) -> None:
+        """Give the engine the present weights under a new version; returns when it was seen to serve them."""
+        self.state.weight_version += 1
+        self.rollout_phase.engine.update_weights(export_hf_weights(self.policy.chunks), self.state.weight_version)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy with the present weights."""
+        section = self.config.eval
+        sampling = SamplingParams(
+            max_new_tokens=self.config.rollout.max_response_tokens,
+            temperature=section.temperature,
+            samples_per_prompt=section.samples_per_prompt,
+            stop_token_ids=self.inputs.stop_token_ids,
+            seed=self.config.run.seed,
+        )
+        return evaluate(self.rollout_phase, self.inputs.eval_prompts, sampling, self.device)
+
+    def is_due(self, every: int) -> bool:
+        """Every so many steps, and after the last one."""
+        return self.state.step == self.config.train.steps or (every > 0 and self.state.step % every == 0)
+
+    def save_checkpoint(self) -> None:
+        """Write a complete checkpoint into the run folder."""
+        save_checkpoint(
+            self.folder.checkpoints, self.policy, self.optimizer_state, self.state, self.config.checkpoint.keep
+        )
+
+    def export_policy(self) -> None:
+        """Write the trained policy as a Hugging Face folder."""
+        if self.config.checkpoint.export_hf:
+            save_hf_checkpoint(
+                self.policy.chunks, self.policy.hf_config, self.folder.exported_policy, self.inputs.tokenizer_folder
+            )
+
+    def step_metrics(self, rollouts: ScoredRollouts) -> dict[str, float]:
+        """Everything there is to report of a step beside the loss. Collective."""
+        seconds, self._seconds = self._seconds, {}
+        # sync_weights has moved on by one since these samples were drawn
+        return {
+            **rollout_metrics(rollouts, self.state.weight_version - 1, self.device),
+            **phase_metrics(rollouts, seconds, self.device),
+        }
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the duration of a phase to this step's times."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

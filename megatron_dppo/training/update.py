@@ -1,0 +1,154 @@
+"""One optimizer step: forward and backward over the micro-batches, gradient reduction, clipping, Adam, schedule.
+
+The loss is a sum over tokens; Megatron divides the summed gradients by the denominator (``num_tokens`` of the loss
+function) summed over micro-batches and data-parallel ranks, so the split of a batch does not change the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_dppo.training.batch import MicroBatch
+from megatron_dppo.training.frozen_weights import FrozenWeights
+from megatron_dppo.training.policy import OptimizerState, TrainablePolicy
+
+# (output_tensor) -> (loss sum, denominator, {name: [numerator, denominator]}), Megatron's contract
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient norm is NaN or infinite; the weights were left as they are."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global L2 norm before clipping.
+        lr: the learning rate that was used.
+    """
+
+    grad_norm: float
+    lr: float
+
+
+def optimizer_step(
+    policy: TrainablePolicy,
+    optimizer_state: OptimizerState,
+    micro_batches: Sequence[MicroBatch],
+    make_loss: Callable[[MicroBatch], LossFunction],
+    rollout_weights: FrozenWeights | None = None,
+) -> StepOutcome:
+    """Update the policy once from this replica's micro-batches (the same number on every replica).
+
+    Args:
+        policy: the policy to update.
+        optimizer_state: its optimizer and schedule.
+        micro_batches: see batch.py; moved to the policy's device one by one.
+        make_loss: the loss function of a micro-batch.
+        rollout_weights: given for an exact divergence: the rollout policy's logits are recomputed with them.
+    """
+    for chunk in policy.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer_state.optimizer.zero_grad()
+    device = next(policy.chunks[0].parameters()).device
+
+    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(batches).to(device)
+        if rollout_weights is not None:
+            with rollout_weights.in_place():
+                rollout_logits = model(batch.tokens, batch.position_ids, None)
+            batch = replace(batch, rollout_logits=rollout_logits)
+        return model(batch.tokens, batch.position_ids, None), make_loss(batch)
+
+    _run_schedule(policy, micro_batches, forward_step, forward_only=False)
+    _refuse_non_finite_gradients(policy)
+    lr = optimizer_state.lr
+    _, grad_norm, _ = optimizer_state.optimizer.step()
+    optimizer_state.scheduler.step(increment=1)
+    return StepOutcome(grad_norm=float(grad_norm), lr=lr)
+
+
+def _refuse_non_finite_gradients(policy: TrainablePolicy) -> None:
+    """Clipping by a NaN norm would write NaN into every weight, so look before the step is taken."""
+    buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all().to(torch.int32)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite.item():
+        raise NonFiniteGradientError(
+            "a gradient is NaN or infinite: the step was not applied; look at the loss, ratio and log-prob metrics of the"
+            " steps before"
+        )
+
+
+@torch.no_grad()
+def forward_only(
+    policy: TrainablePolicy,
+    micro_batches: Sequence[MicroBatch],
+    consume: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Run the policy without gradients.
+
+    Args:
+        policy: the policy.
+        micro_batches: see batch.py.
+        consume: (micro-batch, logits [B, S, V/TP]) -> what to keep, called on the last pipeline stage.
+
+    Returns:
+        What ``consume`` returned for each micro-batch, on every pipeline stage.
+    """
+    device = next(policy.chunks[0].parameters()).device
+    training = [chunk.training for chunk in policy.chunks]
+    for chunk in policy.chunks:
+        chunk.eval()
+
+    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(batches).to(device)
+
+        def keep(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return consume(batch, logits)
+
+        return model(batch.tokens, batch.position_ids, None), keep
+
+    kept = _run_schedule(policy, micro_batches, forward_step, forward_only=True)
+    for chunk, was_training in zip(policy.chunks, training, strict=True):
+        chunk.train(was_training)
+    return _from_last_stage(kept)
+
+
+def _run_schedule(
+    policy: TrainablePolicy, micro_batches: Sequence[MicroBatch], forward_step: Any, forward_only: bool
+) -> list[Any]:
+    size, length = micro_batches[0].shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(micro_batches),
+        model=policy.chunks if len(policy.chunks) > 1 else policy.chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=length,
+        micro_batch_size=size,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _from_last_stage(kept: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Hand the last pipeline stage's results to all stages."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return kept
+    box: list[Any] = [[tensor.cpu() for tensor in kept]]
+    dist.broadcast_object_list(
+        box,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return box[0]

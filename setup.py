@@ -1,0 +1,62 @@
+"""Package build of megatron_dppo.
+
+Ranges are given here; ``tools/constraints.txt`` pins the one set of versions that the tests run with:
+
+    pip install -c tools/constraints.txt -e '.[dev]'
+
+Extras: ``sglang`` (rollout server in the same environment, GPU hosts), ``te`` (Transformer Engine and apex, GPU hosts),
+``gguf`` (tools/prepare_smollm2.py), ``dev`` (tests, linters, plots).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+setup(
+    name="megatron-dppo",
+    version="0.1.0",
+    description="Divergence Proximal Policy Optimization (DPPO) for Megatron-core policies, with SGLang rollouts",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "megatron-core>=0.16,<0.20",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",
+        "safetensors>=0.5",
+        "omegaconf>=2.3",
+        "rich>=13",
+        "aiohttp>=3.9",
+        "tenacity>=8.2",
+        "tensorboard>=2.15",
+        "psutil>=5.9",
+        "reasoning-gym>=0.1.25",
+        "math-verify>=0.9",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "sglang": ["sglang>=0.5.20"],
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "gguf": ["gguf>=0.17"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "scipy>=1.11",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "clang-format>=18",
+            "ninja>=1.11",
+            "pybind11>=2.12",
+        ],
+    },
+)

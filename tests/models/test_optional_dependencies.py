@@ -1,0 +1,107 @@
+"""Absent, broken and present packages, each in a fresh interpreter with only fakes on its path."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PROBE = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("optional_dependencies", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["optional_dependencies"] = module
+spec.loader.exec_module(module)
+availability = getattr(module, sys.argv[2])()
+print(availability.usable)
+print(availability.reason)
+module.hide_unusable_dependencies()
+for name in sys.argv[3:]:
+    try:
+        importlib.import_module(name)
+        print("imports", name)
+    except ImportError:
+        print("ImportError", name)
+assert getattr(module, sys.argv[2])().usable == availability.usable, "the answer changed by hiding"
+"""
+_SOURCE = Path(__file__).parents[2] / "megatron_dppo" / "models" / "optional_dependencies.py"
+_TRANSFORMER_ENGINE = "LayerNormLinear = Linear = DotProductAttention = RMSNorm = object\n"
+
+
+def _probe(folder: Path, files: dict[str, str], function: str, *imports: str) -> list[str]:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    # -S: no installed packages, only the standard library and the fakes.
+    command = [sys.executable, "-S", "-c", _PROBE, str(_SOURCE), function, *imports]
+    done = subprocess.run(
+        command, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_absent_transformer_engine(tmp_path: Path) -> None:
+    usable, reason, imported = _probe(tmp_path, {}, "probe_transformer_engine", "transformer_engine")
+    assert usable == "False"
+    assert "not installed" in reason
+    assert imported == "ImportError transformer_engine"
+
+
+@pytest.mark.parametrize(
+    "error", ["OSError('libcudart.so.13')", "FileNotFoundError('no library')", "RuntimeError('x')"]
+)
+def test_broken_transformer_engine_is_unusable_and_hidden_from_core(error: str, tmp_path: Path) -> None:
+    files = {
+        "transformer_engine/__init__.py": "",
+        "transformer_engine/common/__init__.py": "",
+        "transformer_engine/pytorch/__init__.py": f"import transformer_engine.common\nraise {error}\n",
+    }
+    names = ("transformer_engine", "transformer_engine.common", "transformer_engine.pytorch")
+    usable, reason, *imported = _probe(tmp_path, files, "probe_transformer_engine", *names)
+    assert usable == "False"
+    assert error.split("(")[0] in reason
+    assert imported == [f"ImportError {name}" for name in names]
+
+
+def test_transformer_engine_without_the_layers_names_them(tmp_path: Path) -> None:
+    files = {"transformer_engine/__init__.py": "", "transformer_engine/pytorch/__init__.py": "Linear = object\n"}
+    usable, reason = _probe(tmp_path, files, "probe_transformer_engine")
+    assert usable == "False"
+    assert "LayerNormLinear" in reason
+
+
+def test_present_transformer_engine(tmp_path: Path) -> None:
+    files = {
+        "transformer_engine/__init__.py": "__version__ = '2.9'\n",
+        "transformer_engine/pytorch/__init__.py": _TRANSFORMER_ENGINE,
+    }
+    answer = _probe(tmp_path, files, "probe_transformer_engine", "transformer_engine.pytorch")
+    assert answer == ["True", "transformer_engine 2.9", "imports transformer_engine.pytorch"]
+
+
+def test_the_unrelated_package_called_apex_is_unusable_and_hidden_from_core(tmp_path: Path) -> None:
+    usable, reason, imported = _probe(tmp_path, {"apex/__init__.py": ""}, "probe_apex", "apex")
+    assert usable == "False"
+    assert "not NVIDIA's" in reason
+    assert imported == "ImportError apex"
+
+
+def test_present_apex(tmp_path: Path) -> None:
+    files = {
+        "apex/__init__.py": "",
+        "apex/normalization/__init__.py": "",
+        "apex/normalization/fused_layer_norm.py": "",
+        "amp_C.py": "",
+        "fused_weight_gradient_mlp_cuda.py": "",
+    }
+    usable, _, imported = _probe(tmp_path, files, "probe_apex", "apex")
+    assert usable == "True"
+    assert imported == "imports apex"
+
+
+def test_absent_apex(tmp_path: Path) -> None:
+    assert _probe(tmp_path, {}, "probe_apex")[1] == "apex is not installed"

@@ -1,0 +1,66 @@
+"""The layout as configured: defaults, impossible sizes, OmegaConf."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel, replica_group
+
+
+def test_sequence_parallelism_follows_tensor_parallelism() -> None:
+    assert not ParallelConfig().uses_sequence_parallel
+    assert ParallelConfig(tensor_model_parallel_size=2).uses_sequence_parallel
+    assert not ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=False).uses_sequence_parallel
+
+
+def test_experts_are_kept_whole_with_expert_parallelism_and_split_without() -> None:
+    assert ParallelConfig(tensor_model_parallel_size=2).expert_tensor_size == 2
+    assert ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2).expert_tensor_size == 1
+    assert ParallelConfig(tensor_model_parallel_size=4, expert_tensor_parallel_size=2).expert_tensor_size == 2
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    ],
+)
+def test_sizes_below_one_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, not 0"):
+        ParallelConfig(**{field: 0})
+
+
+def test_sequence_parallelism_on_one_tensor_parallel_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequence_parallel=True needs tensor_model_parallel_size > 1"):
+        ParallelConfig(sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size"),
+    [
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6),
+        ({"context_parallel_size": 3}, 4),
+        ({"expert_model_parallel_size": 4}, 2),
+        ({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 2),
+    ],
+)
+def test_a_world_that_the_layout_does_not_divide_is_refused(sizes: dict[str, int], world_size: int) -> None:
+    with pytest.raises(ValueError, match=f"does not divide the {world_size} ranks"):
+        ParallelConfig(**sizes).check_world_size(world_size)
+
+
+def test_the_configuration_passes_through_omegaconf() -> None:
+    merged = OmegaConf.merge(OmegaConf.structured(ParallelConfig()), {"tensor_model_parallel_size": 2})
+    assert OmegaConf.to_object(merged) == ParallelConfig(tensor_model_parallel_size=2)
+
+
+def test_groups_need_torch_distributed() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        initialize_model_parallel(ParallelConfig(), seed=1)
+    with pytest.raises(RuntimeError, match="initialize_model_parallel first"):
+        replica_group()

@@ -1,0 +1,117 @@
+"""Real multi-process gloo groups for tests: processes are started once a session and reused by every test.
+
+    def test_shards_agree(ranks):            # fixture in tests/conftest.py
+        results = ranks(2).run(_body, 3.0)   # _body(3.0) runs on 2 ranks; returns [result of rank 0, result of rank 1]
+
+A body is a module-level function. It finds the default process group initialised (gloo) and Megatron's parallel state
+uninitialised. An exception on any rank, or a rank that does not answer in time, fails the test and ends the pool; the
+next test gets a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _reset_megatron() -> None:
+    import sys
+
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            answer = (True, function(*args))
+            _reset_megatron()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """``world_size`` processes joined in one gloo group, waiting for functions to run."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        port = free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self.alive = True
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results, failures = [], []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                # Once one rank has failed the others probably wait for it in a collective: do not wait long for them.
+                if not pipe.poll(5.0 if failures else timeout):
+                    failures.append(f"rank {rank}: no answer in time")
+                    continue
+                fine, result = pipe.recv()
+            except EOFError:
+                fine, result = False, "the process died"
+            results.append(result)
+            if not fine:
+                failures.append(f"rank {rank}: {result}")
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        self.alive = False
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+class RankPools:
+    """One pool per world size, made when first asked for."""
+
+    def __init__(self) -> None:
+        self.pools: dict[int, RankPool] = {}
+
+    def __call__(self, world_size: int) -> RankPool:
+        pool = self.pools.get(world_size)
+        if pool is None or not pool.alive:
+            pool = self.pools[world_size] = RankPool(world_size)
+        return pool
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()

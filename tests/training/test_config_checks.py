@@ -1,0 +1,80 @@
+"""What cannot work is refused before anything is built, in one message that names the key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dppo.training.config import ConfigError
+from megatron_dppo.training.config_checks import check_config
+from megatron_dppo.training.config_loading import load_config
+from tests.models.tiny_policies import tiny_hf_config
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["rollout.top_p=0.9"], 2, r"rollout\.top_p=0\.9: truncated sampling"),
+        (["rollout.top_k=50"], 2, r"rollout\.top_k=50"),
+        (["rollout.min_p=0.1"], 2, r"rollout\.min_p"),
+        (["rollout.engine=vllm"], 2, r"rollout\.engine must be one of embedded, sglang"),
+        (["parallel.tensor_model_parallel_size=3"], 6, "num_attention_heads"),
+        ([], 3, "does not divide the 3 ranks"),
+        (["rollout.max_response_tokens=100000"], 2, "positions"),
+        (["algorithm.loss.divergence=topk_kl", "algorithm.topk=0"], 2, r"algorithm\.topk"),
+        (["algorithm.loss.divergence=topk_kl", "algorithm.topk=100000"], 2, r"algorithm\.topk=100000"),
+        (
+            ["algorithm.loss.divergence=topk_kl", "algorithm.topk=100000", "rollout.engine=sglang"],
+            2,
+            r"algorithm\.topk=100000",
+        ),
+        (["algorithm.loss.divergence=topk_kl", "algorithm.anchor=recomputed"], 2, "anchor=recomputed"),
+        (["algorithm.loss.kl_coef=0.1"], 2, "kl_coef with warm_start"),
+        (["train.updates_per_rollout=3"], 2, r"updates_per_rollout=3 does not divide"),
+        (["rollout.samples_per_prompt=1"], 2, "samples_per_prompt must be at least 2"),
+        (["rollout.prompts_per_step=0"], 2, "prompts_per_step must be at least 1"),
+        (["train.optimizer.lr=0"], 2, r"train\.optimizer: lr must be positive"),
+        (["train.optimizer.lr_decay_style=step"], 2, "lr_decay_style"),
+        (["tasks.eval=[]"], 2, r"tasks\.train and tasks\.eval"),
+        (["rollout.sglang.verify=maybe"], 2, "verify"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, world_size, message):
+    config = load_config(QUICKSTART, overrides)
+    with pytest.raises(ConfigError, match=message):
+        check_config(config, tiny_hf_config("qwen3_moe"), world_size)
+
+
+def test_the_quick_start_itself_is_fine():
+    check_config(load_config(QUICKSTART), tiny_hf_config("qwen3_moe"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=nowhere"], "model.path"),
+        (["train.step=3"], "did you mean `train.steps`"),
+        (["tasks.train=[{name: mine, kind: jsonl, path: broken.jsonl}]"], "broken.jsonl"),
+    ],
+)
+def test_a_bad_start_says_one_thing_and_exits_with_2(tmp_path, overrides, message):
+    from tests.training.tiny_runs import write_tiny_policy
+
+    write_tiny_policy(tmp_path / "policy")
+    (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": \n')
+    command = [sys.executable, str(ROOT / "examples" / "pretrain_dppo.py"), "--config", str(QUICKSTART), "--world-size", "2"]
+    arguments = [f"model.path={tmp_path / 'policy'}", f"run.root={tmp_path / 'runs'}", *overrides]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
