@@ -46,7 +46,7 @@ setup(
     extras_require={
         "sglang": ["sglang>=0.5.20"],
         "te": ["transformer-engine[pytorch]>=2.0"],
-        "gguf": ["gguf>=0.17"],
+        "gguf": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -149,17 +149,9 @@ class DPPOLoss:
 
         # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
         per_token = -(weight * capped_ratio * tokens.advantages) * (1.0 + differentiable_zero(log_prob))
-        reported = {}
-        if config.entropy_coef != 0.0:
-            per_token = per_token - config.entropy_coef * entropy
-        if tokens.ref_log_probs is not None:
-            kl = reference_kl(log_prob, tokens.ref_log_probs, config.kl_estimator)
-            reported["reference/kl"] = metrics.mean_metric(kl.detach())
-            if config.kl_coef != 0.0:
-                per_token = per_token + config.kl_coef * kl
-
+        penalty, reported = self._penalty(log_prob, entropy, tokens)
         aggregation = aggregation_of(config, tokens, sequence_ids, sequence_lengths, sequence_starts)
-        loss = (aggregation.weights * per_token).sum()
+        loss = (aggregation.weights * (per_token + penalty)).sum()
         reported.update(metrics.batch_metrics(loss.detach(), aggregation, entropy.detach()))
         reported.update(metrics.trust_region_metrics(tokens.advantages, log_ratio, mu, pi, divergence, weight))
         reported.update(metrics.mismatch_metrics(log_ratio, ratio))
@@ -196,6 +188,20 @@ class DPPOLoss:
             )
         if self.config.kl_coef != 0.0 and ref_log_probs is None:
             raise LossInputError("kl_coef is not 0, which needs ref_log_probs")
+
+    def _penalty(
+        self, log_prob: torch.Tensor, entropy: torch.Tensor, tokens: TokenBatch
+    ) -> tuple[torch.Tensor, metrics.Metrics]:
+        """[n] entropy bonus and reference KL, and what to report of them. Both carry gradient."""
+        penalty = torch.zeros_like(tokens.advantages)
+        if self.config.entropy_coef != 0.0:
+            penalty = penalty - self.config.entropy_coef * entropy
+        if tokens.ref_log_probs is None:
+            return penalty, {}
+        kl = reference_kl(log_prob, tokens.ref_log_probs, self.config.kl_estimator)
+        if self.config.kl_coef != 0.0:
+            penalty = penalty + self.config.kl_coef * kl
+        return penalty, {"reference/kl": metrics.mean_metric(kl.detach())}
 
     def _known_tokens(
         self, tokens: TokenBatch, stats: PolicyStats, log_pi: torch.Tensor

@@ -61,10 +61,12 @@ def trust_region_metrics(
 def mismatch_metrics(log_ratio: torch.Tensor, ratio: torch.Tensor) -> Metrics:
     """``mismatch/*``: policy against rollout policy; before a step's first update, the engines' disagreement."""
     every = torch.ones_like(log_ratio, dtype=torch.bool)
+    # r - 1 - log r is a second-order quantity: in fp32 it would drown in the rounding of r, and could come out negative.
+    exact_log_ratio = log_ratio.double()
     return {
         "mismatch/abs_log_ratio": _mean(log_ratio.abs(), every),
         "mismatch/kl_k1": _mean(-log_ratio, every),
-        "mismatch/kl_k3": _mean(ratio - 1.0 - log_ratio, every),
+        "mismatch/kl_k3": _mean(exact_log_ratio.expm1() - exact_log_ratio, every),
         "mismatch/ratio_mean": _mean(ratio, every),
         "mismatch/ratio_squared_mean": _mean(ratio.square(), every),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron_dppo.loss.config import DPPOConfig
@@ -32,7 +34,10 @@ def token_weight(
     if config.trust_region == "cispo":
         return ratio.clamp(config.cispo_ratio_min, config.cispo_ratio_max) / ratio
     if config.trust_region == "ppo_clip":
-        return 1.0 - _ppo_clips(config, advantages, log_ratio).to(ratio.dtype)
+        clipped = ppo_clips(advantages, log_ratio, config.ppo_clip_low, config.ppo_clip_high)
+        if config.ppo_dual_clip is not None:
+            clipped |= (advantages < 0) & (log_ratio > math.log(config.ppo_dual_clip))
+        return 1.0 - clipped.to(ratio.dtype)
     delta_low, delta_high = config.thresholds
     delta = torch.where(advantages > 0, delta_high, delta_low).to(ratio.dtype)
     if config.trust_region == "smooth":
@@ -43,13 +48,5 @@ def token_weight(
 
 def ppo_clips(advantages: torch.Tensor, log_ratio: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """[n] bool: tokens whose gradient PPO's clipped objective drops."""
-    above = log_ratio > torch.log1p(log_ratio.new_tensor(high))
-    below = log_ratio < torch.log1p(log_ratio.new_tensor(-low))
+    above, below = log_ratio > math.log1p(high), log_ratio < math.log1p(-low)
     return ((advantages > 0) & above) | ((advantages < 0) & below)
-
-
-def _ppo_clips(config: DPPOConfig, advantages: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
-    clipped = ppo_clips(advantages, log_ratio, config.ppo_clip_low, config.ppo_clip_high)
-    if config.ppo_dual_clip is not None:
-        clipped |= (advantages < 0) & (log_ratio > log_ratio.new_tensor(config.ppo_dual_clip).log())
-    return clipped

@@ -1,16 +1,17 @@
-"""Scaled dot-product attention for Megatron on PyTorch's own kernels: any device, any layout, no Transformer Engine.
+"""Attention for Megatron on PyTorch's own fused kernels: any device, any layout, no Transformer Engine.
 
-``SdpaCoreAttention`` takes the place of Megatron's ``core_attention`` in a layer spec. Core's own unfused attention keeps
-the whole [b, heads, s, s] score matrix and refuses context parallelism and packed sequences; this one does neither.
+``SdpaCoreAttention`` takes the place of Megatron's ``core_attention`` in a layer spec. Core's own unfused attention
+keeps the whole [b, heads, s, s] score matrix and refuses context parallelism and packed sequences; this one does not.
 
-Layouts, in core's names: ``[s, b, heads, dim]`` (sbhd), or ``[tokens, heads, dim]`` (thd) for packed sequences. With context
-parallelism a rank holds chunks ``r`` and ``2 CP - 1 - r`` of each sequence, so that causal work is spread evenly; keys and
-values are gathered over the context-parallel ranks, queries stay.
+Layouts, in core's names: ``[s, b, heads, dim]`` (sbhd), or ``[tokens, heads, dim]`` (thd) for packed sequences. With
+context parallelism a rank holds chunks ``r`` and ``2 CP - 1 - r`` of each sequence, so that causal work is spread
+evenly; keys and values are gathered over the context-parallel ranks, queries stay.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ class SdpaCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[sq, b, heads, dim] -> [sq, b, heads * dim]."""
         # The kernels want [b, heads, s, dim]; these are views, and the kernels take any strides.
-        context = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), masked_out, self.softmax_scale)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = attend(query, key, value, masked_out, self.softmax_scale)
         return context.permute(2, 0, 1, 3).flatten(start_dim=2)
 
     def _attend_context_parallel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -168,8 +170,8 @@ class SdpaCoreAttention(MegatronModule):
         if bounds[-1] > query.shape[0]:
             raise ValueError(f"packed_seq_params end at token {bounds[-1]}, but there are {query.shape[0]} tokens")
         contexts = [
-            self._attend(*(x[start:end, None] for x in (query, key, value)), None)[:, 0]
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            self._attend(query[start:end, None], key[start:end, None], value[start:end, None], None)[:, 0]
+            for start, end in pairwise(bounds)
             if end > start
         ]
         tail = query[bounds[-1] :].flatten(start_dim=1)  # tokens beyond the last sequence belong to nobody

@@ -64,6 +64,10 @@ def _redirect_tensor_factories() -> None:
     (weight.data.cuda()), dist_checkpointing/exchange_utils.py.
     Why: the device is hard-coded.
     """
+    # ``with torch.device("meta"):`` remembers at its first use which functions create tensors, as attributes of torch. Let
+    # it remember the originals: ours call those, and would otherwise be taken out of its reach.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
@@ -157,6 +161,9 @@ def _redirect_random_state() -> None:
     def get_rng_state(device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
 
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
     def set_core_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
@@ -164,9 +171,7 @@ def _redirect_random_state() -> None:
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = (
         lambda new_state, device=None: torch.set_rng_state(new_state)  # type: ignore[assignment, misc]
     )
-    torch.cuda.manual_seed = torch.cuda.random.manual_seed = (
-        lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment, misc, func-returns-value]
-    )
+    torch.cuda.manual_seed = torch.cuda.random.manual_seed = manual_seed
     core_random._set_cuda_rng_state = set_core_rng_state
     logging.getLogger(core_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 

@@ -42,7 +42,10 @@ def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> Pretraine
         raise ValueError(
             f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    hf_config = AutoConfig.for_model(model_type, **fields)
+    try:
+        hf_config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # transformers has validation errors of its own, which are no ValueErrors
+        raise ValueError(f"{source} is not a valid {model_type} config: {error}") from error
     _refuse_inexpressible(hf_config)
     return hf_config
 
@@ -66,10 +69,8 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
     parallel.check_world_size(world_size)
     tensor, pipeline = "tensor_model_parallel_size", "pipeline_model_parallel_size"
     _check_divides(hf_config, "num_attention_heads", parallel, tensor)
-    kv_heads, tensor_size = hf_config.num_key_value_heads, parallel.tensor_model_parallel_size
-    if kv_heads % tensor_size:
-        # Core replicates KV heads over TP ranks in some versions; the weight export would then send copies as heads.
-        _check_divides(hf_config, "num_key_value_heads", parallel, tensor)
+    # Newer versions of core can repeat KV heads over TP ranks; an export would then send the copies as heads.
+    _check_divides(hf_config, "num_key_value_heads", parallel, tensor)
     _check_divides(hf_config, "num_hidden_layers", parallel, pipeline)
     if not is_moe(hf_config):
         _check_divides(hf_config, "intermediate_size", parallel, tensor)
@@ -86,10 +87,10 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
             f"moe_intermediate_size={hf_config.moe_intermediate_size} is not divisible by "
             f"expert_tensor_parallel_size={expert_tensor_size}: choose one that divides it, e.g. 1"
         )
-    if tensor_size > 1 and not parallel.uses_sequence_parallel:
+    if parallel.tensor_model_parallel_size > 1 and not parallel.uses_sequence_parallel:
         raise ValueError(
-            f"sequence_parallel=False with tensor_model_parallel_size={tensor_size} cannot train an MoE model "
-            f"(every TP rank would route every token): leave sequence_parallel None"
+            f"sequence_parallel=False with tensor_model_parallel_size={parallel.tensor_model_parallel_size} cannot train "
+            f"an MoE model (every TP rank would route every token): leave sequence_parallel None"
         )
 
 

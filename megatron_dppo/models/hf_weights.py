@@ -292,8 +292,8 @@ class _CheckpointWriter:
         config.save_pretrained(self.incomplete)
         if tokenizer_folder is not None:
             for pattern in _TOKENIZER_FILES:
-                for file in Path(tokenizer_folder).glob(pattern):
-                    shutil.copy(file, self.incomplete / file.name)
+                for tokenizer_file in Path(tokenizer_folder).glob(pattern):
+                    shutil.copy(tokenizer_file, self.incomplete / tokenizer_file.name)
         self.incomplete.rename(self.folder)
 
     def _write_pending(self) -> None:

@@ -21,11 +21,12 @@ def log1mexp(log_p: torch.Tensor) -> torch.Tensor:
 
 
 def remaining_mass(log_prob_nS: torch.Tensor, valid_nS: torch.Tensor) -> torch.Tensor:
-    """[n] probability that the valid slots of each row leave over: ``1 - sum of their probabilities``, at least 0.
+    """[n] probability that the valid slots of each row leave over: ``1 - sum of their probabilities``, never negative.
 
-    The largest is taken through expm1, so a peaked row keeps the digits of a small rest that ``1 - sum`` would lose.
+    The largest is taken through expm1, so a peaked row keeps the digits of a small rest that ``1 - sum`` would lose. What
+    the others' rounding hides is not called 0: there would then be no bound on a KL that divides by it.
     """
     log_prob_nS = log_prob_nS.masked_fill(~valid_nS, -torch.inf)
     largest_n1, at_n1 = log_prob_nS.max(dim=1, keepdim=True)
     others_n = log_prob_nS.exp().scatter(1, at_n1, 0.0).sum(dim=1)
-    return (-torch.expm1(largest_n1[:, 0]) - others_n).clamp(min=0.0)
+    return torch.maximum(-torch.expm1(largest_n1[:, 0]) - others_n, torch.finfo(others_n.dtype).eps * others_n)

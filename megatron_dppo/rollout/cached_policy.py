@@ -1,11 +1,11 @@
 """A Megatron policy made to decode: prefill once, then one token per step over a key-value cache.
 
-Core's own inference path rotates every cached key again at each step, gathers what is not asked for, and changes between
-versions. Decoding needs three things of a training forward pass, and gets them from outside, for as long as
+Core's own inference path rotates every cached key again at each step, and its interface changes between versions.
+Decoding needs three things beyond a training forward pass, and gets them from outside for as long as
 ``CachedPolicy.decoding()`` lasts:
 
 1. attention that remembers: every layer's core attention is replaced by one that keeps the (rotated) keys and values;
-2. rotary angles of the tokens' real positions: a hook on the rotary module returns that slice of the table;
+2. rotary angles of the tokens' real positions: the rotary module's forward returns that slice of the table;
 3. logits of the last position only: a hook on the output layer drops the others before the large matrix product.
 
 Prompts of different lengths are padded on the left. That shifts a row's positions by a constant, and rotary attention
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from megatron_dppo.models.attention import attend, attention_scale
 
@@ -28,13 +29,13 @@ from megatron_dppo.models.attention import attend, attention_scale
 class CachedPolicy:
     """One pipeline stage of a Megatron GPT model, with a key-value cache while ``decoding()``.
 
-    All ranks of a replica call the methods in the same order with the same arguments. Logits are [B, V padded], gathered
-    over tensor-parallel ranks, on ranks of the last pipeline stage; elsewhere None.
+    All ranks of a replica call the methods in the same order with the same arguments. Logits are [B, V padded],
+    gathered over tensor-parallel ranks, on ranks of the last pipeline stage; elsewhere None.
 
     Raises ValueError for models that cannot be decoded this way.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: GPTModel) -> None:
         config = model.config
         if model.position_embedding_type != "rope":
             raise ValueError(
@@ -43,15 +44,16 @@ class CachedPolicy:
             )
         if config.moe_expert_capacity_factor is not None:
             raise ValueError(
-                f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}: dropped tokens would make a response's "
-                "log-probs depend on its batch; leave it unset"
+                f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}: dropped tokens would make a "
+                "response's log-probs depend on its batch; leave it unset"
             )
         self.model = model
         self.config = config
         self._layers = [_CachedAttention(attention_scale(config)) for _ in model.decoder.layers]
         self._padding_BT: torch.Tensor | None = None
         self._rotary_T11D: torch.Tensor | None = None
-        self._length = 0
+        self._length = 0  # tokens in the cache
+        self._incoming = 0  # tokens per row in the forward pass under way
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -68,7 +70,8 @@ class CachedPolicy:
             for layer, cached in zip(self.model.decoder.layers, self._layers, strict=True):
                 undo.callback(setattr, layer.self_attention, "core_attention", layer.self_attention.core_attention)
                 layer.self_attention.core_attention = cached
-            undo.callback(self.model.rotary_pos_emb.register_forward_hook(self._real_positions).remove)
+            undo.callback(delattr, self.model.rotary_pos_emb, "forward")
+            self.model.rotary_pos_emb.forward = self._real_positions
             if self.model.post_process:
                 undo.callback(self.model.output_layer.register_forward_pre_hook(_last_position).remove)
             undo.callback(self._forget)
@@ -112,8 +115,11 @@ class CachedPolicy:
         self._padding_BT = self._rotary_T11D = None
         self._length = 0
 
-    def _real_positions(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the rotary module, which only knows how many tokens come, not where they stand."""
+    def _real_positions(self, *unused: Any, **unused_too: Any) -> torch.Tensor:
+        """In place of the rotary module's forward, which does not know where the tokens stand.
+
+        It would also hand out this rank's part of the table under context parallelism; here every rank has all tokens.
+        """
         assert self._rotary_T11D is not None
         return self._rotary_T11D[self._length : self._length + self._incoming]
 

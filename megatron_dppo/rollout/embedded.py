@@ -3,10 +3,11 @@
     engine = EmbeddedEngine(model_chunks, vocab_size=config.vocab_size, max_batch_size=128)
     samples = engine.generate(prompts, SamplingParams(max_new_tokens=64, samples_per_prompt=8))
 
-Meant for small and mid-size policies, where a decode step costs launches rather than arithmetic. Every prompt is prefilled
-once and its cache repeated for its samples; rows that have ended leave the batch. Tokens are drawn on one rank of the replica
-and broadcast, so the ranks cannot disagree. Random numbers come from a generator of its own, one stream per data-parallel
-rank: neither torch's nor Megatron's random state moves, and a response does not depend on ``max_batch_size``.
+Meant for small and mid-size policies, where a decode step costs launches rather than arithmetic. Every prompt is
+prefilled once and its cache repeated for its samples; rows that have ended leave the batch. Tokens are drawn on one rank
+of the replica and broadcast, so the ranks cannot disagree. Random numbers come from a generator of its own, one stream
+per data-parallel rank: neither torch's nor Megatron's random state moves, and a response does not depend on
+``max_batch_size``.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ class EmbeddedEngine:
             length = len(prompt.token_ids) + sampling.max_new_tokens
             if length > self._max_length:
                 raise ValueError(
-                    f"prompt {prompt.prompt_id} with max_new_tokens={sampling.max_new_tokens} needs {length} positions, "
-                    f"the policy has {self._max_length}"
+                    f"prompt {prompt.prompt_id} with max_new_tokens={sampling.max_new_tokens} needs {length} "
+                    f"positions, the policy has {self._max_length}"
                 )
 
     def _generate_batch(
@@ -248,8 +249,9 @@ class _Drawn:
 class _Lockstep:
     """Keeps replicas that hold each other's experts at the same number of forward passes.
 
-    An expert layer is a collective over all ranks that share the experts. If those lie in several replicas, a replica that
-    has finished must still serve the others' tokens with its experts: it goes on with idle passes until nobody works.
+    An expert layer is a collective over all ranks that share the experts. If those lie in several replicas, a replica
+    that has finished must still serve the others' tokens with its experts: it goes on with idle passes until nobody
+    works.
     """
 
     def __init__(self, token_dispatcher: str | None) -> None:
@@ -263,8 +265,8 @@ class _Lockstep:
             return  # every group of experts lies within one replica
         if token_dispatcher == "allgather":
             raise ValueError(
-                "moe_token_dispatcher_type='allgather' needs equal token counts on all expert-parallel ranks, and replicas "
-                "generate at different lengths: use 'alltoall'"
+                "moe_token_dispatcher_type='allgather' needs equal token counts on all expert-parallel ranks, and "
+                "replicas generate at different lengths: use 'alltoall'"
             )
         # Groups of ranks are consecutive, so a multiple of the replica covers whole replicas; else play safe.
         self._group = expert_group if expert_group.size() % per_stage == 0 else dist.group.WORLD

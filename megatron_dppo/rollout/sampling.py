@@ -1,7 +1,7 @@
-"""How the embedded engine draws a token: from softmax(logits / temperature) over the true vocabulary, nothing truncated.
+"""How the embedded engine draws a token: from softmax(logits / temperature) over the true vocabulary, untruncated.
 
-A token is drawn by inverting the cumulative distribution at one uniform number per row. The numbers are drawn up front per
-response, so a response does not depend on which others share its batch or have already ended.
+A token is drawn by inverting the cumulative distribution at one uniform number per row. The numbers are drawn up front
+per response, so a response does not depend on which others share its batch or have already ended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""From task configs to tasks: the only place that knows which kinds there are."""
+"""From task configs to tasks: the only place that knows which kinds there are.
+
+The module of a kind is imported when a task of that kind is built: reasoning-gym and math-verify take a second or
+more to import, each, and every scoring worker would pay for both.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,7 @@ from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.custom_reward import CustomRewardTask
 from megatron_dppo.tasks.dotted_path import load_object
 from megatron_dppo.tasks.held_out import EvaluationSet
-from megatron_dppo.tasks.jsonl_task import JsonlTask
 from megatron_dppo.tasks.mixture import TaskMixture
-from megatron_dppo.tasks.reasoning_gym_task import ReasoningGymTask
 from megatron_dppo.tasks.task import Problem, Task, TaskError
 
 # What two tasks of one name (for training and evaluation, say) may differ in: which problems, not how they are graded.
@@ -25,7 +27,7 @@ def build_task(config: TaskConfig) -> Task:
     if config.name in (MISSING, ""):
         raise TaskError("a task has no name; set name")
     if config.kind == "reasoning_gym":
-        task: Task = _build_reasoning_gym(config)
+        task = _build_reasoning_gym(config)
     elif config.kind == "jsonl":
         task = _build_jsonl(config)
     elif config.kind == "custom":
@@ -84,7 +86,9 @@ def tasks_by_name(configs: Sequence[TaskConfig]) -> dict[str, TaskConfig]:
     return by_name
 
 
-def _build_reasoning_gym(config: TaskConfig) -> ReasoningGymTask:
+def _build_reasoning_gym(config: TaskConfig) -> Task:
+    from megatron_dppo.tasks.reasoning_gym_task import ReasoningGymTask
+
     _refuse(config, "path")
     return ReasoningGymTask(
         name=config.name,
@@ -96,7 +100,9 @@ def _build_reasoning_gym(config: TaskConfig) -> ReasoningGymTask:
     )
 
 
-def _build_jsonl(config: TaskConfig) -> JsonlTask:
+def _build_jsonl(config: TaskConfig) -> Task:
+    from megatron_dppo.tasks.jsonl_task import JsonlTask
+
     _refuse(config, "dataset", "parameters")
     if config.path is None:
         raise TaskError(f"task {config.name}: kind jsonl needs path, the file to read")

@@ -16,7 +16,8 @@ for _module in ("parser", "grader"):
 def score_math(answer: str, response: str) -> float:
     """1.0 if the response's final answer equals the reference, else 0.0.
 
-    The response may be a whole chain of thought; math-verify prefers its boxed answer, then its last expression.
+    The response may be a whole chain of thought; math-verify prefers its boxed answer, then its last expression. An
+    answer in words is only recognised inside ``\\boxed{}`` or dollars.
 
     The library's time limits are switched off because they are signals, which only the main thread may set and which do
     not interrupt C code; a hanging comparison is ended by ``scoring.Scorer``, from outside.

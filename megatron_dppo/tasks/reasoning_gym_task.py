@@ -19,9 +19,10 @@ class ReasoningGymTask:
     Problem ``index`` depends on ``seed + index`` alone, in nearly all of the library's generators: two tasks whose
     ranges of ``seed + index`` overlap share problems. ``held_out.py`` keeps evaluation clear of that.
 
-    The score is the library's: 1 for the right answer; for other answers most verifiers return 0, some a little credit
-    (0.01 or 0.05 for a well-formed wrong answer), and the library's default gives ``len(reference) / len(answer)`` to
-    an answer that contains the reference. That shaping is kept, so a mean reward is not a share of correct answers.
+    The score is the library's: 1 for the right answer; for other answers many verifiers return 0, some a little credit
+    (0.01 or 0.05 for a well-formed wrong answer), spell_backward the share of right characters, and the library's
+    default ``len(reference) / len(answer)`` if the answer contains the reference. That shaping is kept, so a mean
+    reward is no share of correct answers; those have a score of 1.
 
     Args:
         name: the task's name in problem ids and logs.

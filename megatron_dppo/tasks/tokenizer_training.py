@@ -1,8 +1,8 @@
 """A small tokenizer for models that are trained from nothing on a few tasks.
 
-Models this small learn characters well and large vocabularies badly. So every byte is a token, digits and letters stay by
-themselves (a model cannot spell or add what it sees as one piece), and only the words that a task's questions have in
-common, its boilerplate, become tokens of their own, which makes prompts several times shorter.
+Models this small learn characters well and large vocabularies badly. So every byte is a token, digits and letters
+stay by themselves (a model cannot spell or add what it sees as one piece), and only the words that a task's questions
+have in common, its boilerplate, become tokens of their own, which makes prompts several times shorter.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def train_tokenizer(
     )
 
 
-def _boilerplate(
-    task: Task, splitter: pre_tokenizers.Sequence, problems_per_task: int, min_share: float
-) -> set[str]:
+def _boilerplate(task: Task, splitter: pre_tokenizers.Sequence, problems_per_task: int, min_share: float) -> set[str]:
     """The pieces, in byte-level spelling, that are in many of the task's questions."""
     count = min(len(task), problems_per_task)
     seen_in: Counter[str] = Counter()

@@ -142,4 +142,3 @@ def _refuse_allgather_dispatcher() -> str:
 
 def test_a_dispatcher_that_needs_equal_token_counts_is_refused_where_replicas_share_experts(ranks):
     assert all("allgather" in message for message in ranks(2).run(_refuse_allgather_dispatcher))
-

@@ -43,6 +43,7 @@ def _meta_policy() -> tuple[int, set[str]]:
     return sum(p.numel() for p in parameters), {f"{p.device.type} {p.dtype}" for p in parameters}
 
 
+@pytest.mark.slow  # the modules of 48 x 128 experts
 def test_a_30b_mixture_of_experts_is_built_without_allocating_it(ranks: RankPools) -> None:
     hidden, layers, experts, expert_ffn, vocabulary, head = 2048, 48, 128, 768, 151936, 128
     attention = hidden * (32 + 4 + 4) * head + 32 * head * hidden + 2 * head  # q k v, o, query and key norms
@@ -50,6 +51,21 @@ def test_a_30b_mixture_of_experts_is_built_without_allocating_it(ranks: RankPool
     expected = 2 * vocabulary * hidden + layers * layer + hidden
     assert expected == 30_532_122_624, "as published: 30.5 B"
     assert ranks(1).run(_meta_policy) == [(expected, {"meta torch.bfloat16"})]
+
+
+def _tiny_sizes() -> list[int]:
+    initialize_model_parallel(ParallelConfig(), seed=1)
+    sizes = []
+    for device in ("meta", "cpu"):
+        (model,) = build_policy(tiny_hf_config("qwen3_moe"), ParallelConfig(), torch.float32, device=device)
+        assert all(parameter.device.type == device for parameter in model.parameters())
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    return sizes
+
+
+def test_a_meta_policy_has_the_parameters_of_a_real_one(ranks: RankPools) -> None:
+    ((meta, real),) = ranks(1).run(_tiny_sizes)
+    assert meta == real > 0
 
 
 def _set_and_unset() -> tuple[bool, bool, bool]:
@@ -70,7 +86,11 @@ def _build_error() -> str:
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     initialize_model_parallel(parallel, seed=1)
     try:
-        build_policy(tiny_hf_config("llama", num_attention_heads=9, num_key_value_heads=3), parallel, torch.float32)
+        build_policy(
+            tiny_hf_config("llama", hidden_size=144, num_attention_heads=9, num_key_value_heads=3),
+            parallel,
+            torch.float32,
+        )
     except ValueError as error:
         return str(error)
     return "no error"

@@ -47,6 +47,25 @@ def test_cuda_requests_are_answered_with_the_cpu() -> None:
     assert torch.ones(1).type() == "torch.FloatTensor", "only core's optimizer hears of CUDA types"
 
 
+_DEVICE_CONTEXT = """
+from megatron_dppo.models.cpu_support import enable_megatron_on_cpu
+enable_megatron_on_cpu()
+import torch
+with torch.device("meta"):
+    assert torch.empty(2).device.type == "meta"
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the redirections are for machines without CUDA")
+def test_the_default_device_context_goes_on_working() -> None:
+    """In a fresh process: the context remembers the tensor factories at its first use."""
+    done = subprocess.run(
+        [sys.executable, "-c", _DEVICE_CONTEXT], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the redirections are for machines without CUDA")
 def test_core_random_streams_are_independent_and_restored() -> None:
     enable_megatron_on_cpu()

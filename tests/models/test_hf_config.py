@@ -34,6 +34,11 @@ def test_an_unsupported_model_names_the_supported_ones(tmp_path: Path) -> None:
         load_hf_config(tmp_path)
 
 
+def test_an_inconsistent_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a valid llama config"):
+        tiny_hf_config("llama", num_attention_heads=9)
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "message"),
     [
@@ -57,7 +62,7 @@ def test_what_would_silently_change_the_numbers_is_refused(kind: str, overrides:
 @pytest.mark.parametrize(
     ("kind", "overrides", "layout", "message"),
     [
-        ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3}, {"tensor_model_parallel_size": 2},
+        ("llama", {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}, {"tensor_model_parallel_size": 2},
          "num_attention_heads=9 is not divisible by tensor_model_parallel_size=2: choose one of 1, 3, 9"),
         ("llama", {}, {"tensor_model_parallel_size": 4}, "num_key_value_heads=2 .* choose one of 1, 2"),
         ("llama", {"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, "num_hidden_layers=3"),

@@ -42,7 +42,7 @@ def test_query_heads_stay_with_their_key_and_value_head() -> None:
     """4 query heads, 2 KV heads of size 16: q0 q1 k0 v0 q2 q3 k1 v1, so that a TP rank gets whole groups."""
     config = tiny_hf_config("llama")
     query, key, value = (
-        torch.full(shape, base) for shape, base in zip([(64, 64), (32, 64), (32, 64)], (0.0, 10.0, 20.0))
+        torch.full(shape, base) for shape, base in zip([(64, 64), (32, 64), (32, 64)], (0.0, 10.0, 20.0), strict=True)
     )
     for tensor in (query, key, value):
         tensor += torch.arange(tensor.shape[0] // 16).repeat_interleave(16)[:, None]

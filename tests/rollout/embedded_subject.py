@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.hf_weights import load_hf_weights
@@ -28,9 +29,14 @@ def build_tiny_policy(
 
 
 def load_from(hf_model: torch.nn.Module, model_chunks: list[torch.nn.Module]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        hf_model.save_pretrained(folder)
-        load_hf_weights(model_chunks, folder)
+    """Through a checkpoint folder, which transformers writes on rank 0 only."""
+    with tempfile.TemporaryDirectory() as own_folder:
+        folder = [own_folder]
+        dist.broadcast_object_list(folder, src=0)
+        hf_model.save_pretrained(folder[0])
+        dist.barrier()
+        load_hf_weights(model_chunks, folder[0])
+        dist.barrier()
 
 
 def never_drawn() -> Iterator[tuple[str, torch.Tensor]]:

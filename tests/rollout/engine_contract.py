@@ -4,15 +4,15 @@
     def test_contract(check, subject):
         check(subject)
 
-``subject`` is an ``EngineUnderTest``: the engine, a transformers model (fp32, eval mode) with the same weights, and the one
-thing that differs between engines: how new weights get into it. Checks leave the engine usable, so one engine serves them
-all; only ``check_closing_twice_is_safe`` ends it, and it comes last in ``CONTRACT``. On an engine of several ranks every
-rank runs the same checks.
+``subject`` is an ``EngineUnderTest``: the engine, a transformers model (fp32, eval mode) with the same weights, and the
+one thing that differs between engines: how new weights get into it. Checks leave the engine usable, so one engine serves
+them all; only ``check_closing_twice_is_safe`` ends it, and it comes last in ``CONTRACT``. On an engine of several ranks
+every rank runs the same checks.
 
-Tolerance of log-probs: engine and reference compute the same fp32 network with different kernels and summation orders. A
-logit of magnitude ~4 carries some tens of roundings of 2^-24 relative (attention, two layers, a dot product over the hidden
-size), i.e. ~5e-6; log-softmax adds one rounding. 2e-5 leaves a factor of four, and dividing by a temperature below 1
-magnifies the error accordingly. Any real fault (a wrong position, mask, temperature or row) costs 1e-3 or more.
+Tolerance of log-probs: engine and reference compute the same fp32 network with different kernels and summation orders.
+A logit of magnitude ~4 carries some tens of roundings of 2^-24 relative (attention, two layers, a dot product over the
+hidden size), i.e. ~5e-6; log-softmax adds one rounding. 2e-5 leaves a factor of four, and dividing by a temperature
+below 1 magnifies the error accordingly. Any real fault (a wrong position, mask, temperature or row) costs 1e-3 or more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EngineUnderTest:
     Attributes:
         engine: serves the weights of ``hf_model``.
         hf_model: the reference, fp32, in eval mode; its ``config.vocab_size`` is the true vocabulary size.
-        serve: ``serve(hf_model, version)`` makes the engine serve that model's weights, through ``engine.update_weights``.
+        serve: ``serve(hf_model, version)`` makes the engine serve that model's weights by ``engine.update_weights``.
         log_prob_tolerance: at temperature 1; see the module docstring.
     """
 
@@ -59,7 +59,7 @@ def make_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> list
 
 
 @torch.no_grad()
-def reference_log_probs_TV(hf_model: torch.nn.Module, sample: Sample, temperature: float) -> torch.Tensor:
+def reference_log_probs(hf_model: torch.nn.Module, sample: Sample, temperature: float) -> torch.Tensor:
     """[T, V] log-probs of softmax(logits / temperature) at each response position, one whole forward, no padding."""
     logits_SV = hf_model(torch.tensor([sample.token_ids])).logits[0].float()
     first = len(sample.prompt.token_ids) - 1
@@ -71,7 +71,7 @@ def assert_log_probs_match(subject: EngineUnderTest, samples: Sequence[Sample], 
     tolerance = subject.log_prob_tolerance / min(temperature or 1.0, 1.0)
     for sample in samples:
         sample.check()
-        expected_TV = reference_log_probs_TV(subject.hf_model, sample, temperature)
+        expected_TV = reference_log_probs(subject.hf_model, sample, temperature)
         expected = expected_TV.gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample.rollout_log_probs), expected, rtol=0.0, atol=tolerance)
 
@@ -112,7 +112,7 @@ def check_greedy_takes_the_most_likely_token(subject: EngineUnderTest) -> None:
     samples = subject.engine.generate(prompts, SamplingParams(max_new_tokens=8, temperature=0.0))
     assert_log_probs_match(subject, samples, 0.0)
     for sample in samples:
-        expected_TV = reference_log_probs_TV(subject.hf_model, sample, 0.0)
+        expected_TV = reference_log_probs(subject.hf_model, sample, 0.0)
         chosen = expected_TV.gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
         # Two tokens may be closer together than the kernels' difference; the chosen one is then as good as the argmax.
         assert (expected_TV.max(dim=-1).values - chosen).max() <= 2 * subject.log_prob_tolerance
@@ -120,7 +120,7 @@ def check_greedy_takes_the_most_likely_token(subject: EngineUnderTest) -> None:
 
 def check_stop_tokens_end_a_response_and_belong_to_it(subject: EngineUnderTest) -> None:
     """A stop token appears only as the last token, with reason ``stop``; the others end at max_new_tokens."""
-    # With a quarter of the vocabulary as stop tokens, responses end after about four tokens, some at once, few at the limit.
+    # With a quarter of the vocabulary as stop tokens, some responses end at once and some reach the limit.
     stop = tuple(range(0, subject.vocab_size, 4))
     params = SamplingParams(max_new_tokens=5, samples_per_prompt=16, stop_token_ids=stop, seed=7)
     samples = subject.engine.generate(make_prompts(subject.vocab_size, [3, 8]), params)
@@ -157,7 +157,7 @@ def check_topk_log_probs(subject: EngineUnderTest) -> None:
             assert sample.topk_ids.shape == sample.topk_log_probs.shape == (len(sample.response_ids), k)
             assert bool((sample.topk_log_probs.diff(dim=-1) <= 0).all())
             assert all(len(set(row)) == k for row in sample.topk_ids.tolist())
-            expected_TV = reference_log_probs_TV(subject.hf_model, sample, temperature)
+            expected_TV = reference_log_probs(subject.hf_model, sample, temperature)
             torch.testing.assert_close(
                 sample.topk_log_probs, expected_TV.gather(-1, sample.topk_ids), rtol=0.0, atol=tolerance
             )
@@ -217,7 +217,7 @@ def check_new_weights_are_used_after_an_update(subject: EngineUnderTest) -> None
 
 
 def check_bad_prompts_are_refused(subject: EngineUnderTest) -> None:
-    """A token id outside the vocabulary or an empty prompt is one clear error naming the prompt; the engine lives on."""
+    """A foreign token id or an empty prompt is one clear error naming the prompt; the engine lives on."""
     for token_ids in ((), (1, subject.vocab_size), (-1,)):
         with pytest.raises(ValueError, match="bad/prompt"):
             subject.engine.generate([Prompt("bad/prompt", token_ids)], SamplingParams(max_new_tokens=2))

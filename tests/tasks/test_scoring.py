@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dppo.tasks.build import build_task
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.scoring import Scorer, ScoringError
 from megatron_dppo.tasks.task import Problem, TaskError
 
-ORDERS = TaskConfig(
-    name="orders", dataset="chain_sum", size=1, reward="tests.tasks.rewards_for_tests:follow_orders"
-)
+ORDERS = TaskConfig(name="orders", dataset="chain_sum", size=1, reward="tests.tasks.rewards_for_tests:follow_orders")
 FACTORS = TaskConfig(name="factors", dataset="prime_factorization", size=4)
 TIMEOUT_S = 1.0
 
@@ -71,12 +70,10 @@ def test_a_failure_gives_reward_0_and_leaves_its_neighbours_alone(
 
 def test_a_verifier_that_raises_on_junk_is_counted(scorer: Scorer) -> None:
     """prime_factorization's own verifier converts the answer to integers without a guard."""
-    from megatron_dppo.tasks.build import build_task
-
     problem = build_task(FACTORS)[0]
-    good, junk = scorer.score([(problem, str(problem.answer)), (problem, "2 × banana")])
+    good, junk = scorer.score([(problem, str(problem.answer)), (problem, "banana")])
     assert (good.reward, good.failure) == (1.0, None)
-    assert junk.reward == 0.0
+    assert (junk.reward, junk.failure) == (0.0, "error")
 
 
 def test_a_problem_of_an_unknown_task_is_an_error_that_names_it(scorer: Scorer) -> None:

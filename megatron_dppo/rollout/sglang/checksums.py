@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from megatron_dppo.rollout.engine import WeightSyncError
-from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, part_name, placement, shard
+from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerRank, part_name, placement, shard
 
 
 class Hash(Protocol):
@@ -76,8 +76,8 @@ class GPUTensorHash:
     def _add(self, words: torch.Tensor) -> None:
         positions = torch.arange(self._words, self._words + words.numel(), device=words.device)
         tiles = positions // _TILE_WORDS
-        first = self._words // _TILE_WORDS
-        sums = torch.zeros(2, int(tiles[-1]) - first + 1, dtype=torch.int64, device=words.device)
+        first, last = self._words // _TILE_WORDS, (self._words + words.numel() - 1) // _TILE_WORDS
+        sums = torch.zeros(2, last - first + 1, dtype=torch.int64, device=words.device)
         values = words.to(torch.int64) & _MASK32
         positions = positions & _MASK32
         for row in range(2):
@@ -149,6 +149,7 @@ class ExpectedChecksums:
     def __init__(self, shape: ModelShape, tp_size: int, device_type: str) -> None:
         self._shape = shape
         self._tp_size = tp_size
+        self._device_type = device_type
         self._hash = GPUTensorHash if device_type == "cuda" else CPUTensorHash
         self._ranks: list[dict[str, _ParameterHash]] = [{} for _ in range(tp_size)]
         self._sources: dict[str, list[str]] = {}
@@ -162,7 +163,8 @@ class ExpectedChecksums:
         for tp_rank, parameters in enumerate(self._ranks):
             if place.parameter not in parameters:
                 parameters[place.parameter] = _ParameterHash(self._hash(), place.parts)
-            piece = shard(tensor, place.split, tp_rank, self._tp_size, self._shape, hf_name)
+            rank = ServerRank(tp_rank, self._tp_size, self._device_type)
+            piece = shard(tensor, place, rank, self._shape, hf_name)
             parameters[place.parameter].add(place.part, piece, hf_name)
 
     def compare(self, reported: list[dict[str, str]]) -> list[str]:

@@ -31,6 +31,7 @@ class RolloutClient:
         self._config = config
         self._vocab_size = vocab_size
         self._in_flight: dict[str, int] = {}
+        self._health_checks: dict[str, asyncio.Future[None]] = {}
         self._last_failure = "no server was ever started"
 
     def set_servers(self, urls: Sequence[str]) -> None:
@@ -111,9 +112,16 @@ class RolloutClient:
         return response
 
     async def _drop_if_dead(self, url: str) -> None:
-        """Stop using a server that cannot answer at all; the next weight update decides whether it comes back."""
+        """Wait for one health check of the server, shared by all requests that failed on it together."""
         if url not in self._in_flight:
             return
+        check = self._health_checks.get(url)
+        if check is None or check.done():
+            check = self._health_checks[url] = asyncio.ensure_future(self._check_health(url))
+        await asyncio.shield(check)
+
+    async def _check_health(self, url: str) -> None:
+        """Stop using a server that cannot answer at all; the next weight update decides whether it comes back."""
         try:
             await self._transport.request(url, "/health", None, self._config.control_timeout_s)
         except RolloutError:

@@ -18,7 +18,7 @@ class SGLangConfig:
         num_servers: servers to start; each holds a full copy of the policy.
         tensor_model_parallel_size: GPUs (or processes, on a CPU) per server.
         dtype: dtype the servers compute in (``float32``, ``bfloat16``, ``float16``); None: the trainer's.
-        host: address that started servers listen on.
+        host: address that started servers listen on and that every trainer rank reaches them by.
         base_gpu_id: first GPU of the first server; None: the one after the trainer's own on this machine.
         deterministic: honour ``SamplingParams.seed`` (SGLang's batch-invariant mode, which is slower on a GPU).
             Otherwise responses differ from run to run.
@@ -31,7 +31,8 @@ class SGLangConfig:
         max_concurrent_requests: requests that one model replica keeps in flight over all servers.
         bucket_bytes: weights are sent in buckets of about this size.
         verify: ``checksum``: after an update, every parameter that the servers hold is compared with what was exported.
-            ``none``: trust the server (for layouts whose checksums cannot be predicted, e.g. quantised weights).
+            ``none``: trust the server (for layouts whose checksums cannot be predicted, e.g. quantised weights,
+            experts packed for one GPU's kernels).
         master_address: address of the trainer's rank 0 as seen from the servers; None: found by asking the routing
             table.
         extra_args: further arguments for ``python -m sglang.launch_server``, e.g. ``["--mem-fraction-static", "0.8"]``.

@@ -150,6 +150,11 @@ class SGLangEngine:
             server.close()
         self._servers = []
         self._transport.close()
+        if dist.is_initialized():
+            for group in (self._replica, self._world):
+                if group is not None:
+                    dist.destroy_process_group(group)
+        self._replica = self._world = None
         self._failed = True
         self._unusable_because = "it was closed"
 

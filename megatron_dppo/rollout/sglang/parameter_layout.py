@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ from megatron_dppo.rollout.engine import WeightSyncError
 
 KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _VOCABULARY_PADDING = 64
+_CPU_INTERMEDIATE_PADDING = 32  # per rank
 
 _QKV = re.compile(r"(.+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _GATE_UP = re.compile(r"(.+\.mlp)\.(gate|up)_proj\.(weight|bias)")
-_ROW_PARALLEL = re.compile(r".+\.(o_proj|down_proj)\.weight")
 _VOCABULARY = re.compile(r"(model\.embed_tokens|lm_head)\.weight")
 
 
@@ -51,14 +52,25 @@ class ModelShape:
         )
 
 
+class Split(Enum):
+    """What decides how a tensor is divided over a server's tensor-parallel ranks."""
+
+    NONE = "every rank holds all of it"
+    HEADS = "evenly, by attention heads"
+    KEY_VALUE_HEADS = "evenly, and shared by neighbouring ranks if there are fewer heads than ranks"
+    INTERMEDIATE = "evenly; a CPU server first pads the size with zeros"
+    VOCABULARY = "evenly, after padding with zeros"
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Part ``part`` of ``parts`` (stored one after the other, flattened) of the server's parameter ``parameter``."""
+    """Part ``part`` of ``parts`` (one after the other, flattened) of ``parameter``; split along ``dim`` of the tensor."""
 
     parameter: str
     part: int = 0
     parts: int = 1
-    split: str = "none"  # none | rows | columns | key_value_heads | vocabulary
+    split: Split = Split.NONE
+    dim: int = 0
 
 
 def placement(hf_name: str, shape: ModelShape) -> Placement | None:
@@ -67,21 +79,23 @@ def placement(hf_name: str, shape: ModelShape) -> Placement | None:
         return None
     if match := _QKV.fullmatch(hf_name):
         module, kind, suffix = match.groups()
-        split = "rows" if kind == "q" else "key_value_heads"
+        split = Split.HEADS if kind == "q" else Split.KEY_VALUE_HEADS
         return Placement(f"{module}.qkv_proj.{suffix}", "qkv".index(kind), 3, split)
     if match := _EXPERT.fullmatch(hf_name):
         module, expert, kind = match.group(1), int(match.group(2)), match.group(3)
         if kind == "down":
-            return Placement(f"{module}.w2_weight", expert, shape.num_experts, "columns")
+            return Placement(f"{module}.w2_weight", expert, shape.num_experts, Split.INTERMEDIATE, dim=1)
         part = 2 * expert + (kind == "up")
-        return Placement(f"{module}.w13_weight", part, 2 * shape.num_experts, "rows")
+        return Placement(f"{module}.w13_weight", part, 2 * shape.num_experts, Split.INTERMEDIATE)
     if match := _GATE_UP.fullmatch(hf_name):
         module, kind, suffix = match.groups()
-        return Placement(f"{module}.gate_up_proj.{suffix}", int(kind == "up"), 2, "rows")
-    if _ROW_PARALLEL.fullmatch(hf_name):
-        return Placement(hf_name, split="columns")
+        return Placement(f"{module}.gate_up_proj.{suffix}", int(kind == "up"), 2, Split.INTERMEDIATE)
+    if hf_name.endswith(".self_attn.o_proj.weight"):
+        return Placement(hf_name, split=Split.HEADS, dim=1)
+    if hf_name.endswith(".mlp.down_proj.weight"):
+        return Placement(hf_name, split=Split.INTERMEDIATE, dim=1)
     if _VOCABULARY.fullmatch(hf_name):
-        return Placement(hf_name, split="vocabulary")
+        return Placement(hf_name, split=Split.VOCABULARY)
     return Placement(hf_name)
 
 
@@ -98,28 +112,43 @@ def part_name(parameter: str, part: int) -> str:
     return parameter
 
 
-def shard(tensor: torch.Tensor, split: str, tp_rank: int, tp_size: int, shape: ModelShape, name: str) -> torch.Tensor:
-    """The part of a full tensor that tensor-parallel rank ``tp_rank`` of ``tp_size`` holds, contiguous."""
-    if split == "vocabulary":
-        return _vocabulary_shard(tensor, tp_rank, tp_size)
-    if tp_size == 1 or split == "none":
+@dataclass(frozen=True)
+class ServerRank:
+    """One tensor-parallel rank of a server."""
+
+    tp_rank: int
+    tp_size: int
+    device_type: str  # cpu | cuda
+
+
+def shard(tensor: torch.Tensor, place: Placement, rank: ServerRank, shape: ModelShape, name: str) -> torch.Tensor:
+    """The part of a full tensor that a server's rank holds, contiguous. Raises WeightSyncError if it cannot be divided."""
+    size, pieces, index = tensor.shape[place.dim], rank.tp_size, rank.tp_rank
+    if place.split is Split.NONE:
         return tensor.contiguous()
-    pieces, index, dim = tp_size, tp_rank, 1 if split == "columns" else 0
-    if split == "key_value_heads" and shape.num_key_value_heads < tp_size:
-        pieces = shape.num_key_value_heads  # fewer heads than ranks: neighbouring ranks hold the same head
-        index = tp_rank * pieces // tp_size
-    if tensor.shape[dim] % pieces:
-        raise WeightSyncError(f"{name}: {tensor.shape[dim]} does not divide by the server's tp_size {tp_size}")
-    return tensor.chunk(pieces, dim)[index].contiguous()
+    if place.split is Split.VOCABULARY:
+        size = _round_up(size, _VOCABULARY_PADDING)
+        size = size if size % pieces == 0 else _round_up(size, _VOCABULARY_PADDING * pieces)
+    elif place.split is Split.INTERMEDIATE and rank.device_type == "cpu":
+        size = _round_up(size, _CPU_INTERMEDIATE_PADDING * pieces)
+    elif place.split is Split.KEY_VALUE_HEADS and shape.num_key_value_heads < pieces and rank.device_type == "cuda":
+        pieces = shape.num_key_value_heads
+        index = rank.tp_rank * pieces // rank.tp_size
+    if size % pieces:
+        raise WeightSyncError(f"{name}: {size} cannot be divided by the server's tp_size {rank.tp_size}")
+    return _padded_slice(tensor, place.dim, index * (size // pieces), size // pieces)
 
 
-def _vocabulary_shard(tensor: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """Rows are padded with zeros to a multiple of 64 (times the ranks, if that does not divide), then split evenly."""
-    rows = tensor.shape[0]
-    multiple = _VOCABULARY_PADDING
-    if -(-rows // multiple) * multiple % tp_size:
-        multiple *= tp_size
-    per_rank = -(-rows // multiple) * multiple // tp_size
-    own = tensor[tp_rank * per_rank : (tp_rank + 1) * per_rank]
-    padding = own.new_zeros(per_rank - own.shape[0], *own.shape[1:])
-    return torch.cat([own, padding]) if padding.numel() else own.contiguous()
+def _padded_slice(tensor: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
+    """``length`` rows (or columns) from ``start`` on; those beyond the end of the tensor are zero."""
+    start = min(start, tensor.shape[dim])
+    own = tensor.narrow(dim, start, min(length, tensor.shape[dim] - start))
+    if own.shape[dim] == length:
+        return own.contiguous()
+    padding_shape = list(own.shape)
+    padding_shape[dim] = length - own.shape[dim]
+    return torch.cat([own, own.new_zeros(padding_shape)], dim)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

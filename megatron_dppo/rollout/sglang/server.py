@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,11 +57,11 @@ def prepare_served_folder(model_folder: Path, target: Path) -> Path:
     """
     if not (model_folder / "config.json").is_file():
         raise ValueError(f"{model_folder} has no config.json: it is not a Hugging Face model folder")
-    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)  # links that an earlier run made, maybe to another model
+    target.mkdir(parents=True)
     for source in model_folder.iterdir():
-        link = target / source.name
-        if source.name not in ("config.json", "generation_config.json") and not link.exists():
-            link.symlink_to(source.resolve())
+        if source.name not in ("config.json", "generation_config.json"):
+            (target / source.name).symlink_to(source.resolve())
     config = json.loads((model_folder / "config.json").read_text())
     config["eos_token_id"] = None
     (target / "config.json").write_text(json.dumps(config, indent=1))

@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # 
 from megatron_dppo.rollout.engine import NamedTensors, RolloutError, WeightSyncError
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
+from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, placement
 from megatron_dppo.rollout.sglang.transport import RefusedRequestError, Transport
 
 _POLL_S = 0.002
@@ -114,9 +114,7 @@ class WeightSync:
         world_size = 1 + sum(server.tp_size for server in self._servers)
         address = self._config.master_address or _address_seen_from(self._servers[0].url)
         # Port 0: the system picks one, so two runs on a machine cannot collide.
-        self._store = TCPStore(
-            address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
-        )
+        self._store = TCPStore(address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         pending, rank_offset = [], 1
         for server in self._servers:
             body = {
@@ -148,17 +146,30 @@ class WeightSync:
         if self._shape is not None:
             for server in self._servers:
                 expected[server.tp_size] = ExpectedChecksums(self._shape, server.tp_size, server.device_type)
-        for bucket in _buckets(self._in_served_dtype(named_tensors), self._config.bucket_bytes):
-            arrivals, sending = self._start_broadcast(bucket)
-            for name, tensor in bucket:  # hashed while the bytes travel
-                for checksums in expected.values():
-                    checksums.add(name, tensor)
-            self._wait_for_broadcast(arrivals, sending)
+        for bucket in _buckets(self._hashed(named_tensors, expected), self._config.bucket_bytes):
+            try:
+                self._wait_for_broadcast(*self._start_broadcast(bucket))
+            except RefusedRequestError as error:
+                raise WeightSyncError(f"{error}; concerns {self._tensors_meant(str(error), bucket)}") from error
         return expected
 
-    def _in_served_dtype(self, named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in named_tensors:
-            yield name, tensor.detach().to(device=self._device, dtype=self._dtype).contiguous()
+    def _tensors_meant(self, refusal: str, bucket: list[tuple[str, torch.Tensor]]) -> str:
+        """The tensors of a bucket that a server speaks of: it names its own parameters, not the checkpoint's tensors."""
+        names = [name for name, _ in bucket]
+        if self._shape is not None:
+            places = {name: placement(name, self._shape) for name in names}
+            names = [name for name, place in places.items() if place and place.parameter in refusal] or names
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    def _hashed(
+        self, named_tensors: NamedTensors, expected: dict[int, ExpectedChecksums]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors in the dtype that is served, hashed at once: an exporter that reuses a buffer is then found out."""
+        for name, exported in named_tensors:
+            tensor = exported.detach().to(device=self._device, dtype=self._dtype).contiguous()
+            for checksums in expected.values():
+                checksums.add(name, tensor)
+            yield name, tensor
 
     def _start_broadcast(self, bucket: list[tuple[str, torch.Tensor]]) -> tuple[list[Future[Any]], dist.Work]:
         body = {
@@ -260,9 +271,7 @@ def _address_seen_from(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _new_group(
-    name: str, store: Store, world_size: int, backend: str, timeout: timedelta
-) -> dist.ProcessGroup:
+def _new_group(name: str, store: Store, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
     """Join the group as rank 0, by the steps that SGLang takes on its side.
 
     ``torch.distributed`` has no public way to make a group with processes outside the trainer's own world, and the

@@ -1,0 +1,314 @@
+"""The compiled CPU kernels against float64: every output, the gradient, and the rows and columns they must not touch.
+
+Tolerance: twice the error of the same formula in fp32 PyTorch (log_softmax, gather, autograd) on the same logits, plus
+what that comparison can by luck leave at 0: the roundings of z = x / T, of its maximum and of the result, each half a
+unit in the last place (2^-24 relative), of which no output sees more than 8; a 16-bit gradient adds its own rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dppo.ops.policy_stats import vocab_parallel_policy_stats
+
+native = pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")
+operators = torch.ops.megatron_dppo
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRADIENT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST_HALF = 2.0**-24  # a half's results below this are absolute, not relative
+
+
+class Problem(NamedTuple):
+    logits: torch.Tensor
+    target: torch.Tensor
+    topk_ids: torch.Tensor
+    mask: torch.Tensor
+    vocab_size: int
+    temperature: float
+    grad_log_prob: torch.Tensor
+    grad_entropy: torch.Tensor
+
+
+class Results(NamedTuple):
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    collision: torch.Tensor
+    topk_log_prob: torch.Tensor
+    grad: torch.Tensor
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    rows = draw(st.integers(1, 6))
+    vocab_size = draw(st.one_of(st.integers(1, 80), st.integers(1000, 6000)))
+    padding = draw(st.sampled_from([0, 1, 24]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.1, 4.0, 20.0]))
+    logits = torch.randn(rows, vocab_size + padding, generator=generator) * scale + draw(st.sampled_from([0.0, -50.0]))
+    ids = torch.randint(0, vocab_size, (rows, 1 + draw(st.integers(1, 4))), generator=generator)
+    coefficients = torch.randn(2, rows, generator=generator)
+    return Problem(
+        logits.to(draw(st.sampled_from(DTYPES))),
+        ids[:, 0].contiguous(),
+        ids[:, 1:].contiguous(),
+        torch.rand(rows, generator=generator) < draw(st.sampled_from([0.5, 2.0])),
+        vocab_size,
+        draw(st.sampled_from([1.0, 0.7, 1.6])),
+        coefficients[0],
+        coefficients[1],
+    )
+
+
+def compiled(p: Problem, inplace: bool = False) -> Results:
+    logits = p.logits.clone().requires_grad_()
+    stats = vocab_parallel_policy_stats(
+        logits,
+        p.target,
+        topk_ids=p.topk_ids,
+        temperature=p.temperature,
+        vocab_size=p.vocab_size,
+        token_mask=p.mask,
+        inplace_backward=inplace,
+        backend="cpu",
+    )
+    assert stats.topk_log_prob is not None
+    (grad,) = torch.autograd.grad(
+        (stats.log_prob * p.grad_log_prob).sum() + (stats.entropy * p.grad_entropy).sum(), logits
+    )
+    return Results(*(value.detach() for value in stats), grad)
+
+
+def eager(p: Problem, dtype: torch.dtype) -> Results:
+    logits = p.logits.to(dtype, copy=True).requires_grad_()
+    log_p = torch.log_softmax(logits[:, : p.vocab_size] / p.temperature, dim=-1)
+    probability = log_p.exp()
+    log_prob = log_p.gather(1, p.target[:, None])[:, 0] * p.mask
+    entropy = -(probability * log_p).sum(-1) * p.mask
+    total = (log_prob * p.grad_log_prob).sum() + (entropy * p.grad_entropy).sum()
+    (grad,) = torch.autograd.grad(total, logits)
+    collision = probability.square().sum(-1) * p.mask
+    topk = log_p.gather(1, p.topk_ids) * p.mask[:, None]
+    return Results(*(value.detach() for value in (log_prob, entropy, collision, topk, grad)))
+
+
+def assert_as_good_as_eager(p: Problem, got: Results) -> None:
+    exact, single = eager(p, torch.float64), eager(p, torch.float32)
+    largest_z = float(p.logits[:, : p.vocab_size].double().abs().max()) / p.temperature
+    for name, value, want, other in zip(Results._fields, got, exact, single, strict=True):
+        size = float(want.abs().max()) if want.numel() else 0.0
+        # Relative in the probabilities, absolute in their logarithms: an error of z scales a probability or gradient.
+        floor = 8 * 2.0**-24 * (largest_z + 1) * (size if name in ("collision", "grad") else 1) + 8 * 2.0**-24 * size
+        tolerance = (2 * (other.double() - want).abs().max() if want.numel() else 0.0) + floor
+        rounding = GRADIENT_ROUNDING[p.logits.dtype] * want.abs() + SMALLEST_HALF if name == "grad" else 0.0
+        assert bool(((value.double() - want).abs() <= tolerance + rounding).all()), name
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems())
+def test_statistics_and_gradient_are_as_good_as_eager_fp32(problem: Problem) -> None:
+    got = compiled(problem)
+    assert_as_good_as_eager(problem, got)
+    assert bool((got.grad[:, problem.vocab_size :] == 0).all()), "padding got a gradient"
+    assert bool((got.grad[~problem.mask] == 0).all()), "a masked row got a gradient"
+
+
+def make_problem(rows: int, columns: int, dtype: torch.dtype = torch.float32, topk: int = 2) -> Problem:
+    return Problem(
+        (torch.randn(rows, columns) * 3).to(dtype),
+        torch.randint(0, columns, (rows,)),
+        torch.randint(0, columns, (rows, topk)),
+        torch.ones(rows, dtype=torch.bool),
+        columns,
+        1.0,
+        torch.randn(rows),
+        torch.randn(rows),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_long_row_is_split_over_threads(dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    problem = make_problem(1, 200_003, dtype)
+    assert_as_good_as_eager(problem, compiled(problem))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 2047, 2048, 2049, 4096])
+def test_widths_around_a_chunk(columns: int) -> None:
+    problem = make_problem(2, columns)
+    assert_as_good_as_eager(problem, compiled(problem))
+
+
+def test_no_rows() -> None:
+    problem = make_problem(0, 10)
+    assert [tuple(value.shape) for value in compiled(problem)] == [(0,), (0,), (0,), (0, 2), (0, 10)]
+
+
+@pytest.mark.parametrize("gap", [10.0, 20.0, 40.0])
+def test_near_certainty_keeps_the_digits_of_one_minus_p(gap: float) -> None:
+    logits = torch.full((1, 3000), -gap)
+    logits[0, 1234] = 0.0
+    log_prob = vocab_parallel_policy_stats(logits, torch.tensor([1234]), backend="cpu").log_prob
+    rest = 2999 * torch.tensor(-gap, dtype=torch.float64).exp()
+    # exp is good to 2e-7, and so is its sum; 1 + rest would have lost every digit at a gap of 20.
+    assert float(log_prob) == pytest.approx(-float(rest.log1p()), rel=1e-6)
+
+
+def test_equal_maxima_all_count() -> None:
+    logits = torch.zeros(1, 5000)
+    stats = vocab_parallel_policy_stats(logits, torch.tensor([4999]), backend="cpu")
+    torch.testing.assert_close(stats.log_prob, -torch.tensor([5000.0]).log())
+    torch.testing.assert_close(stats.entropy, torch.tensor([5000.0]).log())
+    torch.testing.assert_close(stats.collision, torch.tensor([1 / 5000.0]))
+
+
+def test_columns_at_minus_infinity_have_no_probability_and_no_gradient() -> None:
+    problem = make_problem(3, 5000)
+    excluded = torch.rand(3, 5000) < 0.5
+    excluded[0, :4096] = True  # whole chunks of them, the first one too
+    excluded[torch.arange(3), problem.target] = False
+    excluded.scatter_(1, problem.topk_ids, False)
+    got = compiled(problem._replace(logits=problem.logits.masked_fill(excluded, -torch.inf)))
+    # -1e4 is as far as fp32 can tell, and unlike -inf the eager formula can take it.
+    assert_as_good_as_eager(problem._replace(logits=problem.logits.masked_fill(excluded, -1e4)), got._replace())
+    assert bool((got.grad[excluded] == 0).all())
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 2500, 4999])
+@pytest.mark.parametrize("others", [1.0, -torch.inf])
+def test_a_row_without_a_softmax_is_nan_and_harms_no_other(poison: float, column: int, others: float) -> None:
+    problem = make_problem(2, 5000)
+    clean = compiled(problem)
+    logits = problem.logits.clone()
+    logits[0] += others
+    logits[0, column] = poison
+    got = compiled(problem._replace(logits=logits))
+    for value in got[:3]:
+        assert bool(value[0].isnan())
+    assert bool(got.grad[0].isnan().all())
+    for value, expected in zip(got, clean, strict=True):
+        torch.testing.assert_close(value[1], expected[1], rtol=0, atol=0)
+
+
+def test_rows_that_do_not_matter_are_not_read() -> None:
+    problem = make_problem(5, 3000)
+    mask = torch.tensor([True, False, True, True, False])
+    logits = problem.logits.masked_fill(~mask[:, None], torch.nan)
+    got = compiled(problem._replace(logits=logits, mask=mask))
+    assert all(bool(value.isfinite().all()) for value in got)
+    assert all(bool((value[~mask] == 0).all()) for value in got)
+
+
+def backward_arguments(problem: Problem) -> tuple[object, ...]:
+    merged = native.merge_shards(
+        native.shard_partials(problem.logits, None, problem.target, None, 1.0, 0, problem.vocab_size)[None]
+    )
+    coefficients = (problem.grad_log_prob, problem.grad_entropy, 1.0, 0, problem.vocab_size)
+    return (None, problem.target, merged.max, merged.log_sum, merged.log_prob, merged.entropy, *coefficients)
+
+
+def test_a_row_that_nothing_flows_back_through_is_zero_filled_without_being_read() -> None:
+    problem = make_problem(3, 100)
+    problem.grad_log_prob[1] = problem.grad_entropy[1] = 0.0
+    arguments = backward_arguments(problem)
+    grad = torch.full_like(problem.logits, 7.0)
+    problem.logits[1] = torch.nan
+    operators.policy_backward(problem.logits, grad, *arguments)
+    assert bool((grad[1] == 0).all())
+    assert bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_gradient_is_the_fp32_one_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    problem = make_problem(4, 4099, dtype)
+    in_single = compiled(problem._replace(logits=problem.logits.float()))
+    assert torch.equal(compiled(problem).grad, in_single.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_gives_the_same_bits(dtype: torch.dtype) -> None:
+    problem = make_problem(4, 1001, dtype)
+    assert torch.equal(compiled(problem, inplace=True).grad, compiled(problem).grad)
+
+
+def test_rows_may_lie_apart_and_unaligned() -> None:
+    problem = make_problem(4, 1001, torch.bfloat16)
+    wide = torch.full((4, 1019), torch.nan, dtype=torch.bfloat16)
+    wide[:, 3:1004] = problem.logits
+    arguments = (None, problem.target, problem.topk_ids, 1.0, 0, 1001)
+    expected = operators.row_partials(problem.logits, *arguments)
+    assert torch.equal(operators.row_partials(wide[:, 3:1004], *arguments), expected)
+
+
+def test_shards_merge_to_the_whole() -> None:
+    problem = make_problem(5, 3001)
+    whole = native.merge_shards(
+        native.shard_partials(problem.logits, None, problem.target, problem.topk_ids, 0.7, 0, 3001)[None]
+    )
+    parts = [
+        native.shard_partials(
+            part.contiguous(), None, problem.target, problem.topk_ids, 0.7, 1000 * i, max(0, min(1000, 3001 - 1000 * i))
+        )
+        for i, part in enumerate(torch.nn.functional.pad(problem.logits, (0, 1999)).split(1000, dim=1))
+    ]
+    for together, alone in zip(native.merge_shards(torch.stack(parts)), whole, strict=True):
+        # Two ways to round the same sums: a few units in the last place of numbers below 32.
+        torch.testing.assert_close(together, alone, rtol=2e-6, atol=8e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 4)}, "logits must be a matrix"),
+        ({"logits": torch.zeros(4, 2).t()}, "logits must have contiguous columns"),
+        ({"logits": torch.zeros(2, 4, dtype=torch.float64)}, "logits must be float32, bfloat16 or float16"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, "target must have shape"),
+        ({"target": torch.zeros(2, dtype=torch.int32)}, "target must be Long"),
+        ({"topk_ids": torch.zeros(2, dtype=torch.int64)}, "topk_ids must be a matrix"),
+        ({"topk_ids": torch.zeros(2, 6, dtype=torch.int64)[:, ::2]}, "topk_ids must be contiguous"),
+        ({"rows": torch.zeros(5, dtype=torch.int64)}, "rows lists 5 rows"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"num_columns": 5}, "num_columns must be in"),
+    ],
+)
+def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "logits": torch.zeros(2, 4),
+        "rows": None,
+        "target": torch.zeros(2, dtype=torch.int64),
+        "topk_ids": None,
+        "temperature": 1.0,
+        "first_column": 0,
+        "num_columns": 4,
+    }
+    with pytest.raises(ValueError, match=message):
+        operators.row_partials(**(arguments | change))
+
+
+def test_operators_describe_themselves_to_the_compiler() -> None:
+    problem = make_problem(3, 50)
+    arguments = backward_arguments(problem)
+    checks = ("test_schema", "test_faketensor")
+    partial_arguments = (problem.logits, None, problem.target, problem.topk_ids, 1.0, 0, 50)
+    torch.library.opcheck(operators.row_partials.default, partial_arguments, test_utils=checks)
+    partials = operators.row_partials(*partial_arguments)[None]
+    torch.library.opcheck(operators.merge_partials.default, (partials,), test_utils=checks)
+    grad = torch.empty_like(problem.logits)
+    torch.library.opcheck(operators.policy_backward.default, (problem.logits, grad, *arguments), test_utils=checks)
+    torch.library.opcheck(operators.policy_backward_.default, (problem.logits, *arguments), test_utils=checks)
+
+
+def test_a_graph_captured_by_torch_compile_gives_the_same() -> None:
+    problem = make_problem(3, 50)
+
+    def statistics(logits: torch.Tensor) -> torch.Tensor:
+        return native.merge_shards(native.shard_partials(logits, None, problem.target, None, 1.0, 0, 50)[None]).entropy
+
+    captured = torch.compile(statistics, backend="eager", fullgraph=True)
+    assert torch.equal(captured(problem.logits), statistics(problem.logits))

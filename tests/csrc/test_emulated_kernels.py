@@ -1,0 +1,189 @@
+"""The CUDA kernels without a GPU: the same .cu files on the host emulation (csrc/emulation), against float64.
+
+Every kernel runs under several schedules, then under AddressSanitizer + UndefinedBehaviourSanitizer and ThreadSanitizer.
+That the emulation would notice is tested too: each seeded bug must be caught by the named way of running.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+DRIVER = Path(__file__).with_name("emulation_driver.py")
+CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include/cuda_runtime_api.h"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine"),
+    pytest.mark.skipif(not CUDA_HEADERS.exists(), reason=f"no CUDA toolkit headers ({CUDA_HEADERS}); set CUDA_HOME"),
+    pytest.mark.skipif(not CSRC.exists(), reason="csrc/ is not beside the tests"),
+]
+
+
+
+
+def compile_emulation(kind: str, csrc: Path, output: Path) -> Path:
+    command = [str(CSRC / "emulation/build.sh"), kind, str(output), str(csrc)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def library_path(name: str) -> str:
+    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run_driver(library: Path, way: str, order: str = "forward") -> tuple[bool, str]:
+    """Whether the driver found nothing wrong, and all that was said."""
+    environment = {**os.environ, "EMULATION_ORDER": order, "OPENBLAS_NUM_THREADS": "1"}
+    if way == "asan":
+        environment["LD_PRELOAD"] = f"{library_path('libasan.so')} {library_path('libstdc++.so')}"
+        # Every allocation of Python's and numpy's through malloc, so that an array's end is an allocation's end.
+        environment |= {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    if way in ("tsan", "interblock"):
+        environment["LD_PRELOAD"] = library_path("libtsan.so")
+        environment["TSAN_OPTIONS"] = "halt_on_error=1 exitcode=66"
+    arguments = [sys.executable, str(DRIVER), str(library)]
+    if way == "interblock":
+        environment["EMULATION_INTERBLOCK"] = "1"
+        arguments.append("--interblock")
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``emulation(way)``: the library to run that way, compiled once a session."""
+    folder = tmp_path_factory.mktemp("emulation")
+
+    def library(way: str) -> Path:
+        kind = "tsan" if way == "interblock" else way
+        path = folder / f"{kind}.so"
+        return path if path.exists() else compile_emulation(kind, CSRC, path)
+
+    return library
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random:1", "random:2"])
+def test_every_schedule_gives_the_right_numbers(emulation: Callable[[str], Path], order: str) -> None:
+    fine, said = run_driver(emulation("plain"), "plain", order)
+    assert fine, said
+
+
+@pytest.mark.parametrize("way", ["asan", "tsan", "interblock"])
+@pytest.mark.parametrize("order", ["forward", "random:3"])
+def test_sanitizers_find_nothing(emulation: Callable[[str], Path], way: str, order: str) -> None:
+    fine, said = run_driver(emulation(way), way, order)
+    assert fine, said
+
+
+# name: (file, text, replacement, the way of running that must catch it, what it must say)
+BUGS = {
+    "missing barrier between warps": (
+        "cuda/row_partials.cu",
+        "if (lane == 0) warp_states[warp] = state;\n  __syncthreads();",
+        "if (lane == 0) warp_states[warp] = state;",
+        "tsan",
+        "data race",
+    ),
+    "missing barrier before the target's column": (
+        "cuda/policy_backward.cu",
+        "  __syncthreads();  // whoever",
+        "  // whoever",
+        "tsan",
+        "data race",
+    ),
+    "divergent barrier": (
+        "cuda/row_partials.cu",
+        "  __syncthreads();\n  if (warp != 0) return state;",
+        "  if (warp != 0) return state;\n  __syncthreads();",
+        "plain",
+        "__syncthreads()",
+    ),
+    "divergent shuffle": (
+        "cuda/row_partials.cu",
+        "  state = warp_merge(state, exp2_scale);\n  if (lane == 0)",
+        "  if (lane % 2 == 0) state = warp_merge(state, exp2_scale);\n  if (lane == 0)",
+        "plain",
+        "deadlock",
+    ),
+    "shared memory overrun": (
+        "cuda/row_partials.cu",
+        "warp_states[warp] = state",
+        "warp_states[warp + 1] = state",
+        "asan",
+        "heap-buffer-overflow",
+    ),
+    "read past the end of a row": (
+        "cuda/row_partials.cu",
+        "for (; v < num_vectors;",
+        "for (; v <= num_vectors;",
+        "asan",
+        "heap-buffer-overflow",
+    ),
+    "misaligned vector": (
+        "cuda/vector_access.cuh",
+        "return min(past == 0 ? 0 : Vector<T>::kSize - past, n);",
+        "return 0 * past * n;",
+        "asan",
+        "misaligned",
+    ),
+    "all blocks write one row": (
+        "cuda/row_partials.cu",
+        "float* out = args.partials + i *",
+        "float* out = args.partials + 0 * i *",
+        "interblock",
+        "data race",
+    ),
+    "segments merged without a fence": (
+        "cuda/row_partials.cu",
+        "__threadfence();",
+        ";",
+        "interblock",
+        "data race",
+    ),
+    "no block is the last": (
+        "cuda/row_partials.cu",
+        "static_cast<unsigned>(segments - 1)",
+        "static_cast<unsigned>(segments)",
+        "plain",
+        "is off by",
+    ),
+    "padding is read": (
+        "cuda/row_partials.cu",
+        "args.logits.num_columns",
+        "args.logits.columns",
+        "plain",
+        "is off by",
+    ),
+    "the smaller maximum is lost in a merge": (
+        "core/row_reduction.h",
+        "decay_b * b.rest + e,",
+        "decay_b * b.rest,",
+        "plain",
+        "is off by",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_seeded_bug_is_caught(bug: str, tmp_path: Path) -> None:
+    file, text, replacement, way, message = BUGS[bug]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    source = (csrc / file).read_text()
+    assert text in source, f"{file} no longer contains {text!r}: seed this bug anew"
+    (csrc / file).write_text(source.replace(text, replacement))
+    library = compile_emulation("tsan" if way == "interblock" else way, csrc, tmp_path / "emulation.so")
+    fine, said = run_driver(library, way)
+    assert not fine
+    assert message in said, said

@@ -1,0 +1,157 @@
+"""SdpaCoreAttention against attention written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dppo.models.attention import SdpaCoreAttention
+from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
+
+HEADS, GROUPS, DIM = 4, 2, 8
+# fp32 inputs of size ~1: scores and a weighted mean, each a few roundings of 6e-8.
+TOLERANCE = {"rtol": 0.0, "atol": 2e-6}
+
+
+def build_attention(**config) -> SdpaCoreAttention:
+    transformer_config = TransformerConfig(
+        **{
+            "num_layers": 1,
+            "hidden_size": HEADS * DIM,
+            "num_attention_heads": HEADS,
+            "num_query_groups": GROUPS,
+            "attention_dropout": 0.0,
+            **config,
+        }
+    )
+    return SdpaCoreAttention(transformer_config, 1, AttnMaskType.causal, "self")
+
+
+def random_qkv(sq: int, sk: int, batch: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sq * 100 + sk)
+    shapes = ((sq, batch, HEADS, DIM), (sk, batch, GROUPS, DIM), (sk, batch, GROUPS, DIM))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masked_out: torch.Tensor) -> torch.Tensor:
+    """[sq, b, heads * dim] in float64; ``masked_out`` broadcasts to [b, heads, sq, sk]."""
+    key, value = (x.double().repeat_interleave(HEADS // GROUPS, dim=2) for x in (key, value))
+    scores = torch.einsum("qbhd,kbhd->bhqk", query.double(), key) / DIM**0.5
+    weights = scores.masked_fill(masked_out, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+
+def later_keys(sq: int, sk: int) -> torch.Tensor:
+    return torch.ones(sq, sk, dtype=torch.bool).triu(sk - sq + 1)
+
+
+def _check_masks() -> None:
+    attention = build_attention()
+    for sq, sk in ((6, 6), (1, 9), (3, 9), (1, 1)):  # a prompt, one step over a cache, several steps, a first token
+        query, key, value = random_qkv(sq, sk, 2)
+        expected = reference(query, key, value, later_keys(sq, sk))
+        torch.testing.assert_close(attention(query, key, value).double(), expected, **TOLERANCE)
+        # The same said by an explicit mask, and a mask that differs by row: row 0 must not see its first key.
+        explicit = later_keys(sq, sk)[None, None].repeat(2, 1, 1, 1)
+        torch.testing.assert_close(attention(query, key, value, explicit[:1]).double(), expected, **TOLERANCE)
+        if sk > sq:
+            explicit[0, :, :, 0] = True
+            expected = reference(query, key, value, explicit)
+            torch.testing.assert_close(attention(query, key, value, explicit).double(), expected, **TOLERANCE)
+
+
+def _check_gradients() -> None:
+    attention = build_attention()
+    query, key, value = random_qkv(6, 6, 2)
+    weight = torch.randn(6, 2, HEADS * DIM)
+    got = torch.autograd.grad((attention(query, key, value) * weight).sum(), (query, key, value))
+    expected = torch.autograd.grad((reference(query, key, value, later_keys(6, 6)) * weight).sum(), (query, key, value))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-5)  # sums over up to 24 terms of size ~3
+
+
+def _check_bf16() -> None:
+    attention = build_attention()
+    query, key, value = random_qkv(6, 6, 2, torch.bfloat16)
+    output = attention(query, key, value)
+    assert output.dtype == torch.bfloat16
+    # Scores and weights may be rounded to bf16 (2^-9 relative) before the last rounding; values are below 4.
+    expected = reference(query, key, value, later_keys(6, 6))
+    torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=4 * 2**-8)
+
+
+def _check_packed() -> None:
+    attention = build_attention()
+    query, key, value = (x[:, 0] for x in random_qkv(12, 12, 1))
+    cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)  # lengths 4, 0, 5; three tokens belong to nobody
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    output = attention(query, key, value, None, packed_seq_params=packed)
+    for start, end in ((0, 4), (4, 9)):
+        alone = attention(*(x[start:end, None] for x in (query, key, value)))[:, 0]
+        torch.testing.assert_close(output[start:end], alone, **TOLERANCE)
+    assert bool((output[9:] == 0).all())
+    with pytest.raises(ValueError, match="9, but there are 8 tokens"):
+        attention(query[:8], key[:8], value[:8], None, packed_seq_params=packed)
+
+
+def _check_refusals() -> None:
+    for name, bad in (("window_size", (4, 0)), ("softmax_type", "learnable"), ("attention_dropout", 0.1)):
+        with pytest.raises(ValueError, match=name):
+            build_attention(**{name: bad})
+    with pytest.raises(ValueError, match="attention_bias"):
+        build_attention()(*random_qkv(2, 2, 1), attention_bias=torch.zeros(1))
+
+
+def _on_one_rank(*checks) -> None:
+    initialize_model_parallel(ParallelConfig(), seed=1)
+    for check in checks:
+        check()
+
+
+def test_causal_explicit_and_cached_attention(ranks):
+    ranks(1).run(_on_one_rank, _check_masks)
+
+
+def test_gradients(ranks):
+    ranks(1).run(_on_one_rank, _check_gradients)
+
+
+def test_bf16(ranks):
+    ranks(1).run(_on_one_rank, _check_bf16)
+
+
+def test_packed_sequences_do_not_see_each_other(ranks):
+    ranks(1).run(_on_one_rank, _check_packed)
+
+
+def test_variants_that_are_not_computed_are_refused(ranks):
+    ranks(1).run(_on_one_rank, _check_refusals)
+
+
+def _context_parallel_errors(size: int) -> list[float]:
+    """Differences of output and gradients from attention over the whole sequence, for this rank's two chunks."""
+    initialize_model_parallel(ParallelConfig(context_parallel_size=size), seed=1)
+    attention = build_attention(context_parallel_size=size)
+    rank, sequence = attention.cp_group.rank(), 8
+    query, key, value = random_qkv(sequence, sequence, 2)
+    weight = torch.randn(sequence, 2, HEADS * DIM, generator=torch.Generator().manual_seed(5))
+    expected = reference(query, key, value, later_keys(sequence, sequence))
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (query, key, value))
+
+    def mine(x: torch.Tensor) -> torch.Tensor:
+        chunks = x.detach().chunk(2 * size)
+        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+    local = [mine(x).requires_grad_() for x in (query, key, value)]
+    output = attention(*local)
+    grads = torch.autograd.grad((output * mine(weight)).sum(), local)
+    pairs = [(output, expected), *zip(grads, expected_grads, strict=True)]
+    return [(got - mine(whole)).abs().max().item() for got, whole in pairs]
+
+
+def test_context_parallel_ranks_compute_their_chunks_of_the_whole(ranks):
+    for errors in ranks(2).run(_context_parallel_errors, 2):
+        assert max(errors) < 1e-5

@@ -1,0 +1,206 @@
+"""Policy statistics of whole logits: right values and gradients, in place on request, nothing outside the mask touched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dppo import PolicyStats, vocab_parallel_policy_stats
+from megatron_dppo.ops import torch_backend
+
+
+def dense(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> PolicyStats:
+    """The definition, in float64."""
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    p = log_p.exp()
+    return PolicyStats(
+        log_p.gather(-1, target[..., None])[..., 0],
+        -torch.where(p > 0, p * log_p, 0.0).sum(-1),
+        p.square().sum(-1),
+        log_p.gather(-1, ids),
+    )
+
+
+def stats_of(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor | None = None, **kw: Any) -> PolicyStats:
+    return vocab_parallel_policy_stats(logits, target, ids, backend="torch", **kw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_values_and_gradients_are_those_of_the_definition(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    logits = (3 * torch.randn(*shape, 53)).to(dtype).requires_grad_()
+    target, ids = torch.randint(0, 53, shape), torch.randint(0, 53, (*shape, 6))
+    stats = stats_of(logits, target, ids, temperature=0.8)
+    exact = logits.detach().double().requires_grad_()
+    expected = dense(exact, target, ids, 0.8)
+    # 53 terms of fp32 sums, each within an ulp of its value: 1e-5 leaves an order of magnitude (fp64: 1e-13).
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    for ours, theirs in zip(stats, expected, strict=True):
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=tolerance, atol=tolerance)
+    g1, g2 = torch.randn(2, *shape)
+    (grad,) = torch.autograd.grad((g1 * stats.log_prob + g2 * stats.entropy).sum(), logits)
+    (expected_grad,) = torch.autograd.grad((g1 * expected.log_prob + g2 * expected.entropy).sum(), exact)
+    rounded = torch.finfo(dtype).eps / 2  # the gradient is rounded to the logits' dtype once
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=rounded + tolerance, atol=tolerance)
+    assert not stats.collision.requires_grad
+    assert not stats.topk_log_prob.requires_grad
+
+
+def test_gradcheck_in_float64() -> None:
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    target, mask = torch.tensor([1, 5, 0]), torch.tensor([True, False, True])
+    assert torch.autograd.gradcheck(
+        lambda x: stats_of(x, target, vocab_size=6, temperature=1.4, token_mask=mask)[:2], logits
+    )
+
+
+@pytest.mark.parametrize("offset", [-1e4, 70.0, 1e4])
+def test_large_logits_lose_no_digits(offset: float) -> None:
+    """log_prob = x - LSE would be off by the rounding of the LSE: 4e-6 at 70, 1e-3 at 1e4."""
+    # Multiples of 1/64, so that adding the offset is exact in fp32.
+    logits = (torch.randint(-300, 300, (20, 31)) / 64 + offset).requires_grad_()
+    target, ids = torch.randint(0, 31, (20,)), torch.randint(0, 31, (20, 3))
+    stats = stats_of(logits, target, ids)
+    exact = logits.detach().double().requires_grad_()
+    expected = dense(exact, target, ids)
+    for ours, theirs in zip(stats, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-6, atol=1e-7)
+    (grad,) = torch.autograd.grad(stats.log_prob.sum() + stats.entropy.sum(), logits)
+    (expected_grad,) = torch.autograd.grad(expected.log_prob.sum() + expected.entropy.sum(), exact)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_near_certain_tokens_keep_the_digits_of_what_is_left() -> None:
+    """log pi = -1e-9 and its gradient 1e-9 vanish if 1 + sum is rounded before the logarithm."""
+    logits = torch.tensor([[math.log(1e9), 0.0], [60.0, 0.0]], requires_grad=True)
+    stats = stats_of(logits, torch.zeros(2, dtype=torch.int64))
+    expected = -torch.log1p((logits[:, 1] - logits[:, 0]).double().exp()).detach()
+    torch.testing.assert_close(stats.log_prob.double(), expected, rtol=1e-5, atol=0)
+    stats.log_prob.sum().backward()
+    torch.testing.assert_close(logits.grad[:, 0].double(), -torch.expm1(expected), rtol=1e-5, atol=0)
+
+
+def test_minus_infinity_means_no_probability() -> None:
+    logits = torch.randn(4, 9)
+    logits[:, 2:5] = -math.inf
+    logits.requires_grad_()
+    target = torch.tensor([0, 1, 3, 8])  # token 3 is impossible
+    stats = stats_of(logits, target, torch.tensor([[2, 0]] * 4))
+    expected = dense(logits.detach(), target, torch.tensor([[2, 0]] * 4))
+    for ours, theirs in zip(stats, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    (stats.log_prob.sum() + stats.entropy.sum()).backward()
+    assert bool(logits.grad.isfinite().all())
+    assert not logits.grad[[0, 1, 3], 2:5].any()
+
+
+def test_nan_is_not_hidden() -> None:
+    logits = torch.randn(2, 5)
+    logits[0, 3] = math.nan
+    log_prob = stats_of(logits, torch.zeros(2, dtype=torch.int64)).log_prob
+    assert log_prob.isnan().tolist() == [True, False]
+
+
+def test_masked_rows_are_not_read_and_get_zero() -> None:
+    logits = torch.randn(2, 4, 6)
+    mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    target = torch.randint(0, 6, (2, 4)).masked_fill(~mask, -100)
+    logits[~mask] = math.nan
+    logits.requires_grad_()
+    stats = stats_of(logits, target, target[..., None], token_mask=mask)
+    (stats.log_prob.sum() + stats.entropy.sum()).backward()
+    for values in (*stats, logits.grad):
+        assert not values[~mask].any()
+        assert bool(values[mask].isfinite().all())
+    everything = stats_of(logits.detach()[mask], target[mask])
+    assert torch.equal(stats.entropy[mask], everything.entropy)
+
+
+def test_padded_columns_are_not_vocabulary() -> None:
+    logits = torch.randn(5, 12)
+    logits[:, 9:] = 100.0
+    target = torch.randint(0, 9, (5,))
+    padded = logits.clone().requires_grad_()
+    stats = stats_of(padded, target, vocab_size=9)
+    for ours, theirs in zip(stats[:3], stats_of(logits[:, :9], target)[:3], strict=True):
+        assert torch.equal(ours, theirs)
+    (stats.log_prob.sum() + stats.entropy.sum()).backward()
+    assert not padded.grad[:, 9:].any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_backward_writes_into_the_logits_storage(masked: bool, dtype: torch.dtype) -> None:
+    source = torch.randn(2, 3, 10).to(dtype).requires_grad_()
+    target = torch.randint(0, 8, (2, 3))
+    mask = torch.tensor([[True, False, True], [True, True, False]]) if masked else None
+    grads, address = {}, 0
+    for inplace in (False, True):
+        logits = source * 1
+        seen = []
+        logits.register_hook(lambda grad, seen=seen: seen.append(grad.data_ptr()))
+        stats = stats_of(logits, target, vocab_size=8, token_mask=mask, inplace_backward=inplace)
+        address = logits.data_ptr()
+        (grads[inplace],) = torch.autograd.grad(stats.log_prob.sum() + stats.entropy.sum(), source)
+        assert (seen[0] == address) == inplace
+    assert torch.equal(grads[True], grads[False])
+
+
+def test_inplace_backward_is_an_error_where_the_logits_are_needed_afterwards() -> None:
+    source = torch.randn(3, 4, requires_grad=True)
+    logits = source * 1
+    squared = logits.square().sum()
+    stats_of(logits, torch.tensor([0, 1, 2]), inplace_backward=True).log_prob.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_non_contiguous_logits(inplace: bool) -> None:
+    base = torch.randn(6, 4, 9)
+    target = torch.randint(0, 9, (4, 5))
+    for make in (lambda x: x[1:].transpose(0, 1), lambda x: x.permute(1, 2, 0).contiguous().transpose(1, 2)[:, :5]):
+        x = base.clone().requires_grad_()
+        view = make(x * 1)
+        assert not view.is_contiguous()
+        stats_of(view, target, inplace_backward=inplace).log_prob.sum().backward()
+        y = base.clone().requires_grad_()
+        stats_of(make(y * 1).contiguous(), target).log_prob.sum().backward()
+        assert torch.equal(x.grad, y.grad)
+
+
+def test_temporaries_are_bounded_whatever_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are worked through in chunks; a chunk boundary leaves no trace in the results."""
+    logits, target = torch.randn(37, 50, requires_grad=True), torch.randint(0, 50, (37,))
+    whole = stats_of(logits, target)
+    (whole_grad,) = torch.autograd.grad(whole.entropy.sum(), logits)
+    monkeypatch.setattr(torch_backend, "TEMPORARY_BYTES", 5 * 3 * 4 * 50)
+    chunks = list(torch_backend.row_chunks(37, 50, torch.float32))
+    assert max(part.stop - part.start for part in chunks) == 5
+    chunked = stats_of(logits, target)
+    assert torch.equal(whole.log_prob, chunked.log_prob)
+    assert torch.equal(whole_grad, torch.autograd.grad(chunked.entropy.sum(), logits)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": torch.tensor([0, 9])}, r"target at \[1\] is \[9\]: ids must lie in \[0, 5\)"),
+        ({"target": torch.tensor([0, 5]), "vocab_size": 5}, r"target at \[1\] is \[5\]"),
+        ({"topk_ids": torch.tensor([[0, 1], [2, -1]])}, r"topk_ids at \[1\] is \[2, -1\]"),
+        ({"target": torch.tensor([0])}, r"target has shape \(1,\)"),
+        ({"target": torch.tensor([0, 1], dtype=torch.int32)}, "target must be torch.int64"),
+        ({"token_mask": torch.ones(2)}, "token_mask must be torch.bool"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"vocab_size": 6}, "vocab_size is 6, but 1 shard"),
+        ({"logits": torch.zeros(2, 5, dtype=torch.int64)}, "logits must be"),
+    ],
+)
+def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments = {"logits": torch.zeros(2, 5), "target": torch.tensor([0, 1]), **changes}
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_policy_stats(**arguments, backend="torch")

@@ -1,0 +1,112 @@
+"""What is asked of a server and what is made of its answer, without a server."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, SamplingParams
+from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.server import first_gpu
+from megatron_dppo.rollout.sglang.wire_format import build_request, check_prompt, parse_response, request_seed
+
+PROMPT = Prompt("train/sum/3", (5, 6, 7))
+SAMPLING = SamplingParams(max_new_tokens=8, temperature=0.7, stop_token_ids=(2,), topk_log_probs=2)
+
+# As SGLang 0.5.23 answers (fields that are not read left out).
+ANSWER = {
+    "output_ids": [11, 2],
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 2},
+        "output_token_logprobs": [[-0.5, 11, None], [-1.25, 2, None]],
+        "output_top_logprobs": [[[-0.5, 11, None], [-1.5, 4, None]], [[-0.75, 9, None], [-1.25, 2, None]]],
+        "weight_versions": [{"version": "4", "start": 0, "end": 2}],
+    },
+}
+
+
+def _answer(**meta):
+    answer = copy.deepcopy(ANSWER)
+    answer["meta_info"].update(meta)
+    return answer
+
+
+def test_a_request_samples_from_the_plain_softmax():
+    params = build_request(PROMPT, SAMPLING, seed=1)["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["top_k"], params["min_p"]) == (0.7, 1.0, -1, 0.0)
+    assert (params["frequency_penalty"], params["presence_penalty"], params["repetition_penalty"]) == (0.0, 0.0, 1.0)
+
+
+def test_end_of_sequence_is_ignored_only_without_stop_tokens():
+    assert build_request(PROMPT, SamplingParams(8), seed=1)["sampling_params"]["ignore_eos"] is True
+    params = build_request(PROMPT, SAMPLING, seed=1)["sampling_params"]
+    assert (params["ignore_eos"], params["stop_token_ids"]) == (False, [2])
+
+
+def test_request_seeds_differ_within_a_batch_and_repeat_between_runs():
+    other = Prompt("train/sum/4", (5, 6, 7))
+    seeds = [request_seed(p, i, s, SAMPLING) for i, p in enumerate((PROMPT, other)) for s in range(8)]
+    assert len(set(seeds)) == 16
+    assert seeds == [request_seed(p, i, s, SAMPLING) for i, p in enumerate((PROMPT, other)) for s in range(8)]
+    assert request_seed(PROMPT, 0, 0, SamplingParams(8, seed=1)) != request_seed(
+        PROMPT, 0, 0, SamplingParams(8, seed=2)
+    )
+
+
+def test_an_answer_becomes_a_sample_with_the_stop_token_in_it():
+    sample = parse_response(ANSWER, PROMPT, 5, SAMPLING, weight_version=4)
+    assert (sample.response_ids, sample.rollout_log_probs) == ([11, 2], [-0.5, -1.25])
+    assert (sample.finish_reason, sample.group_id, sample.weight_versions) == ("stop", 5, [(4, 2)])
+    assert torch.equal(sample.topk_ids, torch.tensor([[11, 4], [9, 2]]))
+    assert torch.equal(sample.topk_log_probs, torch.tensor([[-0.5, -1.5], [-0.75, -1.25]]))
+
+
+def test_a_response_that_the_server_ended_for_its_own_reason_is_refused():
+    with pytest.raises(RolloutError, match="add that id to stop_token_ids"):
+        parse_response(_answer(finish_reason={"type": "stop", "matched": 9}), PROMPT, 0, SAMPLING, 4)
+
+
+def test_tokens_drawn_by_other_weights_are_refused():
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
+    with pytest.raises(RolloutError, match="train/sum/3: drawn by weights version '3'"):
+        parse_response(_answer(weight_versions=spans), PROMPT, 0, SAMPLING, 4)
+
+
+def test_log_probs_of_other_tokens_than_the_output_are_refused():
+    with pytest.raises(RolloutError, match="not those of its output tokens"):
+        parse_response({**ANSWER, "output_ids": [11, 3]}, PROMPT, 0, SAMPLING, 4)
+
+
+@pytest.mark.parametrize("log_prob", [math.nan, -math.inf, 0.5])
+def test_impossible_log_probs_are_refused(log_prob):
+    broken = [[log_prob, 11, None], [-1.25, 2, None]]
+    with pytest.raises(InvalidSampleError, match=r"train/sum/3: token 0 \(id 11\)"):
+        parse_response(_answer(output_token_logprobs=broken), PROMPT, 0, SAMPLING, 4)
+
+
+@pytest.mark.parametrize("token_ids", [(), (3, 250), (-1,)])
+def test_prompts_that_would_end_the_server_are_never_sent(token_ids):
+    with pytest.raises(ValueError, match="prompt bad"):
+        check_prompt(Prompt("bad", token_ids), vocab_size=250)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_servers", 0), ("sync_timeout_s", -1.0), ("verify", "maybe"), ("urls", ["10.0.0.1:30000"])],
+)
+def test_a_bad_option_is_named(field, value):
+    with pytest.raises(ValueError, match=f"SGLangConfig.{field}"):
+        SGLangConfig(**{field: value}).check()
+
+
+def test_servers_take_the_gpus_after_the_trainers(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    config = SGLangConfig(tensor_model_parallel_size=2)
+    assert [first_gpu(config, index, gpu_count=8) for index in (0, 1)] == [4, 6]
+    assert first_gpu(SGLangConfig(base_gpu_id=0), 0, gpu_count=1) == 0
+    with pytest.raises(ValueError, match="server 2 needs GPUs 8 to 9, but this machine has 8"):
+        first_gpu(config, 2, gpu_count=8)

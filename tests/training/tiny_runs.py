@@ -1,0 +1,51 @@
+"""Short real training runs for tests: a tiny policy with its tokenizer, and the example script under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_dppo.tasks.config import TaskConfig
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
+
+
+def write_tiny_policy(folder: Path) -> Path:
+    """The quick start's policy, as its script makes it."""
+    make = runpy.run_path(str(ROOT / "tools" / "make_tiny_policy.py"))["make_tiny_policy"]
+    make(folder, [TaskConfig(name="spell_backward")])
+    return folder
+
+
+def start_training(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
+    """Start the quick start with overrides; the caller waits for it or kills it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    script = [str(ROOT / "examples" / "pretrain_dppo.py"), "--config", str(QUICKSTART)]
+    settings = [f"model.path={policy}", f"run.root={runs}", f"run.name={name}", "checkpoint.export_hf=false", *overrides]
+    return subprocess.Popen(
+        [*launcher, *script, *settings],
+        cwd=runs,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2, timeout: float = 280) -> list[dict]:
+    """Run to the end; returns the records of metrics.jsonl."""
+    process = start_training(policy, runs, name, *overrides, processes=processes)
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-4000:]
+    return read_metrics(runs / name)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The records of a run, step 0 included."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
