@@ -1,8 +1,9 @@
-// The operators torch.ops.megatron_dppo.*: schemas, every check of their arguments, and the choice of device. The kernels
-// below trust what they are given. Importing megatron_dppo._C registers the operators and tells how they were built.
+// The operators torch.ops.megatron_dppo.*: schemas, every check of their arguments, and the choice of device. The
+// kernels below trust what they are given. Importing megatron_dppo._C registers the operators and tells how they were
+// built.
 //
-// No CUDA header of torch is used: the stream comes from c10's device-neutral interface, so that this file compiles, links
-// and imports against a CPU build of torch too.
+// No CUDA header of torch is used: the stream comes from c10's device-neutral interface, so that this file compiles,
+// links and imports against a CPU build of torch too.
 
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
@@ -52,8 +53,8 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& logits, at
 
 void check_matrix(const char* name, const Tensor& matrix) {
   TORCH_CHECK_VALUE(matrix.dim() == 2, name, " must be a matrix [N, V/TP], not ", matrix.sizes());
-  TORCH_CHECK_VALUE(matrix.size(1) <= 1 || matrix.stride(1) == 1, name, " must have contiguous columns; its strides are ",
-                    matrix.strides());
+  TORCH_CHECK_VALUE(matrix.size(1) <= 1 || matrix.stride(1) == 1, name,
+                    " must have contiguous columns; its strides are ", matrix.strides());
 }
 
 float check_temperature(double temperature) {
@@ -115,7 +116,7 @@ Tensor row_partials(const Tensor& logits, const optional<Tensor>& rows, const Te
 #if defined(DPPO_WITH_CUDA)
   if (logits.is_cuda()) {
     const c10::DeviceGuard guard(logits.device());
-    const cuda::PartialsPlan plan = cuda::plan_row_partials(args);
+    const cuda::PartialsPlan plan = cuda::plan_row_partials(args, cuda::multiprocessor_count());
     const Tensor workspace = at::empty({plan.workspace_bytes}, logits.options().dtype(at::kByte));
     check_launch("row_partials",
                  cuda::launch_row_partials(args, plan, workspace.mutable_data_ptr(), current_stream(logits)));
@@ -136,11 +137,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partials(const 
   Tensor log_prob = per_row(), entropy = per_row(), collision = per_row(), max = per_row(), log_sum = per_row();
   Tensor topk_log_prob = at::empty({n, topk}, partials.options());
   const MergeArguments args{
-      partials.const_data_ptr<float>(),           partials.size(0),
-      n,                                          topk,
-      log_prob.mutable_data_ptr<float>(),         entropy.mutable_data_ptr<float>(),
-      collision.mutable_data_ptr<float>(),        topk_log_prob.mutable_data_ptr<float>(),
-      max.mutable_data_ptr<float>(),              log_sum.mutable_data_ptr<float>(),
+      partials.const_data_ptr<float>(),
+      partials.size(0),
+      n,
+      topk,
+      log_prob.mutable_data_ptr<float>(),
+      entropy.mutable_data_ptr<float>(),
+      collision.mutable_data_ptr<float>(),
+      topk_log_prob.mutable_data_ptr<float>(),
+      max.mutable_data_ptr<float>(),
+      log_sum.mutable_data_ptr<float>(),
   };
 #if defined(DPPO_WITH_CUDA)
   if (partials.is_cuda()) {
@@ -161,9 +167,9 @@ void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Te
   BackwardArguments args{};
   args.logits = check_logits(logits, first_column, num_columns);
   check_matrix("grad", grad);
-  TORCH_CHECK_VALUE(grad.sizes() == logits.sizes() && grad.scalar_type() == logits.scalar_type() &&
-                        grad.device() == logits.device(),
-                    "grad must match logits in shape, dtype and device");
+  TORCH_CHECK_VALUE(
+      grad.sizes() == logits.sizes() && grad.scalar_type() == logits.scalar_type() && grad.device() == logits.device(),
+      "grad must match logits in shape, dtype and device");
   args.selection = check_rows(rows, logits);
   const int64_t n = args.selection.n;
   check_like("target", target, logits, at::kLong, {n});
@@ -180,15 +186,16 @@ void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Te
 #if defined(DPPO_WITH_CUDA)
   if (logits.is_cuda()) {
     const c10::DeviceGuard guard(logits.device());
-    check_launch("policy_backward", cuda::launch_policy_backward(args, current_stream(logits)));
+    check_launch("policy_backward",
+                 cuda::launch_policy_backward(args, cuda::multiprocessor_count(), current_stream(logits)));
     return;
   }
 #endif
   cpu::policy_backward(args);
 }
 
-void policy_backward_(const Tensor& logits, const optional<Tensor>& rows, const Tensor& target,
-                      const Tensor& max, const Tensor& log_sum, const Tensor& log_prob, const Tensor& entropy,
+void policy_backward_(const Tensor& logits, const optional<Tensor>& rows, const Tensor& target, const Tensor& max,
+                      const Tensor& log_sum, const Tensor& log_prob, const Tensor& entropy,
                       const optional<Tensor>& grad_log_prob, const optional<Tensor>& grad_entropy, double temperature,
                       int64_t first_column, int64_t num_columns) {
   policy_backward(logits, logits, rows, target, max, log_sum, log_prob, entropy, grad_log_prob, grad_entropy,
@@ -197,7 +204,7 @@ void policy_backward_(const Tensor& logits, const optional<Tensor>& rows, const 
 
 }  // namespace
 
-#define DPPO_BACKWARD_INPUTS                                                                                  \
+#define DPPO_BACKWARD_INPUTS                                                                                          \
   "Tensor? rows, Tensor target, Tensor max, Tensor log_sum, Tensor log_prob, Tensor entropy, Tensor? grad_log_prob, " \
   "Tensor? grad_entropy, float temperature, int first_column, int num_columns) -> ()"
 
@@ -212,12 +219,12 @@ TORCH_LIBRARY(megatron_dppo, m) {
   m.def("policy_backward_(Tensor(a!) logits, " DPPO_BACKWARD_INPUTS);
 }
 
-#define DPPO_REGISTER(DEVICE)                        \
-  TORCH_LIBRARY_IMPL(megatron_dppo, DEVICE, m) {     \
-    m.impl("row_partials", row_partials);            \
-    m.impl("merge_partials", merge_partials);        \
-    m.impl("policy_backward", policy_backward);      \
-    m.impl("policy_backward_", policy_backward_);    \
+#define DPPO_REGISTER(DEVICE)                     \
+  TORCH_LIBRARY_IMPL(megatron_dppo, DEVICE, m) {  \
+    m.impl("row_partials", row_partials);         \
+    m.impl("merge_partials", merge_partials);     \
+    m.impl("policy_backward", policy_backward);   \
+    m.impl("policy_backward_", policy_backward_); \
   }
 DPPO_REGISTER(CPU)
 #if defined(DPPO_WITH_CUDA)

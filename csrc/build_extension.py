@@ -15,6 +15,7 @@ Environment:
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def build_ext_command() -> Any:
                 super().run()
             except Exception as error:
                 _give_up(error)
-                self.extensions = []
+                self.extensions: list[Any] = []
 
     return BuildNativeExtension
 
@@ -142,8 +143,6 @@ def _choice(variable: str) -> str:
 
 def _vector_width_flags() -> list[str]:
     """x86-64 compilers prefer 256-bit vectors even where 512-bit ones are faster; other machines know no such flag."""
-    import platform
-
     return ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
@@ -157,7 +156,5 @@ def _torch_openmp() -> list[str]:
 def _give_up(error: Exception) -> None:
     if _choice("MEGATRON_DPPO_BUILD_EXT") == "1":
         raise error
-    print(
-        f"megatron_dppo: built without its native kernels; everything works, in plain torch ({type(error).__name__}: {error})",
-        file=sys.stderr,
-    )
+    reason = f"{type(error).__name__}: {error}"
+    print(f"megatron_dppo: built without its native kernels, to compute in plain torch ({reason})", file=sys.stderr)

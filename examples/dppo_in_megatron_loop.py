@@ -61,7 +61,9 @@ def rollout_log_probs(policy, batch) -> torch.Tensor:
     """What the serving engine would have returned with the tokens; here the same weights stand in for it."""
     with torch.no_grad():
         logits = policy.chunks[0](batch["tokens"], batch["position_ids"], None)
-        return vocab_parallel_policy_stats(logits, batch["target"], vocab_size=VOCAB, tp_group=dist.group.WORLD).log_prob
+        return vocab_parallel_policy_stats(
+            logits, batch["target"], vocab_size=VOCAB, tp_group=dist.group.WORLD
+        ).log_prob
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ next test gets a new one.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import traceback
@@ -45,16 +46,28 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    while (job := pipe.recv()) is not None:
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=120))
+    for number in itertools.count():
+        if (job := pipe.recv()) is None:
+            return
         function, args = job
         try:
+            # Fresh groups for every job, and all of them destroyed after it: gloo keeps threads for every group, and
+            # Megatron, which makes dozens, only forgets them.
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(f"job{number}", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=120),
+            )
             answer = (True, function(*args))
             _reset_megatron()
+            dist.barrier()  # no rank may take its groups down while another still uses them
+            dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send(answer)
-    dist.destroy_process_group()
 
 
 class RankPool:

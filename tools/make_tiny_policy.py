@@ -1,10 +1,12 @@
 """Write a small, randomly initialised policy as a Hugging Face folder, with a tokenizer made for the given tasks.
 
-It loads like any published model, in seconds and on any machine: for the quick start, for tests, and for trying a parallel
-layout before the real model. It knows nothing yet; the trainer's ``warm_start`` teaches it enough for rewards to appear.
+It loads like any published model, in seconds and on any machine: for the quick start, for tests, and for trying a
+parallel layout before the real model. It knows nothing yet; the trainer's ``warm_start`` teaches it enough for
+rewards to appear.
 
     python tools/make_tiny_policy.py --task chain_sum --output models/tiny
-    python tools/make_tiny_policy.py --family llama --layers 4 --task chain_sum --task spell_backward --output models/tiny
+    python tools/make_tiny_policy.py --family llama --layers 4 --task chain_sum --task spell_backward --output
+    models/tiny
 
 The same flags and seed give the same weights.
 """
@@ -22,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers.utils import logging
 
 from megatron_dppo.tasks.build import build_task
 from megatron_dppo.tasks.config import TaskConfig
@@ -53,7 +56,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--task", action="append", required=True, help="reasoning-gym task whose questions the tokenizer knows; repeatable"
+        "--task",
+        action="append",
+        required=True,
+        help="reasoning-gym task whose questions the tokenizer knows; repeatable",
     )
     parser.add_argument("--family", choices=FAMILIES, default="qwen3_moe")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,6 +67,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
     arguments = parser.parse_args()
     size = TinyPolicySize(**{name: getattr(arguments, name) for name in vars(TinyPolicySize())})
+    logging.disable_progress_bar()
     try:
         tasks = [TaskConfig(name=name) for name in arguments.task]
         parameters = make_tiny_policy(arguments.output, tasks, arguments.family, size, arguments.seed)

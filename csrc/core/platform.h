@@ -10,7 +10,7 @@
 #define DPPO_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 #define DPPO_UNROLL _Pragma("unroll")
 #else
 #define DPPO_UNROLL

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kChunk = 2048;
 
-// The chunk as floats: itself, or unpacked into `scratch`. Loops over 16-bit loads with reductions do not vectorise well.
+// The chunk as floats: itself, or unpacked into `scratch`. Loops over 16-bit loads with reductions do not vectorise
+// well.
 DPPO_INLINE const float* unpack(const float* x, int64_t, float*) { return x; }
 template <typename T>
 DPPO_INLINE const float* unpack(const T* x, int64_t n, float* scratch) {
@@ -25,10 +26,19 @@ DPPO_INLINE const float* unpack(const T* x, int64_t n, float* scratch) {
   return scratch;
 }
 
+// Many running maxima, side by side: with a single one, every step would wait for the step before.
 DPPO_INLINE float chunk_max(const float* x, int64_t n) {
+  constexpr int64_t kLanes = 64;
+  alignas(64) float lanes[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) lanes[j] = -INFINITY;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
   float max = -INFINITY;
+  for (; i < n; ++i) max = x[i] > max ? x[i] : max;
 #pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  for (int64_t j = 0; j < kLanes; ++j) max = lanes[j] > max ? lanes[j] : max;
   return max;
 }
 

@@ -7,8 +7,8 @@
 #include "../core/arguments.h"
 #include "../core/platform.h"
 
-// One clone of a function per x86-64 level (AVX-512, AVX2 + FMA, baseline), chosen when the library is loaded. Elsewhere
-// the compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
+// One clone of a function per x86-64 level (AVX-512, AVX2 + FMA, baseline), chosen when the library is loaded.
+// Elsewhere the compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DPPO_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -69,7 +69,8 @@ DPPO_INLINE Float16 from_float<Float16>(float x) {
   return {static_cast<uint16_t>(half | sign)};
 }
 
-// 2^y for y at most (about) 0: relative error below 2e-7, exactly 1 at 0, exactly 0 from 2^-126 down, NaN where y is NaN.
+// 2^y for y at most (about) 0: relative error below 2e-7, exactly 1 at 0, exactly 0 from 2^-126 down, NaN where y is
+// NaN.
 struct Exponent {
   float y;  // -126 where the argument was less, so that y * two_to_y is 0 and not NaN
   float two_to_y;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dppo import _C
+import megatron_dppo._C as _C
 from megatron_dppo.ops.shard_merge import MergedRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_sampling(config, hf_config)
-    _check_algorithm(config)
+    _check_algorithm(config, hf_config)
     _check_batch_sizes(config, world_size // config.parallel.replica_size)
     _check_optimizer("train.optimizer", config.train.optimizer)
     _check_optimizer("warm_start.optimizer", config.warm_start.optimizer)
@@ -66,10 +66,9 @@ def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:
         raise ConfigError(f"eval.temperature must be >= 0 (0: greedy), not {config.eval.temperature}")
 
 
-def _check_algorithm(config: Config) -> None:
+def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
     algorithm = config.algorithm
-    if algorithm.needs_topk and algorithm.topk < 1:
-        raise ConfigError(f"algorithm.topk must be at least 1 for this divergence or direction, not {algorithm.topk}")
+    _check_topk(config, hf_config)
     if algorithm.needs_topk and algorithm.anchor == "recomputed":
         raise ConfigError(
             "algorithm.anchor=recomputed exchanges the sampled tokens' log-probs only: use it with a binary divergence and"
@@ -85,6 +84,16 @@ def _check_algorithm(config: Config) -> None:
         raise ConfigError(
             "algorithm.loss.kl_coef with warm_start.steps: the reference policy would be the warm-started one, which a"
             " resumed run no longer has; export a warm-started policy first and use it as model.path"
+        )
+
+
+def _check_topk(config: Config, hf_config: PretrainedConfig) -> None:
+    """Both engines return as many log-probs per token as there are tokens in the vocabulary, and no more."""
+    topk = config.algorithm.topk
+    if config.algorithm.needs_topk and not 1 <= topk <= hf_config.vocab_size:
+        raise ConfigError(
+            f"algorithm.topk={topk}: with this divergence or direction it must lie between 1 and the model's vocabulary"
+            f" size, {hf_config.vocab_size}"
         )
 
 

@@ -27,7 +27,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key.sub=value")
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+            tree = cast(DictConfig, OmegaConf.merge(tree, OmegaConf.from_dotlist([override])))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override {override!r}: {_first_line(error)}") from error
     schema = _schema()
@@ -35,8 +35,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, tree)))
     except (OmegaConfBaseException, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{path}: {key}: " if key else f"{path}: "
+        named = getattr(error, "full_key", None)
+        where = f"{path}: {named}: " if named else f"{path}: "
         raise ConfigError(where + _first_line(error)) from error
 
 
@@ -75,17 +75,17 @@ def _read_with_defaults(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 
 
 def _refuse_unknown_keys(tree: DictConfig, schema: DictConfig, prefix: str, source: str) -> None:
-    for key in tree:
+    for key in map(str, tree):
         name = f"{prefix}{key}"
         if key not in schema:
-            near = _nearest_key(name, str(key), schema, prefix)
+            near = _nearest_key(name, key, schema, prefix)
             raise ConfigError(f"{source}: unknown key `{name}`" + (f"; did you mean `{near}`?" if near else ""))
         child, child_schema = tree._get_node(key), schema._get_node(key)
         if not isinstance(child_schema, DictConfig) or OmegaConf.get_type(child_schema) is dict:
             continue  # a leaf, a list or a free-form mapping: OmegaConf checks its type when merging
         if not isinstance(child, DictConfig):
             raise ConfigError(
-                f"{source}: `{name}` is a section; set its keys, e.g. `{name}.{next(iter(child_schema))}`"
+                f"{source}: `{name}` is a section; set its keys, e.g. `{name}.{next(map(str, child_schema))}`"
             )
         _refuse_unknown_keys(child, child_schema, f"{name}.", source)
 

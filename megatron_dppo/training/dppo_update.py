@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.integrations.megatron_lm import make_loss_func
+from megatron_dppo.loss.dppo_loss import LossOutput
 from megatron_dppo.ops.policy_stats import vocab_parallel_policy_stats
 from megatron_dppo.training.batch import MicroBatch, TrainingExample, make_micro_batches
 from megatron_dppo.training.config import Config
@@ -44,22 +46,21 @@ class DPPOUpdate:
         updates = self._config.train.updates_per_rollout
         for index in range(updates):
             share = examples[index::updates]  # every step sees some of the samples of every prompt
+            collectors = [first, every] if index == 0 else [every]
             outcome = optimizer_step(
                 self._policy,
                 self._optimizer_state,
                 self._micro_batches(share),
-                lambda batch, on_policy=index == 0: self._loss_function(
-                    batch, [first, every] if on_policy else [every]
-                ),
+                partial(self._loss_function, collectors),
                 self._rollout_weights,
             )
         on_policy = {name: value for name, value in first.reduce().items() if name.startswith("mismatch/")}
         return {**every.reduce(), **on_policy, "grad_norm": outcome.grad_norm, "lr": outcome.lr}
 
-    def _loss_function(self, batch: MicroBatch, collectors: Sequence[LossMetrics]) -> LossFunction:
-        def collect(output: object) -> None:
+    def _loss_function(self, collectors: Sequence[LossMetrics], batch: MicroBatch) -> LossFunction:
+        def collect(output: LossOutput) -> None:
             for collector in collectors:
-                collector.add(output)  # type: ignore[arg-type]
+                collector.add(output)
 
         return make_loss_func(
             self._loss_config,

@@ -58,7 +58,7 @@ def wrap_for_training(
     model_chunks: Sequence[torch.nn.Module], hf_config: PretrainedConfig, dtype: torch.dtype
 ) -> TrainablePolicy:
     """Wrap built chunks for mixed precision (bf16 parameters, fp32 gradients) and data parallelism."""
-    config = model_chunks[0].config
+    config: Any = model_chunks[0].config
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     chunks = [
         DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if dtype is torch.bfloat16 else chunk)

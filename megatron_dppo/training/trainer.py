@@ -146,7 +146,7 @@ class Trainer:
 
     def export_policy(self) -> None:
         """Write the trained policy as a Hugging Face folder."""
-        if self.config.checkpoint.export_hf:
+        if self.config.checkpoint.export_hf and not self.folder.exported_policy.exists():
             save_hf_checkpoint(
                 self.policy.chunks, self.policy.hf_config, self.folder.exported_policy, self.inputs.tokenizer_folder
             )

@@ -56,10 +56,7 @@ BackwardArguments = structure(
     "BackwardArguments",
     ("logits", LogitsShard),
     ("selection", RowSelection),
-    *(
-        (name, POINTER)
-        for name in ("target", "max", "log_sum", "log_prob", "entropy", "grad_log_prob", "grad_entropy")
-    ),
+    *((name, POINTER) for name in ("target", "max", "log_sum", "log_prob", "entropy", "grad_log_prob", "grad_entropy")),
     ("temperature", FLOAT),
     ("grad_logits", POINTER),
     ("grad_row_stride", INT64),
@@ -117,7 +114,9 @@ def aligned_matrix(values: np.ndarray, offset: int) -> np.ndarray:
     stride = -(-columns // per_boundary) * per_boundary
     needed = offset + (rows - 1) * stride + columns
     flat = np.empty(needed, values.dtype)
-    matrix = np.lib.stride_tricks.as_strided(flat[offset:], (rows, columns), (stride * values.itemsize, values.itemsize))
+    matrix = np.lib.stride_tricks.as_strided(
+        flat[offset:], (rows, columns), (stride * values.itemsize, values.itemsize)
+    )
     matrix[:] = values
     return matrix
 
@@ -226,7 +225,9 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
         )
         got = decode(np.ascontiguousarray(grad), case.dtype)
         want = expected_grad[:, r * case.columns : (r + 1) * case.columns]
-        error = np.abs(got - want)[chosen] - (epsilon * np.abs(want[chosen]) + 2 * tolerance * np.abs(want[chosen]).max())
+        error = np.abs(got - want)[chosen] - (
+            epsilon * np.abs(want[chosen]) + 2 * tolerance * np.abs(want[chosen]).max()
+        )
         if not (error <= 2.0**-24).all():  # 2^-24: half's smallest subnormal
             yield f"{case}: the gradient of shard {r} is off by {np.abs(got - want)[chosen].max():.1e}"
         if (got[:, shard.num_columns :][chosen] != 0).any():
@@ -238,7 +239,7 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
 def main() -> int:
     emulated = Emulated(sys.argv[1])
     cases = INTERBLOCK_CASES if "--interblock" in sys.argv[2:] else CASES
-    found = []
+    found: list[str] = []
     for case in cases:
         try:
             found += failures(emulated, case)

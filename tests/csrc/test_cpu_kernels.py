@@ -81,7 +81,8 @@ def compiled(p: Problem, inplace: bool = False) -> Results:
     (grad,) = torch.autograd.grad(
         (stats.log_prob * p.grad_log_prob).sum() + (stats.entropy * p.grad_entropy).sum(), logits
     )
-    return Results(*(value.detach() for value in stats), grad)
+    outputs = (stats.log_prob, stats.entropy, stats.collision, stats.topk_log_prob)
+    return Results(*(value.detach() for value in (*outputs, grad)))
 
 
 def eager(p: Problem, dtype: torch.dtype) -> Results:

@@ -29,8 +29,6 @@ pytestmark = [
 ]
 
 
-
-
 def compile_emulation(kind: str, csrc: Path, output: Path) -> Path:
     command = [str(CSRC / "emulation/build.sh"), kind, str(output), str(csrc)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
@@ -39,7 +37,9 @@ def compile_emulation(kind: str, csrc: Path, output: Path) -> Path:
 
 
 def library_path(name: str) -> str:
-    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def run_driver(library: Path, way: str, order: str = "forward") -> tuple[bool, str]:

@@ -19,6 +19,11 @@ def _engine(server: RunningServer, **layout: object) -> SGLangEngine:
     return SGLangEngine(server.config, server.model_folder, 250, torch.float32, server.log_folder, **layout)
 
 
+def _tensors() -> dict[str, torch.Tensor]:
+    """Made outside the ranks: transformers saves a checkpoint on the first rank only."""
+    return tiny_weights("qwen3_moe", seed=0)[1]
+
+
 def _collectively(tensors: dict[str, torch.Tensor], fails_on: str = "") -> object:
     """An export in which every rank takes part in a collective for every tensor, as a sharded model's does."""
     for name, tensor in tensors.items():
@@ -27,9 +32,9 @@ def _collectively(tensors: dict[str, torch.Tensor], fails_on: str = "") -> objec
             yield name, tensor
 
 
-def _generate_as_one_replica(server: RunningServer) -> list[list[int]]:
+def _generate_as_one_replica(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[list[int]]:
     engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 0)
-    engine.update_weights(_collectively(tiny_weights(server.kind, seed=0)[1]), version=1)
+    engine.update_weights(_collectively(tensors), version=1)
     samples = engine.generate(make_prompts(250, [4, 7]), SamplingParams(max_new_tokens=5, samples_per_prompt=2))
     engine.health()
     engine.close()
@@ -37,15 +42,15 @@ def _generate_as_one_replica(server: RunningServer) -> list[list[int]]:
 
 
 def test_all_ranks_of_a_replica_get_the_same_samples(ranks, servers):
-    first, second = ranks(2).run(_generate_as_one_replica, servers("qwen3_moe"))
+    first, second = ranks(2).run(_generate_as_one_replica, servers("qwen3_moe"), _tensors())
     assert len(first) == 4
     assert first == second
 
 
-def _generate_as_two_replicas(server: RunningServer) -> list[tuple[int, ...]]:
+def _generate_as_two_replicas(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     engine = _engine(server, replica_group=groups[dist.get_rank()], is_leader=True)
-    engine.update_weights(_collectively(tiny_weights(server.kind, seed=0)[1]), version=1)
+    engine.update_weights(_collectively(tensors), version=1)
     prompts = make_prompts(250, [3 + dist.get_rank()] * 2, seed=dist.get_rank())
     samples = engine.generate(prompts, SamplingParams(max_new_tokens=5))
     dist.barrier()
@@ -55,13 +60,12 @@ def _generate_as_two_replicas(server: RunningServer) -> list[tuple[int, ...]]:
 
 
 def test_each_replica_generates_for_its_own_prompts(ranks, servers):
-    first, second = ranks(2).run(_generate_as_two_replicas, servers("qwen3_moe"))
+    first, second = ranks(2).run(_generate_as_two_replicas, servers("qwen3_moe"), _tensors())
     assert first != second
 
 
-def _fail_on_all_ranks(server: RunningServer) -> tuple[str, str, str]:
+def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) -> tuple[str, str, str]:
     engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 1)
-    tensors = tiny_weights(server.kind, seed=0)[1]
     with pytest.raises(WeightSyncError) as missing:
         engine.update_weights(_collectively(tensors, fails_on="model.norm.weight"), version=1)
     with pytest.raises(RolloutError) as unusable:
@@ -77,7 +81,7 @@ def _fail_on_all_ranks(server: RunningServer) -> tuple[str, str, str]:
 
 
 def test_an_error_on_one_rank_is_raised_on_all(ranks, servers):
-    outcomes = ranks(2).run(_fail_on_all_ranks, servers("qwen3_moe"))
+    outcomes = ranks(2).run(_fail_on_all_ranks, servers("qwen3_moe"), _tensors())
     assert outcomes[0] == outcomes[1]
     assert "model.norm.weight was never sent" in outcomes[0][0]
     assert "maximum context length" in outcomes[0][2]

@@ -69,7 +69,14 @@ def test_a_bad_start_says_one_thing_and_exits_with_2(tmp_path, overrides, messag
 
     write_tiny_policy(tmp_path / "policy")
     (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": \n')
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_dppo.py"), "--config", str(QUICKSTART), "--world-size", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "pretrain_dppo.py"),
+        "--config",
+        str(QUICKSTART),
+        "--world-size",
+        "2",
+    ]
     arguments = [f"model.path={tmp_path / 'policy'}", f"run.root={tmp_path / 'runs'}", *overrides]
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr

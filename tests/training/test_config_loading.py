@@ -38,7 +38,11 @@ def test_a_list_override_replaces_the_list(tmp_path):
     ("text", "overrides", "message"),
     [
         ("train: {step: 3}", [], r"unknown key `train.step`; did you mean `train.steps`"),
-        ("", ["rollout.temperature=0.7"], r"unknown key `rollout.temperature`; did you mean `algorithm.loss.temperature`"),
+        (
+            "",
+            ["rollout.temperature=0.7"],
+            r"unknown key `rollout.temperature`; did you mean `algorithm.loss.temperature`",
+        ),
         ("", ["train.optimizer.learning_rate=1"], "unknown key `train.optimizer.learning_rate`"),
         ("tran: {steps: 3}", [], r"did you mean `train`"),
         ("train: {steps: many}", [], r"train.steps: .*many"),

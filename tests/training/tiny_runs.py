@@ -26,7 +26,13 @@ def start_training(policy: Path, runs: Path, name: str, *overrides: str, process
     """Start the quick start with overrides; the caller waits for it or kills it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     script = [str(ROOT / "examples" / "pretrain_dppo.py"), "--config", str(QUICKSTART)]
-    settings = [f"model.path={policy}", f"run.root={runs}", f"run.name={name}", "checkpoint.export_hf=false", *overrides]
+    settings = [
+        f"model.path={policy}",
+        f"run.root={runs}",
+        f"run.name={name}",
+        "checkpoint.export_hf=false",
+        *overrides,
+    ]
     return subprocess.Popen(
         [*launcher, *script, *settings],
         cwd=runs,

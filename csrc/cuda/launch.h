@@ -1,0 +1,29 @@
+// The CUDA kernels' host side. No torch here, and of CUDA only the C interface: a C++ compiler can include it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../core/arguments.h"
+
+namespace megatron_dppo::cuda {
+
+// Multiprocessors of the current device.
+int multiprocessor_count();
+
+// How a forward is cut. With more than one segment per row it needs scratch memory, which the caller allocates.
+struct PartialsPlan {
+  int64_t segments;
+  int64_t workspace_bytes;
+};
+PartialsPlan plan_row_partials(const PartialsArguments& args, int multiprocessors);
+
+// All launches are asynchronous; what they point to must live until the stream has passed them. `workspace` must be
+// aligned to 16 bytes.
+cudaError_t launch_row_partials(const PartialsArguments& args, const PartialsPlan& plan, void* workspace,
+                                cudaStream_t stream);
+cudaError_t launch_merge_partials(const MergeArguments& args, cudaStream_t stream);
+cudaError_t launch_policy_backward(const BackwardArguments& args, int multiprocessors, cudaStream_t stream);
+
+}  // namespace megatron_dppo::cuda

@@ -1,0 +1,193 @@
+// Forward, step 1: one read of each selected row of a shard gives its reduction and the gathered logits.
+//
+// A block takes a segment of a row; with enough rows that is all of it. Each thread keeps its own reduction, fed 16
+// values at a time from independent 16-byte loads; shuffles merge a warp, shared memory the warps. If a row has several
+// segments, the block that comes last merges what the others left in global memory.
+
+#include <algorithm>
+
+#include "../core/row_outputs.h"
+#include "../core/split.h"
+#include "launch.h"
+#include "vector_access.cuh"
+
+namespace megatron_dppo::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kValues = 16;  // per thread and step
+constexpr int64_t kMinSegmentColumns = 4 * kThreads * kValues;
+constexpr int kBlocksPerMultiprocessor = 4;
+
+// Scratch memory of rows in several segments: a state for every block, then a counter of finished blocks for every row.
+struct Workspace {
+  float4* states;
+  unsigned* finished;
+};
+
+struct Cut {
+  int segments;
+  int segment_columns;
+};
+
+template <typename T>
+__device__ __forceinline__ RowReduction reduce_segment(const T* x, int n, float exp2_scale) {
+  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kLoads = kValues / kSize;
+  using Packed = typename Vector<T>::Packed;
+  const int tid = threadIdx.x;
+  const int head = elements_to_boundary(x, n);
+  const Packed* vectors = reinterpret_cast<const Packed*>(x + head);
+  const int num_vectors = (n - head) / kSize;
+
+  RowReduction state;
+  int v = tid;
+  for (; v + (kLoads - 1) * kThreads < num_vectors; v += kLoads * kThreads) {
+    Packed packed[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) packed[i] = __ldg(vectors + v + i * kThreads);
+    float values[kValues];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) Vector<T>::unpack(packed[i], values + i * kSize);
+    insert(state, values, exp2_scale);
+  }
+#pragma unroll 1
+  for (; v < num_vectors; v += kThreads) {
+    float values[kSize];
+    Vector<T>::unpack(__ldg(vectors + v), values);
+    insert(state, values, exp2_scale);
+  }
+  // What the vectors left out at both ends, fewer elements than threads.
+  const int tail = n - head - num_vectors * kSize;
+  if (tid < head + tail) {
+    float value[1] = {to_float(x[tid < head ? tid : n - tail + (tid - head)])};
+    insert(state, value, exp2_scale);
+  }
+  return state;
+}
+
+__device__ __forceinline__ RowReduction warp_merge(RowReduction state, float exp2_scale) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    RowReduction other;
+    other.max = __shfl_xor_sync(0xffffffffu, state.max, distance);
+    other.rest = __shfl_xor_sync(0xffffffffu, state.rest, distance);
+    other.shifted = __shfl_xor_sync(0xffffffffu, state.shifted, distance);
+    other.squares = __shfl_xor_sync(0xffffffffu, state.squares, distance);
+    state = merge(state, other, exp2_scale);
+  }
+  return state;
+}
+
+// The whole block's state, in all threads of its first warp.
+__device__ __forceinline__ RowReduction block_merge(RowReduction state, float exp2_scale) {
+  DPPO_SHARED(RowReduction, warp_states, kWarps);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  state = warp_merge(state, exp2_scale);
+  if (lane == 0) warp_states[warp] = state;
+  __syncthreads();
+  if (warp != 0) return state;
+  return warp_merge(lane < kWarps ? warp_states[lane] : RowReduction(), exp2_scale);
+}
+
+// Leaves this segment's state for the row's last block. True in every thread of that block, with the row's state in its
+// first warp.
+__device__ __forceinline__ bool merge_segments(RowReduction& state, const Workspace& workspace, int64_t row,
+                                               int segments, float exp2_scale) {
+  DPPO_SHARED(int, is_last, 1);
+  float4* const row_states = workspace.states + row * segments;
+  if (threadIdx.x == 0) {
+    row_states[blockIdx.x % segments] = make_float4(state.max, state.rest, state.shifted, state.squares);
+    __threadfence();  // the state is visible before the count says so
+    is_last[0] = atomicAdd(workspace.finished + row, 1u) == static_cast<unsigned>(segments - 1);
+  }
+  __syncthreads();
+  if (is_last[0] == 0) return false;
+  __threadfence();
+  if (threadIdx.x < 32) {
+    state = RowReduction();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < segments; i += 32) {
+      const float4 part =
+          __ldcg(row_states + i);  // past the first-level cache, which other blocks' writes do not reach
+      state = merge(state, RowReduction{part.x, part.y, part.z, part.w}, exp2_scale);
+    }
+    state = warp_merge(state, exp2_scale);
+  }
+  return true;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) row_partials_kernel(PartialsArguments args, Workspace workspace, Cut cut) {
+  const int64_t i = blockIdx.x / cut.segments;
+  const int begin =
+      min(static_cast<int>(blockIdx.x % cut.segments) * cut.segment_columns, static_cast<int>(args.logits.num_columns));
+  const int end = min(begin + cut.segment_columns, static_cast<int>(args.logits.num_columns));
+  const int64_t row = args.selection.rows != nullptr ? args.selection.rows[i] : i;
+  const T* x = static_cast<const T*>(args.logits.data) + row * args.logits.row_stride;
+  const float exp2_scale = kLog2E / args.temperature;
+
+  RowReduction state = block_merge(reduce_segment(x + begin, end - begin, exp2_scale), exp2_scale);
+  if (cut.segments > 1 && !merge_segments(state, workspace, i, cut.segments, exp2_scale)) return;
+
+  float* out = args.partials + i * (kTopk + args.topk);
+  if (threadIdx.x == 0) write_state(state, args.temperature, out);
+  for (int64_t k = threadIdx.x; k <= args.topk; k += kThreads) {
+    const int64_t id = k == 0 ? args.target[i] : args.topk_ids[i * args.topk + k - 1];
+    const int64_t column = id - args.logits.first_column;
+    const bool here = column >= 0 && column < args.logits.num_columns;
+    out[kTarget + k] = here ? to_float(x[column]) / args.temperature : 0.f;
+  }
+}
+
+Cut cut_rows(const PartialsArguments& args, const PartialsPlan& plan) {
+  const int64_t columns = (args.logits.num_columns + plan.segments - 1) / plan.segments;
+  return {static_cast<int>(plan.segments), static_cast<int>((columns + 63) / 64 * 64)};
+}
+
+}  // namespace
+
+int multiprocessor_count() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+PartialsPlan plan_row_partials(const PartialsArguments& args, int multiprocessors) {
+  const int64_t n = args.selection.n;
+  const int64_t segments = segments_per_row(
+      n, args.logits.num_columns, static_cast<int64_t>(kBlocksPerMultiprocessor) * multiprocessors, kMinSegmentColumns);
+  const int64_t bytes = n * segments * sizeof(float4) + n * sizeof(unsigned);
+  return {segments, segments > 1 ? bytes : 0};
+}
+
+cudaError_t launch_row_partials(const PartialsArguments& args, const PartialsPlan& plan, void* workspace,
+                                cudaStream_t stream) {
+  const int64_t n = args.selection.n, blocks = n * plan.segments;
+  if (n == 0) return cudaSuccess;
+  if (blocks > INT32_MAX || args.logits.num_columns > INT32_MAX / 2) return cudaErrorInvalidValue;
+  Workspace shared{static_cast<float4*>(workspace), nullptr};
+  if (plan.segments > 1) {
+    shared.finished = reinterpret_cast<unsigned*>(shared.states + blocks);
+    const cudaError_t error = cudaMemsetAsync(shared.finished, 0, n * sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  const Cut cut = cut_rows(args, plan);
+  switch (args.logits.dtype) {
+    case Dtype::kFloat32:
+      DPPO_LAUNCH(row_partials_kernel<float>, grid, block, stream, args, shared, cut);
+      break;
+    case Dtype::kBFloat16:
+      DPPO_LAUNCH(row_partials_kernel<__nv_bfloat16>, grid, block, stream, args, shared, cut);
+      break;
+    case Dtype::kFloat16:
+      DPPO_LAUNCH(row_partials_kernel<__half>, grid, block, stream, args, shared, cut);
+      break;
+  }
+  return DPPO_LAUNCH_STATUS();
+}
+
+}  // namespace megatron_dppo::cuda
