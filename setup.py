@@ -6,15 +6,31 @@ Ranges are given here; ``tools/constraints.txt`` pins the one set of versions th
 
 Extras: ``sglang`` (rollout server in the same environment, GPU hosts), ``te`` (Transformer Engine and apex, GPU hosts),
 ``gguf`` (tools/prepare_smollm2.py), ``dev`` (tests, linters, plots).
+
+The native kernels (csrc/) are built against the installed torch, so build without isolation:
+``pip install --no-build-isolation .``. csrc/build_extension.py documents the environment variables; without a compiler or
+torch the package installs all the same and computes in plain torch.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "csrc"))
+
+from build_extension import build_ext_command, extension_modules  # noqa: E402
+
+
+def native_extension() -> dict[str, Any]:
+    """What setup() needs to build megatron_dppo._C, or nothing where it cannot or shall not be built."""
+    modules = extension_modules()
+    return {"ext_modules": modules, "cmdclass": {"build_ext": build_ext_command()}} if modules else {}
+
 
 setup(
     name="megatron-dppo",
@@ -25,6 +41,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
+    package_data={"megatron_dppo": ["*.pyi"]},
+    **native_extension(),
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

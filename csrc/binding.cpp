@@ -6,6 +6,7 @@
 // links and imports against a CPU build of torch too.
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -70,13 +71,17 @@ LogitsShard check_logits(const Tensor& logits, int64_t first_column, int64_t num
   return {logits.const_data_ptr(), dtype_of(logits), logits.size(1), logits.stride(0), first_column, num_columns};
 }
 
-// The rows themselves are the caller's promise: looking at them would stop a CUDA stream.
+// On a GPU the rows' values are the caller's promise: looking at them would stop the stream.
 RowSelection check_rows(const optional<Tensor>& rows, const Tensor& logits) {
   if (!rows.has_value()) return {nullptr, logits.size(0)};
   check_like("rows", *rows, logits, at::kLong, {rows->numel()});
   TORCH_CHECK_VALUE(rows->numel() <= logits.size(0), "rows lists ", rows->numel(), " rows; logits have ",
                     logits.size(0));
-  return {rows->const_data_ptr<int64_t>(), rows->numel()};
+  const int64_t* values = rows->const_data_ptr<int64_t>();
+  for (int64_t i = 0; logits.is_cpu() && i < rows->numel(); ++i)
+    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < logits.size(0), "rows holds ", values[i], "; logits have ",
+                      logits.size(0), " rows");
+  return {values, rows->numel()};
 }
 
 const float* check_per_row(const char* name, const optional<Tensor>& values, const Tensor& logits, int64_t n) {
@@ -170,6 +175,8 @@ void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Te
   TORCH_CHECK_VALUE(
       grad.sizes() == logits.sizes() && grad.scalar_type() == logits.scalar_type() && grad.device() == logits.device(),
       "grad must match logits in shape, dtype and device");
+  TORCH_CHECK_VALUE(at::get_overlap_status(grad, logits) != at::MemOverlapStatus::Partial,
+                    "grad must be the logits themselves or share no memory with them");
   args.selection = check_rows(rows, logits);
   const int64_t n = args.selection.n;
   check_like("target", target, logits, at::kLong, {n});

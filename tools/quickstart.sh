@@ -22,4 +22,6 @@ if (($(nvidia-smi -L 2>/dev/null | wc -l) < 2)); then
 fi
 export OMP_NUM_THREADS=1
 .venv/bin/python tools/make_tiny_policy.py --task spell_backward --output models/quickstart
-exec .venv/bin/torchrun --standalone --nproc-per-node 2 examples/pretrain_dppo.py --config examples/conf/quickstart.yaml "$@"
+run=(examples/pretrain_dppo.py --config examples/conf/quickstart.yaml "$@")
+.venv/bin/python "${run[@]}" --check --world-size 2 # a mistake shows as one line here, under torchrun as forty
+exec .venv/bin/torchrun --standalone --nproc-per-node 2 "${run[@]}"

@@ -1,7 +1,7 @@
 // Forward, step 1: one read of each row of a shard gives its reduction and the gathered logits.
 //
-// A row is taken in chunks that stay in the first-level cache. A chunk is read twice, once for its maximum and once for
-// the sums, so that the inner loops carry no rescaling and vectorise.
+// A row is taken in chunks that stay in the first-level cache. A chunk is read twice, once for its maximum (while the
+// chunk before it is summed) and once for the sums, so that the inner loops carry no rescaling and vectorise.
 
 #include <vector>
 
@@ -16,8 +16,7 @@ namespace {
 
 constexpr int64_t kChunk = 2048;
 
-// The chunk as floats: itself, or unpacked into `scratch`. Loops over 16-bit loads with reductions do not vectorise
-// well.
+// The chunk as floats: itself, or unpacked into `scratch`, as reductions over 16-bit loads do not vectorise well.
 DPPO_INLINE const float* unpack(const float* x, int64_t, float*) { return x; }
 template <typename T>
 DPPO_INLINE const float* unpack(const T* x, int64_t n, float* scratch) {
@@ -44,11 +43,12 @@ DPPO_INLINE float chunk_max(const float* x, int64_t n) {
 
 // Adds the terms of a chunk, `reference` being no less than any of its values. HoldsMax: some may equal it; one
 // occurrence of the row's maximum is then left out of the sums, in this chunk or (found before) in an earlier one.
+// Returns the maximum of the n values at `next`: read here, their way from memory overlaps with the arithmetic.
 template <bool HoldsMax>
-DPPO_INLINE void add_chunk(RowReduction& state, bool max_is_new, const float* x, int64_t n, float reference,
-                           float exp2_scale) {
-  float rest = 0.f, shifted = 0.f, squares = 0.f, at_max = 0.f;
-#pragma omp simd reduction(+ : rest, shifted, squares, at_max)
+DPPO_INLINE float add_chunk(RowReduction& state, bool max_is_new, const float* x, const float* next, int64_t n,
+                            float reference, float exp2_scale) {
+  float rest = 0.f, shifted = 0.f, squares = 0.f, at_max = 0.f, next_max = -INFINITY;
+#pragma omp simd reduction(+ : rest, shifted, squares, at_max) reduction(max : next_max)
   for (int64_t i = 0; i < n; ++i) {
     const float d = x[i] - reference;
     const Exponent power = exp2_nonpositive(d * exp2_scale);
@@ -60,6 +60,7 @@ DPPO_INLINE void add_chunk(RowReduction& state, bool max_is_new, const float* x,
     rest += e;
     shifted += power.y * e;
     squares += e * e;
+    next_max = next[i] > next_max ? next[i] : next_max;
   }
   if (HoldsMax) {
     const float others = max_is_new ? at_max - 1.f : at_max;
@@ -69,25 +70,34 @@ DPPO_INLINE void add_chunk(RowReduction& state, bool max_is_new, const float* x,
   state.rest += rest;
   state.shifted += shifted / exp2_scale;
   state.squares += squares;
+  return next_max;
 }
 
 template <typename T>
 DPPO_INLINE RowReduction reduce_chunks(const T* row, int64_t n, float exp2_scale) {
-  alignas(64) float scratch[kChunk];
+  alignas(64) float scratch[2][kChunk];
   RowReduction state;
+  const float* x = unpack(row, n < kChunk ? n : kChunk, scratch[0]);
+  float max = chunk_max(x, n < kChunk ? n : kChunk);
+  int parity = 0;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t length = n - begin < kChunk ? n - begin : kChunk;
-    const float* x = unpack(row + begin, length, scratch);
-    const float max = chunk_max(x, length);
+    const int64_t next_length = n - begin - length < kChunk ? n - begin - length : kChunk;
+    parity ^= 1;
+    const float* next = unpack(row + begin + length, next_length, scratch[parity]);
+    const float* ahead = next_length == length ? next : x;  // a last, shorter chunk is left to chunk_max
+    float next_max;
     if (max > state.max) {
       state = merge(state, RowReduction{max}, exp2_scale);  // the former maximum joins the sums
-      add_chunk<true>(state, true, x, length, max, exp2_scale);
+      next_max = add_chunk<true>(state, true, x, ahead, length, max, exp2_scale);
     } else if (max == state.max && max != -INFINITY) {
-      add_chunk<true>(state, false, x, length, max, exp2_scale);
+      next_max = add_chunk<true>(state, false, x, ahead, length, max, exp2_scale);
     } else {
       // Also a chunk of nothing but -inf and NaN: its terms are 0 or NaN, and NaN must not be lost.
-      add_chunk<false>(state, false, x, length, finite_reference(state.max), exp2_scale);
+      next_max = add_chunk<false>(state, false, x, ahead, length, finite_reference(state.max), exp2_scale);
     }
+    max = ahead == next ? next_max : chunk_max(next, next_length);
+    x = next;
   }
   return state;
 }

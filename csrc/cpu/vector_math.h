@@ -7,9 +7,9 @@
 #include "../core/arguments.h"
 #include "../core/platform.h"
 
-// One clone of a function per x86-64 level (AVX-512, AVX2 + FMA, baseline), chosen when the library is loaded.
-// Elsewhere the compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// One clone of a function per x86-64 level (AVX-512, AVX2 + FMA, baseline), chosen when the library is loaded (gcc from
+// 12 on). Elsewhere the compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DPPO_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DPPO_CPU_CLONES

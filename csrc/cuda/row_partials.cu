@@ -4,8 +4,6 @@
 // values at a time from independent 16-byte loads; shuffles merge a warp, shared memory the warps. If a row has several
 // segments, the block that comes last merges what the others left in global memory.
 
-#include <algorithm>
-
 #include "../core/row_outputs.h"
 #include "../core/split.h"
 #include "launch.h"

@@ -25,6 +25,7 @@
 
 namespace megatron_dppo::emulation {
 
+// As in cuda_emulation.h, which is not included: its macros would take effect here too.
 struct Context {
   uint3 thread, block;
   dim3 block_dim, grid_dim;

@@ -17,7 +17,7 @@ from megatron_dppo.models.hf_config import check_policy_fits, rotary_arguments, 
 from megatron_dppo.models.hf_names import EMBEDDING, OUTPUT_LAYER, from_hf, hf_shapes
 from megatron_dppo.models.layer_spec import decoder_spec
 from megatron_dppo.models.parallel import ParallelConfig
-from megatron_dppo.models.sharding import cut_shard, local_parameters, shard_group, unwrapped
+from megatron_dppo.models.sharding import cut_shard, local_parameters, mark_split_parameters, shard_group, unwrapped
 
 # Vocabulary rows per rank are a multiple of this, so that the largest matrix of all suits the tensor cores.
 _VOCAB_ROWS_MULTIPLE = 128
@@ -75,6 +75,7 @@ def build_policy(
             **rotary_arguments(hf_config),
         )
     model.hf_config = hf_config
+    mark_split_parameters(model)
     if target.type != "meta":
         model.to(target)
         with torch.no_grad():

@@ -87,6 +87,12 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
             f"moe_intermediate_size={hf_config.moe_intermediate_size} is not divisible by "
             f"expert_tensor_parallel_size={expert_tensor_size}: choose one that divides it, e.g. 1"
         )
+    if parallel.expert_model_parallel_size == 1 and expert_tensor_size != parallel.tensor_model_parallel_size:
+        raise ValueError(
+            f"expert_tensor_parallel_size={expert_tensor_size} with "
+            f"tensor_model_parallel_size={parallel.tensor_model_parallel_size} and no expert parallelism: Megatron-core "
+            "would not sum the experts' gradients over the tensor-parallel ranks; leave expert_tensor_parallel_size unset"
+        )
     if parallel.tensor_model_parallel_size > 1 and not parallel.uses_sequence_parallel:
         raise ValueError(
             f"sequence_parallel=False with tensor_model_parallel_size={parallel.tensor_model_parallel_size} cannot train "

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.utils import unwrap_model
 
 from megatron_dppo.models.hf_names import EMBEDDING, OUTPUT_LAYER, expert_index
@@ -49,6 +50,18 @@ def split_dimension(name: str) -> int | None:
     if name.endswith(_SPLIT_ALONG_ROWS):
         return 0
     return 1 if name.endswith(_SPLIT_ALONG_COLUMNS) else None
+
+
+def mark_split_parameters(model: GPTModel) -> None:
+    """Set core's attributes of parameters that are split over tensor-parallel ranks.
+
+    Core sets them where it initialises a weight, which ``build_policy`` has it skip. Without them a shard counts as a
+    replica: its gradient would enter the global norm on the first rank only, and clipping would go by a wrong norm.
+    """
+    for name, parameter in local_parameters([model]):
+        dimension = split_dimension(name)
+        if dimension is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, dimension, _blocks(name))
 
 
 def cut_shard(name: str, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:

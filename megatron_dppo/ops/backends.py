@@ -54,7 +54,7 @@ def _native_backend() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("megatron_dppo.ops.native_backend"), None
     except ModuleNotFoundError:
-        return None, "the extension megatron_dppo._C is not built (pip install . builds it)"
+        return None, "the extension megatron_dppo._C is not built (pip install --no-build-isolation . builds it)"
     except ImportError as error:
         # Built, but for another torch or interpreter: falling back in silence would cost a factor of many.
         reason = f"the extension megatron_dppo._C does not load ({error})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+# Not `from megatron_dppo import _C`: backends.py tells a missing extension by ModuleNotFoundError.
 import megatron_dppo._C as _C
 from megatron_dppo.ops.shard_merge import MergedRows
 

@@ -274,6 +274,7 @@ def test_shards_merge_to_the_whole() -> None:
         ({"topk_ids": torch.zeros(2, dtype=torch.int64)}, "topk_ids must be a matrix"),
         ({"topk_ids": torch.zeros(2, 6, dtype=torch.int64)[:, ::2]}, "topk_ids must be contiguous"),
         ({"rows": torch.zeros(5, dtype=torch.int64)}, "rows lists 5 rows"),
+        ({"rows": torch.tensor([0, 2])}, "rows holds 2"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"num_columns": 5}, "num_columns must be in"),
     ],
@@ -290,6 +291,14 @@ def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> N
     }
     with pytest.raises(ValueError, match=message):
         operators.row_partials(**(arguments | change))
+
+
+def test_a_gradient_that_overlaps_the_logits_is_refused() -> None:
+    problem = make_problem(3, 100)
+    memory = torch.zeros(400)
+    arguments = backward_arguments(problem)
+    with pytest.raises(ValueError, match="grad must be the logits themselves or share no memory"):
+        operators.policy_backward(memory[:300].view(3, 100), memory[100:].view(3, 100), *arguments)
 
 
 def test_operators_describe_themselves_to_the_compiler() -> None:

@@ -1,0 +1,106 @@
+"""One optimizer step is a function of the batch alone: not of micro-batches, ranks or layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_dppo.loss.config import DPPOConfig
+from megatron_dppo.models.build import build_policy, initialize_randomly
+from megatron_dppo.models.hf_weights import export_hf_weights
+from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
+from megatron_dppo.training.batch import TrainingExample
+from megatron_dppo.training.config import AlgorithmConfig, Config, OptimizerSection, TrainConfig
+from megatron_dppo.training.dppo_update import DPPOUpdate
+from megatron_dppo.training.policy import build_optimizer, wrap_for_training
+from tests.models.tiny_policies import tiny_hf_config
+
+# Adam with a huge epsilon moves weights in proportion to the gradient, so comparing weights compares gradients. At the usual
+# epsilon the first step is the sign of the gradient, and rounding decides where it is almost 0.
+GRADIENT_DESCENT = OptimizerSection(lr=1e3, adam_eps=1e3, clip_grad=0.0)
+LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)
+METRICS = ("loss", "entropy", "grad_norm", "dppo/mask_fraction", "dppo/divergence_mean", "dppo/divergence_max")
+
+
+def examples() -> list[TrainingExample]:
+    """Eight sequences of different lengths whose rollout policy is a perturbed guess, so that some tokens are masked."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for index in range(8):
+        prompt, response = 3 + index % 3, 2 + 2 * index
+        ids = torch.randint(0, 250, (prompt + response,), generator=generator).tolist()
+        topk_ids = torch.stack([torch.randperm(250, generator=generator)[:5] for _ in range(response)])
+        topk_ids[::2, 0] = torch.tensor(ids[prompt:])[::2]  # every other sampled token is inside the top K
+        log_probs = -5.5 + 0.5 * torch.randn(response, 5, generator=generator)
+        sampled = torch.where((topk_ids == torch.tensor(ids[prompt:])[:, None]).any(-1), log_probs[:, 0], -6.0)
+        made.append(
+            TrainingExample(
+                token_ids=ids,
+                prompt_length=prompt,
+                advantage=float(torch.randn((), generator=generator)),
+                rollout_log_probs=sampled,
+                topk_ids=topk_ids,
+                topk_log_probs=log_probs,
+            )
+        )
+    return made
+
+
+def _update(parallel: ParallelConfig, micro_batch_size: int, aggregation: str) -> tuple[dict, dict]:
+    initialize_model_parallel(parallel, seed=3)
+    hf_config = tiny_hf_config("qwen3_moe")
+    chunks = build_policy(hf_config, parallel, torch.float32)
+    initialize_randomly(chunks, seed=3)
+    policy = wrap_for_training(chunks, hf_config, torch.float32)
+    loss = dataclasses.replace(LOSS, aggregation=aggregation, horizon=16)
+    config = Config(
+        parallel=parallel,
+        algorithm=AlgorithmConfig(loss=loss),
+        train=TrainConfig(updates_per_rollout=1, micro_batch_size=micro_batch_size),
+    )
+    optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    metrics = DPPOUpdate(config, policy, optimizer_state).run(examples()[replica::replicas])
+    return {name: metrics[name] for name in METRICS}, {n: t.clone() for n, t in export_hf_weights(policy.chunks)}
+
+
+def assert_same_step(result: tuple[dict, dict], reference: tuple[dict, dict], start: dict[str, torch.Tensor]) -> None:
+    """Metrics to 1e-5 and every parameter's movement to 1e-4 of that parameter's largest.
+
+    A gradient is a sum of ~100 tokens through two fp32 layers; reordering the sums changes it by some 1e-6 of its
+    largest element, and subtracting the starting weights (0.02) from the moved ones adds their rounding.
+    """
+    assert result[0] == pytest.approx(reference[0], rel=1e-5, abs=1e-7)
+    for name, weight in reference[1].items():
+        movement, expected = result[1][name] - start[name], weight - start[name]
+        rounding = 2.0**-23 * float(start[name].abs().max())
+        assert float((movement - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) + rounding, name
+
+
+def _initial_weights() -> dict[str, torch.Tensor]:
+    initialize_model_parallel(ParallelConfig(), seed=3)
+    chunks = build_policy(tiny_hf_config("qwen3_moe"), ParallelConfig(), torch.float32)
+    initialize_randomly(chunks, seed=3)
+    return {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregation):
+    (start,) = ranks(1).run(_initial_weights)
+    (reference,) = ranks(1).run(_update, ParallelConfig(), 8, aggregation)
+    assert 0.0 < reference[0]["dppo/mask_fraction"] < 1.0  # the trust region has something to do
+    (split,) = ranks(1).run(_update, ParallelConfig(), 3, aggregation)
+    assert_same_step(split, reference, start)
+    for parallel, micro_batch_size in (
+        (ParallelConfig(), 2),  # data parallel 2
+        (ParallelConfig(expert_model_parallel_size=2), 4),  # ... with the experts spread over the replicas
+        (ParallelConfig(tensor_model_parallel_size=2), 8),
+        (ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2), 4),
+        (ParallelConfig(pipeline_model_parallel_size=2), 2),
+    ):
+        for result in ranks(2).run(_update, parallel, micro_batch_size, aggregation):
+            assert_same_step(result, reference, start)
