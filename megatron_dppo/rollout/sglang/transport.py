@@ -47,8 +47,10 @@ class Transport:
         Raises RefusedRequestError on a 4xx answer and TransientServerError on everything else that goes wrong.
         """
         if self._session is None:
+            # A connection for every request: servers close idle ones after seconds, and a request that meets the closing
+            # fails although the server is fine. A generation can be tried again, a step of a weight update cannot.
             # Concurrency is bounded by the callers; a limit here would only hide queueing from their timeouts.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(

@@ -1,0 +1,55 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_loss_snippet_puts_the_loss_into_a_forward_step():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    shape, vocab = (2, 4), 151936
+    logits = torch.randn(*shape, vocab, requires_grad=True)
+    batch = {
+        "tokens": torch.zeros(shape, dtype=torch.int64),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+        "target": torch.randint(0, vocab, shape),
+        "loss_mask": torch.ones(shape, dtype=torch.bool),
+        "advantages": torch.tensor([[1.0] * 4, [-1.0] * 4]),
+        "rollout_log_probs": torch.full(shape, -12.0),
+    }
+    output, loss_func = names["forward_step"](iter([batch]), lambda tokens, position_ids, mask: logits * 1.0)
+    loss, num_tokens, report = loss_func(output)
+    loss.backward()
+    assert int(num_tokens) == 8
+    assert logits.grad.abs().sum() > 0
+    assert "dppo/mask_fraction" in report
+
+
+@pytest.mark.slow
+def test_the_megatron_loop_example_learns_until_the_trust_region_stops_it():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / "dppo_in_megatron_loop.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(x) for x in re.findall(r"loss ([+-]\d+\.\d+)", done.stdout)]
+    masked = [float(x) for x in re.findall(r"masked (\d+\.\d)%", done.stdout)]
+    assert len(losses) == 10
+    assert losses[1] < losses[0]  # the surrogate improves ...
+    assert masked[0] == 0.0  # ... from a policy that is the rollout policy ...
+    assert masked[-1] > 50.0  # ... until most tokens have moved as far as they may
