@@ -9,7 +9,7 @@ from megatron_dppo.rollout.sglang.transport import Transport
 
 
 def answer_one_request_per_connection(listener: socket.socket) -> None:
-    """Offer to keep the connection, then close it when it is used again: what a keep-alive timeout looks like at its worst."""
+    """Offer to keep the connection, then close it when it is used again: a keep-alive timeout at its worst."""
     while True:
         try:
             connection, _ = listener.accept()
