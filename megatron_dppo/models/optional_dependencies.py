@@ -8,6 +8,7 @@ and ``hide_unusable_dependencies`` makes core see an unusable package as absent.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -26,8 +27,9 @@ class Availability:
     reason: str
 
 
+@functools.cache
 def probe_transformer_engine() -> Availability:
-    """Import the Transformer Engine layers that the policy's layer spec is made of."""
+    """Import the Transformer Engine layers that the policy's layer spec is made of. The first answer is kept."""
     if _is_absent("transformer_engine"):
         return Availability(False, "transformer_engine is not installed")
     try:
@@ -41,8 +43,9 @@ def probe_transformer_engine() -> Availability:
     return Availability(True, f"transformer_engine {version}")
 
 
+@functools.cache
 def probe_apex() -> Availability:
-    """Import the compiled Apex modules that core's fused norms, optimizers and gradient accumulation need."""
+    """Import the compiled Apex modules that core's fused norms and optimizers need. The first answer is kept."""
     if _is_absent("apex"):
         return Availability(False, "apex is not installed")
     for name in _APEX_MODULES:

@@ -48,6 +48,22 @@ def choose_backend(name: str, logits: torch.Tensor) -> ModuleType:
     raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}. Use 'torch' or 'auto'")
 
 
+def backend_report() -> dict[str, str]:
+    """Every backend and whether it can be used here: ``"available"``, or the reason why not."""
+    native, reason = _native_backend()
+    report = {"torch": "available"}
+    for device in ("cpu", "cuda"):
+        if native is None:
+            report[device] = str(reason)
+        elif device not in native.DEVICES:
+            report[device] = f"megatron_dppo._C was built without kernels for {device}"
+        elif device == "cuda" and not torch.cuda.is_available():
+            report[device] = "compiled in, but torch sees no CUDA device"
+        else:
+            report[device] = "available"
+    return report
+
+
 @cache
 def _native_backend() -> tuple[ModuleType | None, str | None]:
     """The compiled backend, or why there is none."""

@@ -7,12 +7,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import fmean
 
+import megatron.core
 import torch
 import torch.distributed as dist
 
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf_weights import load_hf_weights
+from megatron_dppo.models.optional_dependencies import probe_apex, probe_transformer_engine
 from megatron_dppo.models.parallel import initialize_model_parallel, is_replica_leader, replica_group
+from megatron_dppo.ops.backends import backend_report
 from megatron_dppo.rollout.embedded import EmbeddedEngine
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
@@ -51,13 +54,14 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         if writes:
             folder.create(config)
         dist.barrier()
+        log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
+        log.say(environment_report())
         policy = build_trainable_policy(config, inputs, device)
         engine = stack.enter_context(closing(build_engine(config, policy, folder)))
         scorer = stack.enter_context(
             Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
         )
         phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group(), is_replica_leader())
-        log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
         Trainer(config, inputs, folder, policy, phase, log).train()
         log.say(summary(folder))
 
@@ -89,6 +93,18 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
         replica_group(),
         is_replica_leader(),
     )
+
+
+def environment_report() -> str:
+    """What this run computes with, and why not with something faster."""
+    parts = {
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+        "Transformer Engine": probe_transformer_engine().reason,
+        "apex": probe_apex().reason,
+        **{f"{name} kernels": state for name, state in backend_report().items() if name != "torch"},
+    }
+    return "\n".join(f"{name}: {state}" for name, state in parts.items())
 
 
 def summary(folder: RunFolder) -> str:

@@ -1,0 +1,7 @@
+"""``python -m megatron_dppo.ops``: which backends there are, and why not the others."""
+
+from megatron_dppo.ops.backends import backend_report
+
+if __name__ == "__main__":
+    for name, state in backend_report().items():
+        print(f"{name:6} {state}")
