@@ -8,7 +8,8 @@ One process per GPU (or CPU core), started by torchrun:
         examples/pretrain_dppo.py --config examples/conf/qwen3_30b_a3b.yaml run.name=my-run rollout.prompts_per_step=256
 
 Any key of the configuration can be overridden by key.sub=value. --check reads and checks everything a run reads
-(configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why.
+(configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why;
+3: no rollouts could be had any more, and what was trained is in a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.training.config import Config
 from megatron_dppo.training.config_loading import load_config
 from megatron_dppo.training.distributed import choose_device, rank, world_size
@@ -25,6 +27,7 @@ from megatron_dppo.training.run import check_run_folder, run_training
 from megatron_dppo.training.run_inputs import RunInputs, read_run_inputs
 
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # the rollout engine gave out; a checkpoint was written
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +61,11 @@ def main() -> int:
     if arguments.check:
         print(f"{arguments.config}: fine ({inputs.hf_config.model_type}, {len(inputs.eval_prompts)} held-out prompts)")
         return 0
-    run_training(config, inputs, device)
+    try:
+        run_training(config, inputs, device)
+    except RolloutError as error:
+        print(f"rank {rank()}: error: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 

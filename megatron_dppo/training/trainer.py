@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf_weights import export_hf_weights, save_hf_checkpoint
+from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.training.batch import TrainingExample, example_from_sample
 from megatron_dppo.training.checkpoints import TrainerState, last_checkpoint, load_checkpoint, save_checkpoint
@@ -54,6 +56,16 @@ class Trainer:
     def train(self) -> None:
         """Run until ``train.steps`` steps are done; goes on where a stopped run left off."""
         self.start_or_resume()
+        try:
+            self.run_steps()
+        except RolloutError:
+            saved = self.save_checkpoint()
+            self.log.say(f"no more rollouts; step {self.state.step} is saved in {saved}, from where the run can resume")
+            raise
+        self.export_policy()
+
+    def run_steps(self) -> None:
+        """The loop itself."""
         while self.state.step < self.config.train.steps:
             with self.timed("rollout"):
                 rollouts = self.generate_and_score()
@@ -69,7 +81,6 @@ class Trainer:
             self.log.samples(self.state.step, rollouts, self.config.logging.samples_per_step)
             if self.is_due(self.config.checkpoint.every):
                 self.save_checkpoint()
-        self.export_policy()
 
     def start_or_resume(self) -> None:
         """Bring weights, optimizer and engine to where training starts or was stopped."""
@@ -96,7 +107,6 @@ class Trainer:
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         )
-        self.state.prompts_drawn += rollout.prompts_per_step
         sampling = SamplingParams(
             max_new_tokens=rollout.max_response_tokens,
             temperature=self.config.algorithm.loss.temperature,
@@ -105,7 +115,9 @@ class Trainer:
             topk_log_probs=self.config.algorithm.topk if self.config.algorithm.needs_topk else 0,
             seed=self.config.run.seed * 1_000_003 + self.state.step,
         )
-        return self.rollout_phase.collect(prompts, sampling)
+        rollouts = self.rollout_phase.collect(prompts, sampling)
+        self.state.prompts_drawn += rollout.prompts_per_step
+        return rollouts
 
     def learnable_examples(self, rollouts: ScoredRollouts) -> list[TrainingExample]:
         """Samples with their advantages; a group's baseline is the mean reward of the same prompt's other samples."""
@@ -138,9 +150,9 @@ class Trainer:
         """Every so many steps, and after the last one."""
         return self.state.step == self.config.train.steps or (every > 0 and self.state.step % every == 0)
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> Path:
         """Write a complete checkpoint into the run folder."""
-        save_checkpoint(
+        return save_checkpoint(
             self.folder.checkpoints, self.policy, self.optimizer_state, self.state, self.config.checkpoint.keep
         )
 

@@ -58,7 +58,9 @@ def test_the_quick_start_itself_is_fine():
 
 
 def test_the_h100_recipe_fits_its_model_and_its_16_ranks():
-    config = load_config(ROOT / "examples" / "conf" / "qwen3_30b_a3b.yaml", ["rollout.sglang.urls=[http://serving:30000]"])
+    config = load_config(
+        ROOT / "examples" / "conf" / "qwen3_30b_a3b.yaml", ["rollout.sglang.urls=[http://serving:30000]"]
+    )
     hf_config = load_hf_config(QWEN3_30B_A3B)  # tests/models/test_build.py builds it without weights
     check_config(config, hf_config, world_size=16)
     with pytest.raises(ConfigError, match="does not divide the 24 ranks"):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.tiny_runs import read_metrics, start_training, train, write_tiny_policy
+from tests.training.tiny_runs import start_training, train, wait_for_step, write_tiny_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -81,15 +80,6 @@ def test_a_run_that_is_killed_resumes_with_the_same_numbers(policy, tmp_path):
     process.wait()
     resumed = train(policy, tmp_path, "killed", *SMALL)
     assert [deterministic_part(r) for r in resumed] == [deterministic_part(r) for r in whole]
-
-
-def wait_for_step(run, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in read_metrics(run)):
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"{run} did not reach step {step}")
 
 
 @pytest.mark.parametrize(

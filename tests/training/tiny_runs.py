@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from megatron_dppo.tasks.config import TaskConfig
@@ -55,3 +56,13 @@ def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int =
 def read_metrics(run: Path) -> list[dict]:
     """The records of a run, step 0 included."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Return when a running run has logged ``step``."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in read_metrics(run)):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} did not reach step {step}")
