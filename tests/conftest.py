@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPools]:
     """``ranks(n).run(function, *args)``: run a module-level function on n gloo ranks (see tests/rank_pool.py)."""
     pools = RankPools()

@@ -1,4 +1,4 @@
-"""Real multi-process gloo groups for tests: processes are started once a session and reused by every test.
+"""Real multi-process gloo groups for tests: processes are started once a test module and reused by its tests.
 
     def test_shards_agree(ranks):            # fixture in tests/conftest.py
         results = ranks(2).run(_body, 3.0)   # _body(3.0) runs on 2 ranks; returns [result of rank 0, result of rank 1]
@@ -52,8 +52,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
             return
         function, args = job
         try:
-            # Fresh groups for every job, and all of them destroyed after it: gloo keeps threads for every group, and
-            # Megatron, which makes dozens, only forgets them.
+            # Fresh groups for every job: what one test leaves behind must not reach the next.
             dist.init_process_group(
                 "gloo",
                 store=dist.PrefixStore(f"job{number}", store),
@@ -67,7 +66,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
             dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
-        pipe.send(answer)
+        pipe.send((*answer, len(os.listdir("/proc/self/task"))))
+
+
+# Megatron makes dozens of groups for every layout, gloo keeps a thread or two for each even after it was destroyed, and
+# hundreds of them keep a core busy: after some tests a pool is replaced.
+_MOST_THREADS = 300
 
 
 class RankPool:
@@ -84,6 +88,7 @@ class RankPool:
             self.pipes.append(here)
             self.processes.append(process)
         self.alive = True
+        self.worn_out = False
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         for pipe in self.pipes:
@@ -95,14 +100,16 @@ class RankPool:
                 if not pipe.poll(5.0 if failures else timeout):
                     failures.append(f"rank {rank}: no answer in time")
                     continue
-                fine, result = pipe.recv()
+                fine, result, threads = pipe.recv()
             except EOFError:
-                fine, result = False, "the process died"
+                fine, result, threads = False, "the process died", 0
             results.append(result)
+            self.worn_out |= threads > _MOST_THREADS
             if not fine:
                 failures.append(f"rank {rank}: {result}")
-        if failures:
+        if failures or self.worn_out:
             self.close()
+        if failures:
             raise AssertionError("\n".join(failures))
         return results
 
