@@ -30,7 +30,8 @@ _TERMINATE_GRACE_S = 3.0
 _TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 _TRAINER_PREFIXES = ("TORCHELASTIC_", "MASTER_PORT", "ROLE_")
 
-# What serving on a CPU needs: plain PyTorch for every kernel, and no captured graphs.
+# What serving on a CPU needs: plain PyTorch for every kernel, no captured graphs, and no busy waiting: an idle server would
+# keep a core from the trainer that it waits for.
 _CPU_FLAGS = {
     "--device": "cpu",
     "--attention-backend": "torch_native",
@@ -39,7 +40,7 @@ _CPU_FLAGS = {
     "--mem-fraction-static": "0.3",
     "--max-total-tokens": "65536",
 }
-_CPU_SWITCHES = ["--disable-cuda-graph", "--disable-overlap-schedule"]
+_CPU_SWITCHES = ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
 
 
 def free_port() -> int:
