@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from datetime import datetime
 from pathlib import Path
+
+# Megatron-core warns about every optional package in every module; a run reports once, by name, what it found.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.training.config import Config

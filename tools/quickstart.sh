@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install, train a small Qwen3-MoE policy with DPPO on two processes (TP=2, EP=2), and print what it learned.
 #
-#   tools/quickstart.sh                              about 7 minutes on 2 CPU cores, installation included
+#   tools/quickstart.sh                              about 5 minutes on 2 CPU cores, installation included
 #   tools/quickstart.sh rollout.engine=sglang        the same run with a real SGLang server (installs it first)
 #   tools/quickstart.sh train.steps=20 run.name=short      any key of examples/conf/quickstart.yaml
 set -euo pipefail
