@@ -10,7 +10,13 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <utility>
+
 #include "core/arguments.h"
+#include "core/token_update_arguments.h"
 #include "cpu/kernels.h"
 
 #if defined(DPPO_WITH_CUDA)
@@ -62,6 +68,18 @@ float check_temperature(double temperature) {
   TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature must be positive and finite, not ",
                     temperature);
   return static_cast<float>(temperature);
+}
+
+// The value that a name stands for.
+template <typename Value>
+Value choice_of(const char* argument, const std::string& name,
+                std::initializer_list<std::pair<const char*, Value>> choices) {
+  std::string names;
+  for (const auto& [choice, value] : choices) {
+    if (name == choice) return value;
+    names += (names.empty() ? "" : ", ") + std::string(choice);
+  }
+  TORCH_CHECK_VALUE(false, argument, " must be one of ", names, ", not '", name, "'");
 }
 
 LogitsShard check_logits(const Tensor& logits, int64_t first_column, int64_t num_columns) {
@@ -209,6 +227,163 @@ void policy_backward_(const Tensor& logits, const optional<Tensor>& rows, const 
                   temperature, first_column, num_columns);
 }
 
+// Each row's D(mu || pi) over this shard's columns.
+Tensor shard_divergence(const Tensor& logits, const Tensor& rollout_logits, const optional<Tensor>& rows,
+                        const Tensor& max, const Tensor& log_sum, const Tensor& rollout_max,
+                        const Tensor& rollout_log_sum, const optional<Tensor>& known_ids,
+                        const optional<Tensor>& known_log_prob, const optional<Tensor>& log_rescale,
+                        std::string distance, double temperature, int64_t first_column, int64_t num_columns) {
+  DivergenceArguments args{};
+  args.policy = check_logits(logits, first_column, num_columns);
+  check_matrix("rollout_logits", rollout_logits);
+  TORCH_CHECK_VALUE(rollout_logits.sizes() == logits.sizes() && rollout_logits.scalar_type() == logits.scalar_type() &&
+                        rollout_logits.device() == logits.device(),
+                    "rollout_logits must match logits in shape, dtype and device");
+  args.rollout = check_logits(rollout_logits, first_column, num_columns);
+  args.selection = check_rows(rows, logits);
+  const int64_t n = args.selection.n;
+  args.policy_normaliser = {check_per_row("max", max, logits, n), check_per_row("log_sum", log_sum, logits, n)};
+  args.rollout_normaliser = {check_per_row("rollout_max", rollout_max, logits, n),
+                             check_per_row("rollout_log_sum", rollout_log_sum, logits, n)};
+  if (known_ids.has_value()) {
+    TORCH_CHECK_VALUE(known_ids->dim() == 2, "known_ids must be a matrix [n, S], not ", known_ids->sizes());
+    TORCH_CHECK_VALUE(known_log_prob.has_value() && log_rescale.has_value(),
+                      "known_ids needs known_log_prob and log_rescale");
+    args.known = known_ids->size(1);
+    check_like("known_ids", *known_ids, logits, at::kLong, {n, args.known});
+    check_like("known_log_prob", *known_log_prob, logits, at::kFloat, {n, args.known});
+    args.known_ids = known_ids->const_data_ptr<int64_t>();
+    args.known_log_prob = known_log_prob->const_data_ptr<float>();
+    args.log_rescale = check_per_row("log_rescale", log_rescale, logits, n);
+  }
+  args.distance = choice_of<Distance>("distance", distance, {{"tv", Distance::kTv}, {"kl", Distance::kKl}});
+  args.temperature = check_temperature(temperature);
+#if defined(DPPO_WITH_CUDA)
+  if (logits.is_cuda()) {
+    const c10::DeviceGuard guard(logits.device());
+    const int64_t segments = cuda::divergence_segments(args, cuda::multiprocessor_count());
+    const Tensor sums = at::empty({n, segments}, logits.options().dtype(at::kFloat));
+    args.sums = sums.mutable_data_ptr<float>();
+    check_launch("shard_divergence", cuda::launch_shard_divergence(args, segments, current_stream(logits)));
+    return segments == 1 ? sums.view({n}) : sums.sum(1);
+  }
+#endif
+  Tensor sums = at::empty({n}, logits.options().dtype(at::kFloat));
+  args.sums = sums.mutable_data_ptr<float>();
+  cpu::shard_divergence(args);
+  return sums;
+}
+
+TrustRegionSettings check_settings(const std::string& divergence, const std::string& direction,
+                                   const std::string& trust_region, double delta_low, double delta_high,
+                                   optional<double> ratio_cap, double ppo_clip_low, double ppo_clip_high,
+                                   optional<double> ppo_dual_clip, double cispo_ratio_min, double cispo_ratio_max) {
+  TrustRegionSettings settings{};
+  settings.divergence = choice_of<Divergence>("divergence", divergence,
+                                              {{"binary_tv", Divergence::kBinaryTv},
+                                               {"binary_kl", Divergence::kBinaryKl},
+                                               {"topk_tv", Divergence::kTopkTv},
+                                               {"topk_kl", Divergence::kTopkKl},
+                                               {"given", Divergence::kGiven}});
+  settings.direction = choice_of<Direction>("direction", direction,
+                                            {{"ratio", Direction::kRatio},
+                                             {"exact_collision", Direction::kExactCollision},
+                                             {"aggregated_tail", Direction::kAggregatedTail},
+                                             {"uniform_tail", Direction::kUniformTail}});
+  settings.trust_region = choice_of<TrustRegion>("trust_region", trust_region,
+                                                 {{"mask", TrustRegion::kMask},
+                                                  {"smooth", TrustRegion::kSmooth},
+                                                  {"ppo_clip", TrustRegion::kPpoClip},
+                                                  {"cispo", TrustRegion::kCispo},
+                                                  {"none", TrustRegion::kNone}});
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  settings.delta_low = static_cast<float>(delta_low);
+  settings.delta_high = static_cast<float>(delta_high);
+  settings.ratio_cap = static_cast<float>(ratio_cap.value_or(kNever));
+  settings.log_clip_low = static_cast<float>(std::log1p(-ppo_clip_low));
+  settings.log_clip_high = static_cast<float>(std::log1p(ppo_clip_high));
+  settings.log_dual_clip = static_cast<float>(std::log(ppo_dual_clip.value_or(kNever)));
+  settings.cispo_ratio_min = static_cast<float>(cispo_ratio_min);
+  settings.cispo_ratio_max = static_cast<float>(cispo_ratio_max);
+  return settings;
+}
+
+MetricSettings check_metric_settings(double reference_clip, double bad_update_drop, at::ArrayRef<double> bin_edges,
+                                     int64_t histogram_lowest, int64_t bins_per_decade, int64_t histogram_bins) {
+  TORCH_CHECK_VALUE(bin_edges.size() == kProbabilityBins + 1, "probability_bins must have ", kProbabilityBins + 1,
+                    " edges, not ", bin_edges.size());
+  TORCH_CHECK_VALUE(histogram_bins >= 1 && histogram_bins <= kMaxHistogramBins, "histogram_bins must be in [1, ",
+                    kMaxHistogramBins, "], not ", histogram_bins);
+  MetricSettings settings{};
+  settings.log_clip_low = static_cast<float>(std::log1p(-reference_clip));
+  settings.log_clip_high = static_cast<float>(std::log1p(reference_clip));
+  settings.bad_update_drop = static_cast<float>(bad_update_drop);
+  for (int i = 0; i <= kProbabilityBins; ++i) settings.bin_edges[i] = static_cast<float>(bin_edges[i]);
+  settings.histogram_lowest = static_cast<float>(histogram_lowest);
+  settings.bins_per_decade = static_cast<float>(bins_per_decade);
+  settings.histogram_bins = static_cast<int>(histogram_bins);
+  return settings;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_update(
+    const Tensor& log_mu, const Tensor& log_pi, const Tensor& advantages, const Tensor& entropy,
+    const Tensor& collision, const Tensor& target, const Tensor& topk_ids, const Tensor& topk_log_mu,
+    const Tensor& topk_log_pi, const optional<Tensor>& given_divergence, int64_t vocab_size, std::string divergence,
+    std::string direction, std::string trust_region, double delta_low, double delta_high, optional<double> ratio_cap,
+    double ppo_clip_low, double ppo_clip_high, optional<double> ppo_dual_clip, double cispo_ratio_min,
+    double cispo_ratio_max, double reference_clip, double bad_update_drop, at::ArrayRef<double> probability_bins,
+    int64_t histogram_lowest, int64_t bins_per_decade, int64_t histogram_bins) {
+  TokenUpdateArguments args{};
+  TORCH_CHECK_VALUE(log_mu.dim() == 1, "log_mu must be a vector [n], not ", log_mu.sizes());
+  const int64_t n = args.n = log_mu.size(0);
+  args.log_mu = check_per_row("log_mu", log_mu, log_mu, n);
+  args.log_pi = check_per_row("log_pi", log_pi, log_mu, n);
+  args.advantage = check_per_row("advantages", advantages, log_mu, n);
+  args.entropy = check_per_row("entropy", entropy, log_mu, n);
+  args.collision = check_per_row("collision", collision, log_mu, n);
+  args.given_divergence = check_per_row("given_divergence", given_divergence, log_mu, n);
+  check_like("target", target, log_mu, at::kLong, {n});
+  args.target = target.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids must be a matrix [n, K], not ", topk_ids.sizes());
+  args.topk = topk_ids.size(1);
+  check_like("topk_ids", topk_ids, log_mu, at::kLong, {n, args.topk});
+  check_like("topk_log_mu", topk_log_mu, log_mu, at::kFloat, {n, args.topk});
+  check_like("topk_log_pi", topk_log_pi, log_mu, at::kFloat, {n, args.topk});
+  args.topk_ids = topk_ids.const_data_ptr<int64_t>();
+  args.topk_log_mu = topk_log_mu.const_data_ptr<float>();
+  args.topk_log_pi = topk_log_pi.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(vocab_size > 0, "vocab_size must be positive, not ", vocab_size);
+  args.vocab_size = vocab_size;
+  args.settings = check_settings(divergence, direction, trust_region, delta_low, delta_high, ratio_cap, ppo_clip_low,
+                                 ppo_clip_high, ppo_dual_clip, cispo_ratio_min, cispo_ratio_max);
+  TORCH_CHECK_VALUE((args.settings.divergence == Divergence::kGiven) == given_divergence.has_value(),
+                    "given_divergence goes with divergence='given', and with no other");
+  args.metrics = check_metric_settings(reference_clip, bad_update_drop, probability_bins, histogram_lowest,
+                                       bins_per_decade, histogram_bins);
+
+  Tensor coefficient = at::empty_like(log_mu), weight = at::empty_like(log_mu), measured = at::empty_like(log_mu);
+  Tensor totals = at::empty({kNumTotals}, log_mu.options().dtype(at::kDouble));
+  Tensor histogram = at::empty({histogram_bins + 2}, log_mu.options().dtype(at::kLong));
+  args.coefficient = coefficient.mutable_data_ptr<float>();
+  args.weight = weight.mutable_data_ptr<float>();
+  args.divergence = measured.mutable_data_ptr<float>();
+  args.totals = totals.mutable_data_ptr<double>();
+  args.histogram = histogram.mutable_data_ptr<int64_t>();
+#if defined(DPPO_WITH_CUDA)
+  if (log_mu.is_cuda()) {
+    const c10::DeviceGuard guard(log_mu.device());
+    const int multiprocessors = cuda::multiprocessor_count();
+    const int64_t bytes = cuda::token_update_workspace_bytes(n, multiprocessors);
+    const Tensor workspace = at::empty({bytes}, log_mu.options().dtype(at::kByte));
+    check_launch("token_update", cuda::launch_token_update(args, multiprocessors, workspace.mutable_data_ptr(),
+                                                           current_stream(log_mu)));
+    return {coefficient, weight, measured, totals, histogram};
+  }
+#endif
+  cpu::token_update(args);
+  return {coefficient, weight, measured, totals, histogram};
+}
+
 }  // namespace
 
 #define DPPO_BACKWARD_INPUTS                                                                                          \
@@ -224,6 +399,18 @@ TORCH_LIBRARY(megatron_dppo, m) {
       "(Tensor log_prob, Tensor entropy, Tensor collision, Tensor topk_log_prob, Tensor max, Tensor log_sum)");
   m.def("policy_backward(Tensor logits, Tensor(a!) grad, " DPPO_BACKWARD_INPUTS);
   m.def("policy_backward_(Tensor(a!) logits, " DPPO_BACKWARD_INPUTS);
+  m.def(
+      "shard_divergence(Tensor logits, Tensor rollout_logits, Tensor? rows, Tensor max, Tensor log_sum, "
+      "Tensor rollout_max, Tensor rollout_log_sum, Tensor? known_ids, Tensor? known_log_prob, Tensor? log_rescale, "
+      "str distance, float temperature, int first_column, int num_columns) -> Tensor");
+  m.def(
+      "token_update(Tensor log_mu, Tensor log_pi, Tensor advantages, Tensor entropy, Tensor collision, Tensor target, "
+      "Tensor topk_ids, Tensor topk_log_mu, Tensor topk_log_pi, Tensor? given_divergence, int vocab_size, *, "
+      "str divergence, str direction, str trust_region, float delta_low, float delta_high, float? ratio_cap, "
+      "float ppo_clip_low, float ppo_clip_high, float? ppo_dual_clip, float cispo_ratio_min, float cispo_ratio_max, "
+      "float reference_clip, float bad_update_drop, float[] probability_bins, int histogram_lowest, "
+      "int bins_per_decade, int histogram_bins) -> "
+      "(Tensor coefficient, Tensor weight, Tensor divergence, Tensor totals, Tensor histogram)");
 }
 
 #define DPPO_REGISTER(DEVICE)                     \
@@ -232,6 +419,8 @@ TORCH_LIBRARY(megatron_dppo, m) {
     m.impl("merge_partials", merge_partials);     \
     m.impl("policy_backward", policy_backward);   \
     m.impl("policy_backward_", policy_backward_); \
+    m.impl("shard_divergence", shard_divergence); \
+    m.impl("token_update", token_update);         \
   }
 DPPO_REGISTER(CPU)
 #if defined(DPPO_WITH_CUDA)
@@ -245,5 +434,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = DPPO_CUDA_ARCHS;  // "" where only the CPU kernels are in
   m.attr("compiler") = __VERSION__;
   m.attr("flags") = DPPO_BUILD_FLAGS;
-  m.attr("torch_version") = DPPO_TORCH_VERSION;  // compiled against
+  m.attr("torch_version") = DPPO_TORCH_VERSION;                        // compiled against
+  m.attr("num_totals") = static_cast<int>(megatron_dppo::kNumTotals);  // of token_update
 }

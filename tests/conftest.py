@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,28 @@ def ranks() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
     pools.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where tests make their tensors: cuda runs tests/ops and tests/loss there (tools/gpu_check.sh)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        yield
+        return
+    # Seeded generators as well: torch refuses one of another device than the tensor's.
+    monkeypatch.setattr(torch, "Generator", partial(torch.Generator, device=device))
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

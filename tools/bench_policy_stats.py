@@ -128,12 +128,27 @@ def megatron_methods(group: Any) -> dict[str, Method]:
         return {}
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
-    return {
+    found: dict[str, Method] = {
         "mcore": lambda logits, target: -vocab_parallel_cross_entropy(logits[:, None], target[:, None]).sum(),
         "mcore fused": lambda logits, target: (
             -fused_vocab_parallel_cross_entropy(logits[:, None], target[:, None], group).sum()
         ),
     }
+    if (te_cross_entropy := transformer_engine_cross_entropy()) is not None:
+        found["TE"] = lambda logits, target: -te_cross_entropy(logits[:, None], target[:, None], group).sum()
+    return found
+
+
+def transformer_engine_cross_entropy() -> Callable[..., torch.Tensor] | None:
+    """Transformer Engine's, as Megatron-core calls it; None where that is not installed, or broken."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+    except Exception as error:  # a half-installed Transformer Engine raises whatever it likes
+        print(f"Transformer Engine is left out: {error}", file=sys.stderr)
+        return None
+    return te_parallel_cross_entropy
 
 
 def measure(candidates: dict[str, Method], logits: torch.Tensor, target: torch.Tensor, turns: int) -> dict[str, Result]:
@@ -154,7 +169,7 @@ def measure(candidates: dict[str, Method], logits: torch.Tensor, target: torch.T
                 results[name].both.append(both)
     for name, method in candidates.items():
         with counted_collectives() as count:
-            results[name].memory = peak_memory(method, logits.clone().requires_grad_(), target) / logits.nbytes
+            results[name].memory = forward_backward_peak(method, logits, target) / logits.nbytes
         results[name].collectives = len(count)
     return results
 
@@ -187,15 +202,20 @@ def counted_collectives() -> Iterator[list[str]]:
             setattr(dist, name, original)
 
 
-def peak_memory(method: Method, logits: torch.Tensor, target: torch.Tensor) -> float:
-    """Bytes that a forward and backward allocate at once, beyond what lives already."""
-    if logits.is_cuda:
+def forward_backward_peak(method: Method, logits: torch.Tensor, target: torch.Tensor) -> float:
+    copy = logits.clone().requires_grad_()
+    return peak_memory(lambda: torch.autograd.grad(method(copy, target), copy), logits.device)
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
+    """Bytes that ``run`` allocates at once, beyond what lives already."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.autograd.grad(method(logits, target), logits)
+        run()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        torch.autograd.grad(method(logits, target), logits)
+        run()
     assert profile.profiler is not None
     # The summarised events fold allocations into the operators that made them; only the raw ones say when each was freed.
     raw = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -223,9 +243,14 @@ def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
-    figure, axes = plt.subplots(1, len(charts), figsize=(3.2 * len(charts), 3.6), squeeze=False, layout="constrained")
-    for axis, (title, results) in zip(axes[0], charts.items(), strict=True):
+    columns = min(len(charts), 4)
+    rows = -(-len(charts) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(charts) :]:
+        axis.set_visible(False)
+    for axis, (title, results) in zip(axes.flat, charts.items(), strict=False):
         names = list(results)
         for shift, field, label in ((-0.2, "forward", "forward"), (0.2, "both", "forward + backward")):
             times = [1e3 * statistics.median(getattr(results[name], field)) for name in names]
@@ -233,9 +258,11 @@ def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # on a short range it would label every tick
+        axis.set_xlim(left=1.0)
         axis.set_xlabel("ms (log scale)")
         axis.set_title(title, fontsize=9)
-    axes[0][0].legend(fontsize=7)
+    axes.flat[0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 

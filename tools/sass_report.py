@@ -2,9 +2,10 @@
 
     python tools/sass_report.py [--archs sm_80,sm_90a,sm_100] [--nvdisasm PATH]
 
-For every kernel and architecture: registers, stack, spills and local-memory accesses; and for its hot loop (the innermost
-loop with the most 128-bit loads) the number of those loads and of instructions per element. tools/sass_budget.json limits
-each of them. Without nvdisasm the hot loops and local-memory accesses are left out, with a notice. Exit status 1 if over.
+For every kernel and architecture: registers, stack, spills and local-memory accesses; and for its hot loop (the one with
+the most 128-bit loads, without the rare loops inside it) the number of those loads and of instructions per element.
+tools/sass_budget.json limits each of them. Without nvdisasm the hot loops and local-memory accesses are left out, with a
+notice. Exit status 1 if over.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ def inspect(source: Path, arch: str, nvcc: Path, nvdisasm: str | None) -> dict[s
 def sass_figures(section: str, kernel: str) -> dict[str, float]:
     lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in section.splitlines()]
     figures = {"local": float(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines))}
-    element = re.search(r"<(\w+)>", kernel)
+    element = re.search(r"<(\w+)[,>]", kernel)
     if element is None:
         return figures
-    hot = max(innermost_loops(lines), key=wide_loads, default=[])
+    hot = max(loops(lines), key=wide_loads, default=[])
     loads = wide_loads(hot)
     elements = loads * 16 / ELEMENT_BYTES[element[1]]
     return figures | {"loads_128": loads, "instructions_per_element": round(len(hot) / elements, 2) if loads else 0.0}
@@ -87,16 +88,20 @@ def wide_loads(instructions: list[str]) -> int:
     return sum("LDG.E.128" in line for line in instructions)
 
 
-def innermost_loops(lines: list[str]) -> list[list[str]]:
-    """Instructions of every loop that contains no other: from a label to the backward branch to it."""
+def loops(lines: list[str]) -> list[list[str]]:
+    """Each loop's own instructions: from a label to the backward branch to it, without the loops inside."""
     labels, spans = {}, []
     for i, line in enumerate(lines):
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = i
         elif (branch := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and branch[1] in labels:
             spans.append((labels[branch[1]], i))
-    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)]
-    return [[line for line in lines[a : b + 1] if line.endswith(";")] for a, b in inner]
+    found = []
+    for begin, end in spans:
+        inner = [range(a, b + 1) for a, b in spans if begin <= a and b <= end and (a, b) != (begin, end)]
+        own = [i for i in range(begin, end + 1) if not any(i in span for span in inner)]
+        found.append([lines[i] for i in own if lines[i].endswith(";")])
+    return found
 
 
 def over_budget(kernel: str, figures: dict[str, float], budget: dict[str, dict[str, dict[str, float]]]) -> list[str]:

@@ -1,4 +1,4 @@
-// Arguments of the three kernels, the same for CPU and CUDA. Pointers are to memory of the kernel's device.
+// Arguments of the kernels that read logits, the same for CPU and CUDA. Pointers are to memory of the kernel's device.
 //
 // N rows of logits, of which n matter (those of prompts and padding do not): `rows` lists them, and every per-token
 // array is compact, [n]. With z = x / temperature, what crosses between shards is in units of z.
@@ -73,6 +73,28 @@ struct BackwardArguments {
   void* grad_logits;  // [N, columns] of the logits' dtype  OUT; may be the logits themselves. Only selected rows are
                       // written
   int64_t grad_row_stride;
+};
+
+enum class Distance : int { kTv = 0, kKl = 1 };
+
+// What turns a row's logits into log-probabilities: log p = (z - max) - log_sum.
+struct Normaliser {
+  const float* max;      // [n]
+  const float* log_sum;  // [n]
+};
+
+struct DivergenceArguments {
+  LogitsShard policy, rollout;  // alike but for data and row_stride
+  RowSelection selection;
+  Normaliser policy_normaliser, rollout_normaliser;
+  // Of a hybrid rollout policy; all others are rescaled. With known = 0 nothing is.
+  const int64_t* known_ids;     // [n, known] global ids, distinct; -1 in slots that do not count
+  const float* known_log_prob;  // [n, known]
+  const float* log_rescale;     // [n], or null: all 0
+  int64_t known;
+  float temperature;
+  Distance distance;
+  float* sums;  // [n, segments]  OUT  this shard's share, in parts to be added up
 };
 
 }  // namespace megatron_dppo

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/arguments.h"
+#include "../core/token_update_arguments.h"
 
 namespace megatron_dppo::cuda {
 
@@ -25,5 +26,13 @@ cudaError_t launch_row_partials(const PartialsArguments& args, const PartialsPla
                                 cudaStream_t stream);
 cudaError_t launch_merge_partials(const MergeArguments& args, cudaStream_t stream);
 cudaError_t launch_policy_backward(const BackwardArguments& args, int multiprocessors, cudaStream_t stream);
+
+// How many parts of every row's sum the kernel leaves: sums is [n, segments].
+int64_t divergence_segments(const DivergenceArguments& args, int multiprocessors);
+cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t segments, cudaStream_t stream);
+
+int64_t token_update_workspace_bytes(int64_t n, int multiprocessors);
+cudaError_t launch_token_update(const TokenUpdateArguments& args, int multiprocessors, void* workspace,
+                                cudaStream_t stream);
 
 }  // namespace megatron_dppo::cuda

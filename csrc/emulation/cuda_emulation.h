@@ -70,7 +70,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 inline void __threadfence() { megatron_dppo::emulation::thread_fence(); }
-inline unsigned atomicAdd(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+template <typename T>
+T atomicAdd(T* p, T value) {
+  static_assert(std::is_integral<T>::value,
+                "sums of floating-point atomics depend on the schedule: no kernel uses them");
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}
 template <typename T>
 T __ldg(const T* p) {
   return *p;

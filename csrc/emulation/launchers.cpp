@@ -44,3 +44,19 @@ DPPO_EXPORT const char* emulated_merge_partials(const MergeArguments* args) {
 DPPO_EXPORT const char* emulated_policy_backward(const BackwardArguments* args, int multiprocessors) {
   return guarded([&] { return cuda::launch_policy_backward(*args, multiprocessors, nullptr); });
 }
+DPPO_EXPORT const char* emulated_shard_divergence(const DivergenceArguments* args, int multiprocessors) {
+  // The caller sizes `sums` by emulated_divergence_segments.
+  return guarded(
+      [&] { return cuda::launch_shard_divergence(*args, cuda::divergence_segments(*args, multiprocessors), nullptr); });
+}
+DPPO_EXPORT int64_t emulated_divergence_segments(const DivergenceArguments* args, int multiprocessors) {
+  return cuda::divergence_segments(*args, multiprocessors);
+}
+DPPO_EXPORT const char* emulated_token_update(const TokenUpdateArguments* args, int multiprocessors) {
+  return guarded([&] {
+    void* workspace = std::malloc(cuda::token_update_workspace_bytes(args->n, multiprocessors));
+    const cudaError_t error = cuda::launch_token_update(*args, multiprocessors, workspace, nullptr);
+    std::free(workspace);
+    return error;
+  });
+}

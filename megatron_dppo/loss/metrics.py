@@ -16,19 +16,24 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_dppo.loss.aggregation import Aggregation
 from megatron_dppo.loss.trust_region import ppo_clips
 
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 HISTOGRAM_BINS_PER_DECADE = 40  # a bin is 5.9 % wide: a percentile, read at its middle, is within 3 %
 HISTOGRAM_LOWEST, HISTOGRAM_HIGHEST = -6, 2  # powers of ten; one bin more at either end for what lies outside
-_BINS = HISTOGRAM_BINS_PER_DECADE * (HISTOGRAM_HIGHEST - HISTOGRAM_LOWEST)
+HISTOGRAM_BINS = HISTOGRAM_BINS_PER_DECADE * (HISTOGRAM_HIGHEST - HISTOGRAM_LOWEST)
 
 BAD_UPDATE_DROP = 0.5  # 2602.04879: updates with A < 0 and mu - pi >= 0.5 suffice to destabilise training
 PPO_REFERENCE_CLIP = 0.2
 ROLLOUT_PROBABILITY_BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 _NEGATED = "_negated"
+EXTREMA = (
+    "dppo/divergence_max",
+    "mismatch/ratio_max",
+    "mismatch/ratio_min" + _NEGATED,
+    "mismatch/prob_change_max",
+)
 
 
 def trust_region_metrics(
@@ -58,8 +63,11 @@ def trust_region_metrics(
     return metrics
 
 
-def mismatch_metrics(log_ratio: torch.Tensor, ratio: torch.Tensor) -> Metrics:
-    """``mismatch/*``: policy against rollout policy; before a step's first update, the engines' disagreement."""
+def policy_metrics(log_ratio: torch.Tensor, ratio: torch.Tensor, entropy: torch.Tensor) -> Metrics:
+    """The policy's ``entropy``, and ``mismatch/*``, how it differs from the rollout policy.
+
+    Before a step's first update the mismatch is the engines' disagreement.
+    """
     every = torch.ones_like(log_ratio, dtype=torch.bool)
     # r - 1 - log r is a second-order quantity: in fp32 it would drown in the rounding of r, and could come out negative.
     exact_log_ratio = log_ratio.double()
@@ -69,14 +77,7 @@ def mismatch_metrics(log_ratio: torch.Tensor, ratio: torch.Tensor) -> Metrics:
         "mismatch/kl_k3": _mean(exact_log_ratio.expm1() - exact_log_ratio, every),
         "mismatch/ratio_mean": _mean(ratio, every),
         "mismatch/ratio_squared_mean": _mean(ratio.square(), every),
-    }
-
-
-def batch_metrics(loss: torch.Tensor, aggregation: Aggregation, entropy: torch.Tensor) -> Metrics:
-    """The loss itself and the mean entropy."""
-    return {
-        "loss": (loss.double(), aggregation.num_tokens.double()),
-        "entropy": mean_metric(entropy),
+        "entropy": _mean(entropy, every),
     }
 
 
@@ -89,12 +90,13 @@ def extrema_of(
     advantages: torch.Tensor, ratio: torch.Tensor, probability_change: torch.Tensor, divergence: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Scalars to be max-reduced; -inf where there is nothing."""
-    return {
-        "dppo/divergence_max": _max(divergence[advantages != 0]),
-        "mismatch/ratio_max": _max(ratio),
-        "mismatch/ratio_min" + _NEGATED: _max(-ratio),
-        "mismatch/prob_change_max": _max(probability_change.abs()),
-    }
+    extrema = (
+        _max(divergence[advantages != 0]),
+        _max(ratio),
+        _max(-ratio),
+        _max(probability_change.abs()),
+    )
+    return dict(zip(EXTREMA, extrema, strict=True))
 
 
 def divergence_histogram(advantages: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
@@ -102,8 +104,8 @@ def divergence_histogram(advantages: torch.Tensor, divergence: torch.Tensor) -> 
     exponent = divergence[advantages != 0].double().log10()
     at = ((exponent - HISTOGRAM_LOWEST) * HISTOGRAM_BINS_PER_DECADE).floor() + 1
     # NaN cannot come out of a divergence of finite logits; should it come in, it belongs with the largest.
-    at = at.nan_to_num(nan=_BINS + 1).clamp(0, _BINS + 1).long()
-    return torch.zeros(_BINS + 2, dtype=torch.int64, device=at.device).scatter_add_(0, at, torch.ones_like(at))
+    at = at.nan_to_num(nan=HISTOGRAM_BINS + 1).clamp(0, HISTOGRAM_BINS + 1).long()
+    return torch.zeros(HISTOGRAM_BINS + 2, dtype=torch.int64, device=at.device).scatter_add_(0, at, torch.ones_like(at))
 
 
 def finalize_metrics(
@@ -145,7 +147,7 @@ def _percentile(histogram: torch.Tensor, fraction: float) -> float:
     at = int(torch.searchsorted(cumulative, math.ceil(fraction * int(cumulative[-1]))))
     if at == 0:
         return 0.0
-    if at > _BINS:
+    if at > HISTOGRAM_BINS:
         return math.inf
     return 10.0 ** (HISTOGRAM_LOWEST + (at - 0.5) / HISTOGRAM_BINS_PER_DECADE)
 

@@ -53,7 +53,8 @@ class TokenBatch:
 
 
 def select_tokens(
-    logits: torch.Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
     target: torch.Tensor,
     loss_mask: torch.Tensor,
     advantages: torch.Tensor,
@@ -64,21 +65,28 @@ def select_tokens(
 ) -> TokenBatch:
     """Check shapes, dtypes and values (of masked-in tokens only) and pick the tokens.
 
+    Args:
+        shape: [...], what the policy's output asks for.
+        dtype: of the floating-point results.
+        target, loss_mask, ...: as in ``DPPOLoss``.
+
     Raises:
         LossInputError: names the input, and the position for a bad value.
     """
     if (rollout_topk_ids is None) != (rollout_topk_log_probs is None):
         raise LossInputError("rollout_topk_ids and rollout_topk_log_probs must be given together")
-    shape = logits.shape[:-1]
     if loss_mask.shape != shape:
-        raise LossInputError(f"loss_mask has shape {tuple(loss_mask.shape)}; the logits ask for {tuple(shape)}")
+        raise LossInputError(
+            f"loss_mask has shape {tuple(loss_mask.shape)}; the policy's output asks for {tuple(shape)}"
+        )
     mask = loss_mask.bool()
     rows = mask.reshape(-1).nonzero()[:, 0]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     def select(name: str, values: torch.Tensor, trailing: int = 0) -> torch.Tensor:
         if values.shape[: values.dim() - trailing] != shape:
-            raise LossInputError(f"{name} has shape {tuple(values.shape)}; the logits ask for {tuple(shape)} first")
+            raise LossInputError(
+                f"{name} has shape {tuple(values.shape)}; the policy's output asks for {tuple(shape)} first"
+            )
         return values.reshape(mask.numel(), *values.shape[len(shape) :]).index_select(0, rows)
 
     def select_fp32(name: str, values: torch.Tensor, trailing: int = 0) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Which implementation does the two passes over a shard's logits.
+"""Which implementation reads a shard's logits.
 
-A backend is a module with three functions: ``shard_partials`` (forward: one read of the logits), ``merge_shards`` (what
-the shards found, combined) and ``shard_gradient`` (backward: one read, one write). ``ops/torch_backend.py`` defines
-what they mean; ``ops/native_backend.py`` has the compiled ones.
+A backend is a module with four functions: ``shard_partials`` (forward: one read of the logits), ``merge_shards`` (what
+the shards found, combined), ``shard_gradient`` (backward: one read, one write) and ``shard_divergence`` (of two policies:
+one read of both). ``ops/torch_backend.py`` defines what they mean; ``ops/native_backend.py`` has the compiled ones.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def choose_backend(name: str, logits: torch.Tensor) -> ModuleType:
     if name == "auto":
         return torch_backend
     raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}. Use 'torch' or 'auto'")
+
+
+def backend_in_use(name: str, logits: torch.Tensor) -> str:
+    """Which of cuda, cpu and torch ``choose_backend`` takes. ``logits`` may be anything of their device and dtype."""
+    return "torch" if choose_backend(name, logits) is torch_backend else logits.device.type
 
 
 def backend_report() -> dict[str, str]:

@@ -7,17 +7,15 @@ weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_dppo.ops.backends import choose_backend
-from megatron_dppo.ops.policy_stats import VocabShard, as_matrix, check_ids, locate_shard
+from megatron_dppo.ops.policy_stats import as_matrix, check_ids, locate_shard
 from megatron_dppo.ops.probability import LOG_ZERO, remaining_mass
 from megatron_dppo.ops.shard_merge import MergedRows, gather_shards
-from megatron_dppo.ops.torch_backend import read_rows, row_chunks
 
 
 class KnownProbabilities(NamedTuple):
@@ -66,51 +64,38 @@ def vocab_parallel_divergence(
         )
     shard = locate_shard(policy_logits, vocab_size, tp_group)
     rows = token_mask.reshape(-1).nonzero()[:, 0]
-    implementation = choose_backend(backend, policy_logits)
+    # The kernels read both at once, so in one dtype: the wider.
+    dtype = torch.promote_types(policy_logits.dtype, rollout_logits.dtype)
+    policy_NV, rollout_NV = as_matrix(policy_logits.to(dtype)), as_matrix(rollout_logits.to(dtype))
+    implementation = choose_backend(backend, policy_NV)
 
-    def read(logits: torch.Tensor, ids_nS: torch.Tensor) -> _Policy:
-        matrix = as_matrix(logits)
+    def normaliser(logits_NV: torch.Tensor, ids_nS: torch.Tensor) -> MergedRows:
         partials = implementation.shard_partials(
-            matrix, rows, ids_nS[:, 0], ids_nS[:, 1:], temperature, shard.first_column, shard.num_columns
+            logits_NV, rows, ids_nS[:, 0], ids_nS[:, 1:], temperature, shard.first_column, shard.num_columns
         )
-        merged = implementation.merge_shards(gather_shards(partials, shard.group))
-        return _Policy(matrix, rows, temperature, shard.num_columns, merged)
+        return implementation.merge_shards(gather_shards(partials, shard.group))
 
     any_id_n1 = rows.new_zeros(rows.shape[0], 1)
     known_ids_nS = any_id_n1 if known is None else known.ids.masked_fill(~known.valid, 0)
     check_ids("topk_ids", known_ids_nS, rows, token_mask.shape, shard.vocab_size)
-    pi, mu = read(policy_logits, any_id_n1), read(rollout_logits, known_ids_nS)
-    rescale_n = None if known is None else _log_rescale(known, mu.merged)
-    sums_n = torch.zeros_like(pi.merged.max)
-    for part in row_chunks(rows.shape[0], policy_logits.shape[-1], sums_n.dtype):
-        log_pi, log_mu = pi.log_prob(part), mu.log_prob(part)
-        if known is not None and rescale_n is not None:
-            _put_known(log_mu, part, known, rescale_n, shard)
-        log_pi.clamp_(min=LOG_ZERO)
-        log_mu.clamp_(min=LOG_ZERO)
-        if kind == "tv":
-            sums_n[part] = 0.5 * (log_mu.exp_() - log_pi.exp_()).abs_().sum(dim=1)
-        else:
-            sums_n[part] = (log_mu.exp() * (log_mu - log_pi)).sum(dim=1)
+    pi, mu = normaliser(policy_NV, any_id_n1), normaliser(rollout_NV, known_ids_nS)
+    sums_n = implementation.shard_divergence(
+        kind,
+        policy_NV,
+        rollout_NV,
+        rows,
+        pi,
+        mu,
+        None if known is None else known.ids.masked_fill(~known.valid, -1),
+        None if known is None else known.log_prob.to(pi.max.dtype),
+        None if known is None else _log_rescale(known, mu),
+        temperature,
+        shard.first_column,
+        shard.num_columns,
+    )
     if tp_group is not None and sums_n.numel() > 0:
         dist.all_reduce(sums_n, group=tp_group)
     return sums_n.clamp_(min=0.0)
-
-
-@dataclass(frozen=True)
-class _Policy:
-    """One policy's rows, with what turns their logits into log-probs."""
-
-    matrix: torch.Tensor
-    rows: torch.Tensor
-    temperature: float
-    num_columns: int
-    merged: MergedRows
-
-    def log_prob(self, part: slice) -> torch.Tensor:
-        """[chunk, true columns of this shard]."""
-        z = read_rows(self.matrix, self.rows, part, self.num_columns).to(self.merged.max.dtype) / self.temperature
-        return z.sub_(self.merged.max[part, None]).sub_(self.merged.log_sum[part, None])
 
 
 def _log_rescale(known: KnownProbabilities, recomputed: MergedRows) -> torch.Tensor:
@@ -121,14 +106,3 @@ def _log_rescale(known: KnownProbabilities, recomputed: MergedRows) -> torch.Ten
     # Below rounding there is nothing to rescale: the quotient would be noise over noise.
     resolution = torch.finfo(recomputed_rest.dtype).eps
     return (left_by_engine / recomputed_rest.clamp(min=resolution)).log().clamp(min=LOG_ZERO)
-
-
-def _put_known(
-    log_mu: torch.Tensor, part: slice, known: KnownProbabilities, rescale_n: torch.Tensor, shard: VocabShard
-) -> None:
-    """Rescale a chunk of recomputed log-probs and write the engine's over those that this shard owns."""
-    log_mu += rescale_n[part, None]
-    local_nS = known.ids[part] - shard.first_column
-    owned_nS = known.valid[part] & (local_nS >= 0) & (local_nS < shard.num_columns)
-    slot_row, slot = owned_nS.nonzero(as_tuple=True)
-    log_mu[slot_row, local_nS[slot_row, slot]] = known.log_prob[part][slot_row, slot].to(log_mu.dtype)

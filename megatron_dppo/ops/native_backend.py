@@ -8,6 +8,8 @@ not built.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 # Not `from megatron_dppo import _C`: backends.py tells a missing extension by ModuleNotFoundError.
@@ -68,6 +70,39 @@ def shard_gradient(
         _operators.policy_backward(logits_NV, grad_NV, *arguments)
 
 
+def shard_divergence(
+    kind: Literal["tv", "kl"],
+    policy_logits_NV: torch.Tensor,
+    rollout_logits_NV: torch.Tensor,
+    rows: torch.Tensor | None,
+    policy: MergedRows,
+    rollout: MergedRows,
+    known_ids_nS: torch.Tensor | None,
+    known_log_prob_nS: torch.Tensor | None,
+    log_rescale_n: torch.Tensor | None,
+    temperature: float,
+    first_column: int,
+    num_columns: int,
+) -> torch.Tensor:
+    """See torch_backend.shard_divergence."""
+    return _operators.shard_divergence(
+        policy_logits_NV,
+        rollout_logits_NV,
+        rows,
+        policy.max,
+        policy.log_sum,
+        rollout.max,
+        rollout.log_sum,
+        None if known_ids_nS is None else known_ids_nS.contiguous(),
+        None if known_log_prob_nS is None else known_log_prob_nS.contiguous(),
+        log_rescale_n,
+        kind,
+        temperature,
+        first_column,
+        num_columns,
+    )
+
+
 @torch.library.register_fake("megatron_dppo::row_partials")
 def _(logits, rows, target, topk_ids, temperature, first_column, num_columns):  # type: ignore[no-untyped-def]
     topk = 0 if topk_ids is None else topk_ids.shape[1]
@@ -89,3 +124,15 @@ def _(logits, grad, *others):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("megatron_dppo::policy_backward_")
 def _(logits, *others):  # type: ignore[no-untyped-def]
     return None
+
+
+@torch.library.register_fake("megatron_dppo::shard_divergence")
+def _(logits, rollout_logits, rows, max, *others):  # type: ignore[no-untyped-def]
+    return torch.empty_like(max)
+
+
+@torch.library.register_fake("megatron_dppo::token_update")
+def _(log_mu, *others, histogram_bins, **settings):  # type: ignore[no-untyped-def]
+    coefficient, weight, divergence = (torch.empty_like(log_mu) for _ in range(3))
+    totals = log_mu.new_empty(_C.num_totals, dtype=torch.float64)
+    return coefficient, weight, divergence, totals, log_mu.new_empty(histogram_bins + 2, dtype=torch.int64)

@@ -104,15 +104,9 @@ def vocab_parallel_policy_stats(
         ValueError: shapes, dtypes or the shard's place do not fit; a target or top-K id lies outside [0, vocab_size).
         BackendUnavailableError: the backend asked for cannot be used.
     """
-    _check_arguments(logits, target, topk_ids, temperature, token_mask)
+    check_arguments("logits", logits, logits.shape[:-1], target, topk_ids, temperature, token_mask)
     shard = locate_shard(logits, vocab_size, tp_group)
-    rows = select_rows(token_mask)
-    target_n = take_rows(target.reshape(-1), rows)
-    check_ids("target", target_n[:, None], rows, target.shape, shard.vocab_size)
-    topk_ids_nK = None
-    if topk_ids is not None:
-        topk_ids_nK = take_rows(topk_ids.reshape(-1, topk_ids.shape[-1]), rows)
-        check_ids("topk_ids", topk_ids_nK, rows, target.shape, shard.vocab_size)
+    rows, target_n, topk_ids_nK = select_tokens(target, topk_ids, token_mask, shard.vocab_size)
     log_prob, entropy, collision, topk_log_prob = _PolicyStatsFunction.apply(
         logits,
         target_n,
@@ -146,7 +140,7 @@ class _PolicyStatsFunction(torch.autograd.Function):
         merged = backend.merge_shards(gather_shards(partials, shard.group))
 
         log_prob, entropy, collision, topk_log_prob = (
-            _spread_rows(values, rows, logits_NV.shape[0]).view(*shape, *values.shape[1:]) for values in merged[:4]
+            spread_rows(values, rows, logits_NV.shape[0]).view(*shape, *values.shape[1:]) for values in merged[:4]
         )
         # If the logits could not be viewed as a matrix, keep the copy: it is what an in-place gradient may overwrite.
         kept = logits if logits_NV.data_ptr() == logits.data_ptr() else logits_NV
@@ -196,6 +190,20 @@ def select_rows(token_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if token_mask is None else token_mask.reshape(-1).nonzero()[:, 0]
 
 
+def select_tokens(
+    target: torch.Tensor, topk_ids: torch.Tensor | None, token_mask: torch.Tensor | None, vocab_size: int
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """The mask's rows, their targets [n] and their top-K ids [n, K]; ValueError for an id outside the vocabulary."""
+    rows = select_rows(token_mask)
+    target_n = take_rows(target.reshape(-1), rows)
+    check_ids("target", target_n[:, None], rows, target.shape, vocab_size)
+    if topk_ids is None:
+        return rows, target_n, None
+    topk_ids_nK = take_rows(topk_ids.reshape(target.numel(), topk_ids.shape[-1]), rows)
+    check_ids("topk_ids", topk_ids_nK, rows, target.shape, vocab_size)
+    return rows, target_n, topk_ids_nK
+
+
 def take_rows(values_N: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """[N, ...] -> [n, ...]."""
     return values_N if rows is None else values_N.index_select(0, rows)
@@ -212,33 +220,37 @@ def check_ids(name: str, ids_nK: torch.Tensor, rows: torch.Tensor | None, shape:
     raise ValueError(f"{name} at {position} is {ids_nK[first].tolist()}: ids must lie in [0, {vocab_size})")
 
 
-def _check_arguments(
-    logits: torch.Tensor,
+def check_arguments(
+    of: str,
+    features: torch.Tensor,
+    expected: torch.Size,
     target: torch.Tensor,
     topk_ids: torch.Tensor | None,
     temperature: float,
     token_mask: torch.Tensor | None,
 ) -> None:
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"logits must be bf16, fp16, fp32 or fp64, not {logits.dtype}")
-    expected = tuple(logits.shape[:-1])
+    """Raise ValueError unless the others fit ``features``: the logits or hidden states (``of``) of ``expected`` tokens."""
+    if features.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{of} must be bf16, fp16, fp32 or fp64, not {features.dtype}")
     given = {"target": target, "topk_ids": topk_ids, "token_mask": token_mask}
     for name, tensor in given.items():
         if tensor is None:
             continue
         shape = tuple(tensor.shape[:-1] if name == "topk_ids" else tensor.shape)
-        if shape != expected:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; logits {tuple(logits.shape)} ask for {expected}")
+        if shape != tuple(expected):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; {of} {tuple(features.shape)} ask for {tuple(expected)}"
+            )
         wanted = torch.bool if name == "token_mask" else torch.int64
         if tensor.dtype != wanted:
             raise ValueError(f"{name} must be {wanted}, not {tensor.dtype}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, the logits on {logits.device}")
+        if tensor.device != features.device:
+            raise ValueError(f"{name} is on {tensor.device}, {of} on {features.device}")
     if not (temperature > 0 and temperature < float("inf")):
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
 
 
-def _spread_rows(values_n: torch.Tensor, rows: torch.Tensor | None, total: int) -> torch.Tensor:
+def spread_rows(values_n: torch.Tensor, rows: torch.Tensor | None, total: int) -> torch.Tensor:
     """[n, ...] -> [N, ...] with 0 in the other rows."""
     if rows is None:
         return values_n.contiguous()

@@ -51,8 +51,15 @@ def gather_shards(partials_nC: torch.Tensor, group: dist.ProcessGroup | None) ->
     if group is None or dist.get_world_size(group) == 1 or partials_nC.shape[0] == 0:
         return partials_nC[None]
     gathered = partials_nC.new_empty(dist.get_world_size(group) * partials_nC.shape[0], partials_nC.shape[1])
-    dist.all_gather_into_tensor(gathered, partials_nC, group=group)
+    all_gather_rows(gathered, partials_nC, group)
     return gathered.view(-1, *partials_nC.shape)
+
+
+def all_gather_rows(gathered: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Fill [R n, ...] with every rank's contiguous [n, ...], in rank order."""
+    # The same collective under its newer name; torch from 2.13 on warns about the older, before 2.12 has no other.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(gathered, local, group=group)
 
 
 def merge_shards(partials_RnC: torch.Tensor) -> MergedRows:

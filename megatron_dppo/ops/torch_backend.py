@@ -22,12 +22,23 @@ logits are computed in fp64, all others in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
-from megatron_dppo.ops.shard_merge import MAX, REST, SQUARES, STATE_COLUMNS, TARGET, TILT, merge_shards
+from megatron_dppo.ops.probability import LOG_ZERO
+from megatron_dppo.ops.shard_merge import (
+    MAX,
+    REST,
+    SQUARES,
+    STATE_COLUMNS,
+    TARGET,
+    TILT,
+    MergedRows,
+    merge_shards,
+)
 
-__all__ = ["merge_shards", "shard_gradient", "shard_partials"]
+__all__ = ["merge_shards", "shard_divergence", "shard_gradient", "shard_partials"]
 
 TEMPORARY_BYTES = 32 * 2**20
 _TEMPORARIES = 3  # [chunk, V] tensors alive at once, below
@@ -131,6 +142,48 @@ def shard_gradient(
         grad[at, local_target[at]] = own
 
         _write_rows(grad_NV, rows, part, grad.div_(temperature), num_columns)
+
+
+def shard_divergence(
+    kind: Literal["tv", "kl"],
+    policy_logits_NV: torch.Tensor,
+    rollout_logits_NV: torch.Tensor,
+    rows: torch.Tensor | None,
+    policy: MergedRows,
+    rollout: MergedRows,
+    known_ids_nS: torch.Tensor | None,
+    known_log_prob_nS: torch.Tensor | None,
+    log_rescale_n: torch.Tensor | None,
+    temperature: float,
+    first_column: int,
+    num_columns: int,
+) -> torch.Tensor:
+    """[n] this shard's share of D(mu || pi): ``tv`` is half the L1 distance, ``kl`` is sum mu log(mu / pi).
+
+    mu is the rollout policy. Its log-probs may be known from elsewhere for some tokens (distinct global ids; -1 in slots
+    that do not count); then all others are rescaled by ``exp(log_rescale_n)``.
+    """
+    sums_n = torch.zeros_like(policy.max)
+    for part in row_chunks(sums_n.shape[0], policy_logits_NV.shape[1], sums_n.dtype):
+
+        def log_probs(logits_NV: torch.Tensor, merged: MergedRows, part: slice = part) -> torch.Tensor:
+            z = read_rows(logits_NV, rows, part, num_columns).to(merged.max.dtype) / temperature
+            return z.sub_(merged.max[part, None]).sub_(merged.log_sum[part, None])
+
+        log_pi, log_mu = log_probs(policy_logits_NV, policy), log_probs(rollout_logits_NV, rollout)
+        if known_ids_nS is not None and known_log_prob_nS is not None and log_rescale_n is not None:
+            log_mu += log_rescale_n[part, None]
+            local_nS = known_ids_nS[part] - first_column
+            owned_nS = (known_ids_nS[part] >= 0) & (local_nS >= 0) & (local_nS < num_columns)
+            slot_row, slot = owned_nS.nonzero(as_tuple=True)
+            log_mu[slot_row, local_nS[slot_row, slot]] = known_log_prob_nS[part][slot_row, slot].to(log_mu.dtype)
+        log_pi.clamp_(min=LOG_ZERO)
+        log_mu.clamp_(min=LOG_ZERO)
+        if kind == "tv":
+            sums_n[part] = 0.5 * (log_mu.exp_() - log_pi.exp_()).abs_().sum(dim=1)
+        else:
+            sums_n[part] = (log_mu.exp() * (log_mu - log_pi)).sum(dim=1)
+    return sums_n
 
 
 def compute_dtype(logits: torch.Tensor) -> torch.dtype:

@@ -7,59 +7,29 @@ needs numpy alone, so that it runs under LD_PRELOADed sanitizers. Prints one lin
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
-INT64, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-
-def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
-
-
-# The structures of csrc/core/arguments.h.
-LogitsShard = structure(
-    "LogitsShard",
-    ("data", POINTER),
-    ("dtype", ctypes.c_int),
-    ("columns", INT64),
-    ("row_stride", INT64),
-    ("first_column", INT64),
-    ("num_columns", INT64),
-)
-RowSelection = structure("RowSelection", ("rows", POINTER), ("n", INT64))
-PartialsArguments = structure(
-    "PartialsArguments",
-    ("logits", LogitsShard),
-    ("selection", RowSelection),
-    ("target", POINTER),
-    ("topk_ids", POINTER),
-    ("topk", INT64),
-    ("temperature", FLOAT),
-    ("partials", POINTER),
-)
-MergeArguments = structure(
-    "MergeArguments",
-    ("partials", POINTER),
-    ("shards", INT64),
-    ("n", INT64),
-    ("topk", INT64),
-    *((name, POINTER) for name in ("log_prob", "entropy", "collision", "topk_log_prob", "max", "log_sum")),
-)
-BackwardArguments = structure(
-    "BackwardArguments",
-    ("logits", LogitsShard),
-    ("selection", RowSelection),
-    *((name, POINTER) for name in ("target", "max", "log_sum", "log_prob", "entropy", "grad_log_prob", "grad_entropy")),
-    ("temperature", FLOAT),
-    ("grad_logits", POINTER),
-    ("grad_row_stride", INT64),
+from emulated_token_update import token_update_failures
+from emulation_library import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    BackwardArguments,
+    DivergenceArguments,
+    Emulated,
+    LogitsShard,
+    MergeArguments,
+    PartialsArguments,
+    RowSelection,
+    address,
+    aligned_matrix,
+    decode,
+    encode,
 )
 
 
@@ -90,58 +60,6 @@ CASES = [
 ]
 # Races between blocks show only with fresh fibers for each block, at 1.5 ms a thread: as few blocks as make segments.
 INTERBLOCK_CASES = [Case(1, 32768, 32768, BFLOAT16, multiprocessors=1, in_place=True), Case(2, 64, 64, FLOAT32)]
-
-
-def encode(values: np.ndarray, dtype: int) -> np.ndarray:
-    if dtype == FLOAT16:
-        return values.astype(np.float16)
-    if dtype == FLOAT32:
-        return values.astype(np.float32)
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def decode(values: np.ndarray, dtype: int) -> np.ndarray:
-    if dtype == BFLOAT16:
-        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values.astype(np.float64)
-
-
-def aligned_matrix(values: np.ndarray, offset: int) -> np.ndarray:
-    """A copy whose rows all begin ``offset`` elements behind a 16-byte boundary; its end is the end of the allocation."""
-    rows, columns = values.shape
-    per_boundary = 16 // values.itemsize
-    stride = -(-columns // per_boundary) * per_boundary
-    needed = offset + (rows - 1) * stride + columns
-    flat = np.empty(needed, values.dtype)
-    matrix = np.lib.stride_tricks.as_strided(
-        flat[offset:], (rows, columns), (stride * values.itemsize, values.itemsize)
-    )
-    matrix[:] = values
-    return matrix
-
-
-def address(array: np.ndarray | None) -> int | None:
-    return None if array is None else array.ctypes.data
-
-
-class Emulated:
-    """The three launchers; an error they report becomes RuntimeError."""
-
-    def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
-        for name in ("row_partials", "merge_partials", "policy_backward"):
-            function = getattr(library, f"emulated_{name}")
-            function.restype = ctypes.c_char_p
-            setattr(self, name, self._raising(function))
-
-    @staticmethod
-    def _raising(function: Callable[..., bytes | None]) -> Callable[..., None]:
-        def call(arguments: ctypes.Structure, *others: int) -> None:
-            if error := function(ctypes.byref(arguments), *others):
-                raise RuntimeError(error.decode())
-
-        return call
 
 
 def failures(emulated: Any, case: Case) -> Iterator[str]:
@@ -236,13 +154,84 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
             yield f"{case}: shard {r}: a row that was not selected was written"
 
 
+def divergence_failures(emulated: Any, case: Case) -> Iterator[str]:
+    """D over the whole vocabulary, of plain and hybrid rollout policies, in this case's shape."""
+    random = np.random.default_rng(1)
+    width, vocab = case.columns * case.shards, case.vocab_size
+    pi_logits = encode(random.normal(0, 3, (case.rows, width)), case.dtype)
+    mu_logits = encode(decode(pi_logits, case.dtype) + random.normal(0, 1, (case.rows, width)), case.dtype)
+    rows = np.array([case.rows - 1, 0], np.int64) if case.select else None
+    chosen = np.arange(case.rows) if rows is None else rows
+    n, temperature = len(chosen), np.float64(np.float32(case.temperature))
+    # Two of one thread's vectors, the first and the last column, neighbours; and a slot that does not count.
+    ids = np.array([i % vocab for i in (0, 1, 2, vocab - 1, 4096, 8192, 12289)], np.int64)
+    ids = np.stack([np.append(np.unique(ids), -1)] * n)
+    known_log_prob = random.uniform(-9, -5, ids.shape).astype(np.float32)
+    rescale = random.uniform(-1, 1, n).astype(np.float32)
+
+    def log_softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        z = decode(logits, case.dtype)[chosen][:, :vocab] / temperature
+        top = z.max(1)
+        log_sum = np.log(np.exp(z - top[:, None]).sum(1))
+        return z - top[:, None] - log_sum[:, None], top.astype(np.float32), log_sum.astype(np.float32)
+
+    (log_pi, *pi_normaliser), (log_mu, *mu_normaliser) = log_softmax(pi_logits), log_softmax(mu_logits)
+    for hybrid, distance in itertools.product((False, True), (0, 1)):
+        expected_mu = log_mu + rescale[:, None] if hybrid else log_mu
+        if hybrid:
+            np.put_along_axis(expected_mu, ids[:, :-1], known_log_prob[:, :-1].astype(np.float64), 1)
+        mu, pi = np.exp(expected_mu), np.exp(log_pi)
+        terms = mu * (expected_mu - log_pi) if distance else 0.5 * np.abs(mu - pi)
+        got = np.zeros(n)
+        for r in range(case.shards):
+            parts = [
+                aligned_matrix(x[:, r * case.columns : (r + 1) * case.columns], case.offset)
+                for x in (pi_logits, mu_logits)
+            ]
+            num_columns = min(max(vocab - r * case.columns, 0), case.columns)
+            shards = [
+                LogitsShard(
+                    part.ctypes.data,
+                    case.dtype,
+                    case.columns,
+                    part.strides[0] // part.itemsize,
+                    r * case.columns,
+                    num_columns,
+                )
+                for part in parts
+            ]
+            arguments = DivergenceArguments(
+                *shards,
+                RowSelection(address(rows), n),
+                *map(address, (*pi_normaliser, *mu_normaliser)),
+                *(map(address, (ids, known_log_prob, rescale)) if hybrid else (None, None, None)),
+                ids.shape[1] if hybrid else 0,
+                case.temperature,
+                distance,
+                None,
+            )
+            segments = emulated.divergence_segments(arguments, case.multiprocessors)
+            sums = np.full((n, segments), np.nan, np.float32)
+            arguments.sums = address(sums)
+            emulated.shard_divergence(arguments, case.multiprocessors)
+            got += sums.astype(np.float64).sum(1)
+        # y = (x - max) s - offset is off by a few 2^-24 of its largest intermediate, about 60; that scales mu and pi.
+        slack = 64 * 2.0**-22 * (np.abs(terms) + mu + pi).sum(1)
+        error = np.abs(got - terms.sum(1))
+        if not (error <= slack).all():
+            yield f"{case}: divergence (hybrid={hybrid}, kl={bool(distance)}) is off by {error.max():.1e}"
+
+
 def main() -> int:
     emulated = Emulated(sys.argv[1])
-    cases = INTERBLOCK_CASES if "--interblock" in sys.argv[2:] else CASES
+    interblock = "--interblock" in sys.argv[2:]
+    suites = [(failures, case) for case in (INTERBLOCK_CASES if interblock else CASES)]
+    suites += [(divergence_failures, case) for case in (INTERBLOCK_CASES[1:] if interblock else CASES)]
+    suites += [(token_update_failures, 150 if interblock else n) for n in (300, 1, 0)[: 1 if interblock else 3]]
     found: list[str] = []
-    for case in cases:
+    for suite, case in suites:
         try:
-            found += failures(emulated, case)
+            found += suite(emulated, case)
         except RuntimeError as error:
             found.append(f"{case}: {error}")
     print("\n".join(found) or "ok")

@@ -12,10 +12,15 @@ from megatron_dppo import DPPOConfig, DPPOLoss
 from megatron_dppo.loss.config import DIVERGENCES, TRUST_REGIONS
 from megatron_dppo.loss.dppo_loss import LossOutput
 from megatron_dppo.loss.token_batch import LossInputError
+from megatron_dppo.ops.backends import backend_report
 from tests.loss.scenario import VOCAB, make_scenario
 
+BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]
 
-def call(config: DPPOConfig, logits: torch.Tensor, vocab_size: int | None = None, **changes: Any) -> LossOutput:
+
+def call(
+    config: DPPOConfig, logits: torch.Tensor, vocab_size: int | None = None, backend: str = "torch", **changes: Any
+) -> LossOutput:
     tokens = logits.shape[:-1]
     arguments = {
         "target": torch.zeros(tokens, dtype=torch.int64),
@@ -24,12 +29,13 @@ def call(config: DPPOConfig, logits: torch.Tensor, vocab_size: int | None = None
         "rollout_log_probs": torch.full(tokens, -0.5),
         **changes,
     }
-    return DPPOLoss(config, vocab_size=vocab_size)(logits, **arguments, backend="torch")
+    return DPPOLoss(config, vocab_size=vocab_size)(logits, **arguments, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("trust_region", TRUST_REGIONS)
-def test_extreme_policies_give_finite_loss_and_gradient(divergence: str, trust_region: str) -> None:
+def test_extreme_policies_give_finite_loss_and_gradient(divergence: str, trust_region: str, backend: str) -> None:
     """mu = 1, pi = 1, both, log-probs a rounding error above 0, logits of +-1e4 and -inf; A of either sign and 0."""
     logits = torch.tensor(
         [[0.0, 1e4, -1e4, 3.0], [1e4, 0.0, 0.0, 0.0], [1.0, -math.inf, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
@@ -42,6 +48,7 @@ def test_extreme_policies_give_finite_loss_and_gradient(divergence: str, trust_r
     out = call(
         DPPOConfig(divergence=divergence, trust_region=trust_region, direction="predictive", entropy_coef=0.1),
         logits,
+        backend=backend,
         target=target,
         advantages=torch.tensor([1.0, -1.0, 0.0]).repeat_interleave(4),
         rollout_log_probs=rollout_log_probs,
@@ -56,11 +63,13 @@ def test_extreme_policies_give_finite_loss_and_gradient(divergence: str, trust_r
     assert bool(logits.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["binary_tv", "binary_kl"])
-def test_the_worst_update_is_masked_when_the_rollout_policy_was_certain(divergence: str) -> None:
+def test_the_worst_update_is_masked_when_the_rollout_policy_was_certain(divergence: str, backend: str) -> None:
     """mu = 1 and pi nearly 0 with A < 0: with `1 - exp(lp)` this KL is NaN, NaN > delta is False, and the update passes."""
     logits = torch.tensor([[0.0, 20.0]], requires_grad=True)
-    out = call(DPPOConfig(divergence=divergence), logits, advantages=-torch.ones(1), rollout_log_probs=torch.zeros(1))
+    tokens = {"advantages": -torch.ones(1), "rollout_log_probs": torch.zeros(1)}
+    out = call(DPPOConfig(divergence=divergence), logits, backend=backend, **tokens)
     assert float(out.weight) == 0.0
     out.loss.backward()
     assert not logits.grad.any()
@@ -94,9 +103,11 @@ def test_a_token_at_its_rollout_probability_is_never_masked() -> None:
     assert bool((out.weight == 1).all())
 
 
-def test_an_empty_mask_gives_zero_loss_zero_gradient_and_no_tokens() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_mask_gives_zero_loss_zero_gradient_and_no_tokens(backend: str) -> None:
     logits = torch.randn(2, 3, 5, requires_grad=True)
-    out = call(DPPOConfig(divergence="exact_tv"), logits, loss_mask=torch.zeros(2, 3), rollout_logits=logits.detach())
+    inputs = {"loss_mask": torch.zeros(2, 3), "rollout_logits": logits.detach()}
+    out = call(DPPOConfig(divergence="exact_tv"), logits, backend=backend, **inputs)
     out.loss.backward()
     assert out.loss.item() == 0
     assert int(out.num_tokens) == 0
@@ -172,3 +183,16 @@ def test_smooth_weight_stays_within_its_bounds() -> None:
     assert float(out.weight.min()) >= 1 - 1 / 12.5 - 1e-6
     assert float(out.weight.max()) <= 1 + 1 / 12.5 + 1e-6
     assert float(out.weight.std()) > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_top_k_of_no_tokens_is_the_binary_partition(backend: str) -> None:
+    logits, mu = torch.randn(2, 3, 7), -torch.rand(2, 3)
+    nothing = {
+        "rollout_topk_ids": torch.zeros(2, 3, 0, dtype=torch.int64),
+        "rollout_topk_log_probs": torch.zeros(2, 3, 0),
+    }
+    topk = call(DPPOConfig(divergence="topk_tv"), logits, backend=backend, rollout_log_probs=mu, **nothing)
+    binary = call(DPPOConfig(divergence="binary_tv"), logits, backend=backend, rollout_log_probs=mu)
+    # 1 - p is rounded once more than p.
+    torch.testing.assert_close(topk.divergence, binary.divergence, rtol=1e-6, atol=1e-7)

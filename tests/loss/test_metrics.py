@@ -11,21 +11,7 @@ from megatron_dppo import DPPOConfig, DPPOLoss
 from megatron_dppo.loss.dppo_loss import LossOutput
 from megatron_dppo.loss.metrics import divergence_histogram, finalize_metrics
 from tests.loss.scenario import VOCAB, make_scenario
-
-DESIGN_NAMES = {
-    "loss",
-    "entropy",
-    "dppo/mask_fraction",
-    "dppo/mask_fraction_pos",
-    "dppo/mask_fraction_neg",
-    "dppo/divergence_mean",
-    "dppo/divergence_p99",
-    "dppo/divergence_max",
-    "dppo/bad_update_fraction",
-    "dppo/ppo_would_clip_fraction",
-    "mismatch/abs_log_ratio",
-    "mismatch/kl_k3",
-}
+from tests.metric_names import LOSS_METRICS
 
 
 def finalize(outputs: list[LossOutput]) -> dict[str, float]:
@@ -45,7 +31,7 @@ def rows(start: int, stop: int) -> LossOutput:
 def test_metrics_of_the_parts_add_up_to_those_of_the_whole() -> None:
     together, apart = finalize([rows(0, 3)]), finalize([rows(0, 1), rows(1, 1), rows(1, 3)])
     assert together.keys() == apart.keys()
-    assert together.keys() >= DESIGN_NAMES
+    assert together.keys() >= set(LOSS_METRICS)
     for name, value in together.items():
         # Each part sums in fp32 terms of order 1 that partly cancel (the loss): absolute as well as relative.
         assert apart[name] == pytest.approx(value, rel=1e-6, abs=1e-7), name

@@ -25,7 +25,9 @@ def dense(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, tempera
 
 
 def stats_of(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor | None = None, **kw: Any) -> PolicyStats:
-    return vocab_parallel_policy_stats(logits, target, ids, backend="torch", **kw)
+    # The compiled CPU kernels have tests of their own (tests/csrc); with --device cuda the CUDA kernels are tested here.
+    backend = "cuda" if logits.is_cuda and logits.dtype != torch.float64 else "torch"
+    return vocab_parallel_policy_stats(logits, target, ids, backend=backend, **kw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -159,6 +161,17 @@ def test_inplace_backward_is_an_error_where_the_logits_are_needed_afterwards() -
         squared.backward()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_top_k_ids_give_no_top_k_log_probs(masked: bool) -> None:
+    logits, target = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
+    mask = torch.tensor([[True, False, True], [False, False, True]]) if masked else None
+    for backend in ("torch", "auto"):
+        ids = torch.zeros(2, 3, 0, dtype=torch.int64)
+        stats = vocab_parallel_policy_stats(logits, target, ids, token_mask=mask, backend=backend)
+        assert stats.topk_log_prob is not None
+        assert stats.topk_log_prob.shape == (2, 3, 0)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_non_contiguous_logits(inplace: bool) -> None:
     base = torch.randn(6, 4, 9)
@@ -201,6 +214,11 @@ def test_temporaries_are_bounded_whatever_the_number_of_rows(monkeypatch: pytest
     ],
 )
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    # The parameters are made before --device counts.
+    changes = {
+        name: value.to(torch.get_default_device()) if torch.is_tensor(value) else value
+        for name, value in changes.items()
+    }
     arguments = {"logits": torch.zeros(2, 5), "target": torch.tensor([0, 1]), **changes}
     with pytest.raises(ValueError, match=message):
         vocab_parallel_policy_stats(**arguments, backend="torch")

@@ -1,0 +1,179 @@
+// What one token's update is worth: megatron_dppo/loss/token_update.py in single precision, metrics in double. That
+// file, and those it calls (divergences, direction, trust_region, metrics), are the definition; the order of operations
+// is theirs.
+#pragma once
+
+#include "probability.h"
+#include "token_update_arguments.h"
+
+namespace megatron_dppo {
+
+constexpr float kLogRatioClamp = 20.f;  // exp() must not overflow; not a trust region
+
+// Sums over the tokens known under both policies: the top K, and the sampled token where it is not among them.
+struct KnownTokens {
+  RemainingMass mu_mass, pi_mass;
+  float distance = 0.f, kl = 0.f, cross = 0.f, square = 0.f;
+  int64_t count = 0;
+
+  DPPO_HOST_DEVICE void add(float log_mu, float log_pi) {
+    const float mu = expf(log_mu), pi = expf(log_pi);
+    mu_mass.add(log_mu, mu);
+    pi_mass.add(log_pi, pi);
+    distance += fabsf(mu - pi);
+    kl += mu * (nan_max(log_mu, kLogZero) - nan_max(log_pi, kLogZero));
+    cross += pi * mu;
+    square += pi * pi;
+    ++count;
+  }
+};
+
+DPPO_HOST_DEVICE KnownTokens known_tokens(const TokenUpdateArguments& args, int64_t i) {
+  KnownTokens known;
+  bool sampled_is_known = false;
+  for (int64_t k = i * args.topk; k < (i + 1) * args.topk; ++k) {
+    known.add(args.topk_log_mu[k], args.topk_log_pi[k]);
+    sampled_is_known = sampled_is_known || args.topk_ids[k] == args.target[i];
+  }
+  if (!sampled_is_known) known.add(args.log_mu[i], args.log_pi[i]);
+  return known;
+}
+
+DPPO_HOST_DEVICE float divergence_of(const TokenUpdateArguments& args, int64_t i, const KnownTokens& known) {
+  const float log_mu = args.log_mu[i], log_pi = args.log_pi[i];
+  switch (args.settings.divergence) {
+    case Divergence::kBinaryTv:
+      return fabsf(expf(log_mu) - expf(log_pi));
+    case Divergence::kBinaryKl: {
+      const float sampled = expf(log_mu) * (log_mu - nan_max(log_pi, kLogZero));
+      const float other = -expm1f(log_mu) * (log1mexp(log_mu) - log1mexp(log_pi));
+      return nan_max(sampled + other, 0.f);
+    }
+    case Divergence::kTopkTv:
+      return 0.5f * (known.distance + fabsf(known.mu_mass.left() - known.pi_mass.left()));
+    case Divergence::kTopkKl: {
+      const float mu_other = known.mu_mass.left(), pi_other = known.pi_mass.left();
+      const float log_quotient = logf(nan_max(mu_other, kSmallestNormal)) - logf(nan_max(pi_other, kSmallestNormal));
+      return nan_max(known.kl + mu_other * log_quotient, 0.f);
+    }
+    case Divergence::kGiven:
+      return args.given_divergence[i];
+  }
+  return NAN;
+}
+
+DPPO_HOST_DEVICE float sign_of(float x) { return x > 0.f ? 1.f : (x < 0.f ? -1.f : 0.f * x); }
+
+// Sign of the change of KL(mu || pi) to first order, but for the advantage's: see loss/direction.py.
+DPPO_HOST_DEVICE float divergence_growth(const TokenUpdateArguments& args, int64_t i, const KnownTokens& known) {
+  const float mu_other = known.mu_mass.left(), pi_other = known.pi_mass.left();
+  float other_square, other_cross;
+  if (args.settings.direction == Direction::kExactCollision) {
+    other_square = nan_min(nan_max(args.collision[i] - known.square, 0.f), pi_other * pi_other);
+    other_cross = mu_other * (other_square / nan_max(pi_other, kSmallestNormal));
+  } else {
+    const int64_t others = args.vocab_size > known.count ? args.vocab_size - known.count : 1;
+    const float spread = args.settings.direction == Direction::kUniformTail ? static_cast<float>(others) : 1.f;
+    other_square = pi_other * pi_other / spread;
+    other_cross = pi_other * mu_other / spread;
+  }
+  const float change =
+      (expf(args.log_pi[i]) - expf(args.log_mu[i])) + (known.cross + other_cross) - (known.square + other_square);
+  return sign_of(change);
+}
+
+DPPO_HOST_DEVICE bool ppo_clips(float advantage, float log_ratio, float log_low, float log_high) {
+  return (advantage > 0.f && log_ratio > log_high) || (advantage < 0.f && log_ratio < log_low);
+}
+
+DPPO_HOST_DEVICE float weight_of(const TrustRegionSettings& settings, float advantage, float log_ratio, float ratio,
+                                 float probability_change, float divergence, float outward) {
+  const float delta = advantage > 0.f ? settings.delta_high : settings.delta_low;
+  switch (settings.trust_region) {
+    case TrustRegion::kMask:
+      return outward > 0.f && divergence > delta ? 0.f : 1.f;
+    case TrustRegion::kSmooth:
+      return 1.f - outward * fabsf(probability_change) / delta;
+    case TrustRegion::kPpoClip:
+      return ppo_clips(advantage, log_ratio, settings.log_clip_low, settings.log_clip_high) ||
+                     (advantage < 0.f && log_ratio > settings.log_dual_clip)
+                 ? 0.f
+                 : 1.f;
+    case TrustRegion::kCispo:
+      return nan_min(nan_max(ratio, settings.cispo_ratio_min), settings.cispo_ratio_max) / ratio;
+    case TrustRegion::kNone:
+      return 1.f;
+  }
+  return NAN;
+}
+
+DPPO_HOST_DEVICE double maximum(double a, double b) { return b > a || b != b ? b : a; }
+DPPO_HOST_DEVICE double combine_totals(int which, double a, double b) {
+  return which < kNumSums ? a + b : maximum(a, b);
+}
+DPPO_HOST_DEVICE double empty_total(int which) { return which < kNumSums ? 0.0 : -INFINITY; }
+
+// Bin of a divergence; NaN belongs with the largest.
+DPPO_HOST_DEVICE int histogram_bin(const MetricSettings& metrics, float divergence) {
+  const double decades = log10(static_cast<double>(divergence)) - metrics.histogram_lowest;
+  const double at = floor(decades * metrics.bins_per_decade) + 1.0;
+  if (at <= 0.0) return 0;
+  return at <= metrics.histogram_bins ? static_cast<int>(at) : metrics.histogram_bins + 1;
+}
+
+// Writes token i's results, adds what it contributes to `totals`, and returns its histogram bin, or -1 without one.
+DPPO_HOST_DEVICE int update_token(const TokenUpdateArguments& args, int64_t i, double* totals) {
+  const float advantage = args.advantage[i], log_mu = args.log_mu[i], log_pi = args.log_pi[i];
+  const float log_ratio = log_pi - log_mu;
+  const float ratio = expf(nan_min(nan_max(log_ratio, -kLogRatioClamp), kLogRatioClamp));
+  const float capped_ratio = nan_min(ratio, args.settings.ratio_cap);
+  const float mu = expf(log_mu), pi = expf(log_pi);
+
+  const bool reads_known = args.settings.direction != Direction::kRatio ||
+                           args.settings.divergence == Divergence::kTopkTv ||
+                           args.settings.divergence == Divergence::kTopkKl;
+  const KnownTokens known = reads_known ? known_tokens(args, i) : KnownTokens();
+  const float divergence = divergence_of(args, i, known);
+  const float growth =
+      args.settings.direction == Direction::kRatio ? sign_of(log_ratio) : divergence_growth(args, i, known);
+  const float outward = sign_of(advantage) * growth;
+  const float weight = weight_of(args.settings, advantage, log_ratio, capped_ratio, pi - mu, divergence, outward);
+  args.coefficient[i] = weight * capped_ratio * advantage;
+  args.weight[i] = weight;
+  args.divergence[i] = divergence;
+
+  totals[kAbsLogRatio] += fabsf(log_ratio);
+  totals[kK1] -= log_ratio;
+  // r - 1 - log r is of second order: in single precision it would drown in the rounding of r.
+  totals[kK3] += expm1(static_cast<double>(log_ratio)) - log_ratio;
+  totals[kRatioSum] += ratio;
+  totals[kRatioSquared] += ratio * ratio;
+  totals[kEntropySum] += args.entropy[i];
+  totals[kRatioMax] = maximum(totals[kRatioMax], ratio);
+  totals[kNegatedRatioMax] = maximum(totals[kNegatedRatioMax], -ratio);
+  totals[kProbabilityChangeMax] = maximum(totals[kProbabilityChangeMax], fabsf(pi - mu));
+  if (advantage == 0.f) return -1;
+
+  const MetricSettings& metrics = args.metrics;
+  const double masked = weight == 0.f ? 1.0 : 0.0;
+  const bool clips = ppo_clips(advantage, log_ratio, metrics.log_clip_low, metrics.log_clip_high);
+  totals[kMoved] += 1.0;
+  totals[kMasked] += masked;
+  totals[advantage > 0.f ? kPositive : kNegative] += 1.0;
+  totals[advantage > 0.f ? kMaskedPositive : kMaskedNegative] += masked;
+  for (int bin = 0; bin < kProbabilityBins; ++bin) {
+    const bool below = mu < metrics.bin_edges[bin + 1] || bin == kProbabilityBins - 1;
+    if (!(mu >= metrics.bin_edges[bin] && below)) continue;
+    totals[kMovedInBin + bin] += 1.0;
+    totals[kMaskedInBin + bin] += masked;
+  }
+  totals[kWeightSum] += weight;
+  totals[kDivergenceSum] += divergence;
+  totals[kPpoClips] += clips ? 1.0 : 0.0;
+  totals[kPpoAgrees] += clips == (weight == 0.f) ? 1.0 : 0.0;
+  totals[kBadUpdates] += advantage < 0.f && mu - pi >= metrics.bad_update_drop ? 1.0 : 0.0;
+  totals[kDivergenceMax] = maximum(totals[kDivergenceMax], divergence);
+  return histogram_bin(metrics, divergence);
+}
+
+}  // namespace megatron_dppo

@@ -1,0 +1,105 @@
+// D(mu || pi) over the whole vocabulary: both policies' rows are read once, side by side, a chunk at a time.
+
+#include <vector>
+
+#include "kernels.h"
+#include "row_tasks.h"
+#include "vector_math.h"
+
+#include "../core/row_divergence.h"
+
+namespace megatron_dppo::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1024;
+
+// log2 p of n logits, no less than log2 of what stands for 0.
+template <typename T>
+DPPO_INLINE void log2_probabilities(const T* x, int64_t n, const LogProbRow& row, float exp2_scale, float* y) {
+  const float max = row.max, offset = row.offset;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = (to_float(x[i]) - max) * exp2_scale - offset;
+    y[i] = value < kLog2Zero ? kLog2Zero : value;
+  }
+}
+
+DPPO_INLINE float total_variation(const float* y_mu, const float* y_pi, int64_t n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const float difference = exp2_nonpositive(y_mu[i]).two_to_y - exp2_nonpositive(y_pi[i]).two_to_y;
+    sum += difference < 0.f ? -difference : difference;
+  }
+  return 0.5f * sum;
+}
+
+DPPO_INLINE float kl(const float* y_mu, const float* y_pi, int64_t n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp2_nonpositive(y_mu[i]).two_to_y * (y_mu[i] - y_pi[i]);
+  return kLn2 * sum;
+}
+
+// The columns [begin, end) of selected row i.
+template <typename T>
+DPPO_INLINE double sum_columns(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+  alignas(64) float y_pi[kChunk], y_mu[kChunk];
+  const int64_t r = args.selection.rows != nullptr ? args.selection.rows[i] : i;
+  const T* pi = static_cast<const T*>(args.policy.data) + r * args.policy.row_stride;
+  const T* mu = static_cast<const T*>(args.rollout.data) + r * args.rollout.row_stride;
+  const LogProbRow pi_row = policy_row(args, i), mu_row = rollout_row(args, i);
+  const float exp2_scale = kLog2E / args.temperature;
+  double sum = 0.0;
+  for (; begin < end; begin += kChunk) {
+    const int64_t n = std::min(kChunk, end - begin);
+    log2_probabilities(pi + begin, n, pi_row, exp2_scale, y_pi);
+    log2_probabilities(mu + begin, n, mu_row, exp2_scale, y_mu);
+    for (int64_t slot = i * args.known; slot < (i + 1) * args.known; ++slot) {
+      const int64_t column = known_column(args, slot) - begin;
+      if (column >= 0 && column < n) y_mu[column] = nan_max(args.known_log_prob[slot] * kLog2E, kLog2Zero);
+    }
+    sum += args.distance == Distance::kTv ? total_variation(y_mu, y_pi, n) : kl(y_mu, y_pi, n);
+  }
+  return sum;
+}
+
+DPPO_CPU_CLONES double sum_float32(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+  return sum_columns<float>(args, i, begin, end);
+}
+DPPO_CPU_CLONES double sum_bfloat16(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+  return sum_columns<BFloat16>(args, i, begin, end);
+}
+DPPO_CPU_CLONES double sum_float16(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+  return sum_columns<Float16>(args, i, begin, end);
+}
+
+double sum_segment(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+  switch (args.policy.dtype) {
+    case Dtype::kFloat32:
+      return sum_float32(args, i, begin, end);
+    case Dtype::kBFloat16:
+      return sum_bfloat16(args, i, begin, end);
+    case Dtype::kFloat16:
+      return sum_float16(args, i, begin, end);
+  }
+  return NAN;
+}
+
+}  // namespace
+
+void shard_divergence(const DivergenceArguments& args) {
+  const int64_t n = args.selection.n, columns = args.policy.num_columns;
+  const RowCut cut(n, columns);
+  std::vector<double> parts(n * cut.segments);
+  for_each_segment(n, columns, cut, [&](int64_t i, int64_t segment, int64_t begin, int64_t end) {
+    parts[i * cut.segments + segment] = sum_segment(args, i, begin, end);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0.0;
+    for (int64_t segment = 0; segment < cut.segments; ++segment) sum += parts[i * cut.segments + segment];
+    args.sums[i] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace megatron_dppo::cpu

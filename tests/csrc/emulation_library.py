@@ -1,0 +1,139 @@
+"""The emulated kernels from Python: their argument structures, element types, and arrays that end where memory ends."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+INT64, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+# The structures of csrc/core/arguments.h and token_update_arguments.h.
+LogitsShard = structure(
+    "LogitsShard",
+    ("data", POINTER),
+    ("dtype", ctypes.c_int),
+    ("columns", INT64),
+    ("row_stride", INT64),
+    ("first_column", INT64),
+    ("num_columns", INT64),
+)
+RowSelection = structure("RowSelection", ("rows", POINTER), ("n", INT64))
+PartialsArguments = structure(
+    "PartialsArguments",
+    ("logits", LogitsShard),
+    ("selection", RowSelection),
+    ("target", POINTER),
+    ("topk_ids", POINTER),
+    ("topk", INT64),
+    ("temperature", FLOAT),
+    ("partials", POINTER),
+)
+MergeArguments = structure(
+    "MergeArguments",
+    ("partials", POINTER),
+    ("shards", INT64),
+    ("n", INT64),
+    ("topk", INT64),
+    *((name, POINTER) for name in ("log_prob", "entropy", "collision", "topk_log_prob", "max", "log_sum")),
+)
+DivergenceArguments = structure(
+    "DivergenceArguments",
+    ("policy", LogitsShard),
+    ("rollout", LogitsShard),
+    ("selection", RowSelection),
+    *((name, POINTER) for name in ("max", "log_sum", "rollout_max", "rollout_log_sum")),
+    *((name, POINTER) for name in ("known_ids", "known_log_prob", "log_rescale")),
+    ("known", INT64),
+    ("temperature", FLOAT),
+    ("distance", ctypes.c_int),
+    ("sums", POINTER),
+)
+BackwardArguments = structure(
+    "BackwardArguments",
+    ("logits", LogitsShard),
+    ("selection", RowSelection),
+    *((name, POINTER) for name in ("target", "max", "log_sum", "log_prob", "entropy", "grad_log_prob", "grad_entropy")),
+    ("temperature", FLOAT),
+    ("grad_logits", POINTER),
+    ("grad_row_stride", INT64),
+)
+TokenUpdateArguments = structure(
+    "TokenUpdateArguments",
+    *((name, INT64) for name in ("n", "topk", "vocab_size")),
+    *((name, POINTER) for name in ("log_mu", "log_pi", "advantage", "entropy", "collision", "target", "topk_ids")),
+    *((name, POINTER) for name in ("topk_log_mu", "topk_log_pi", "given_divergence")),
+    *((name, ctypes.c_int) for name in ("divergence", "direction", "trust_region")),
+    *((name, FLOAT) for name in ("delta_low", "delta_high", "ratio_cap", "log_clip_low", "log_clip_high")),
+    *((name, FLOAT) for name in ("log_dual_clip", "cispo_ratio_min", "cispo_ratio_max")),
+    *((name, FLOAT) for name in ("reference_log_clip_low", "reference_log_clip_high", "bad_update_drop")),
+    ("bin_edges", FLOAT * 6),
+    *((name, FLOAT) for name in ("histogram_lowest", "bins_per_decade")),
+    ("histogram_bins", ctypes.c_int),
+    *((name, POINTER) for name in ("coefficient", "weight", "out_divergence", "totals", "histogram")),
+)
+
+
+def encode(values: np.ndarray, dtype: int) -> np.ndarray:
+    if dtype == FLOAT16:
+        return values.astype(np.float16)
+    if dtype == FLOAT32:
+        return values.astype(np.float32)
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def decode(values: np.ndarray, dtype: int) -> np.ndarray:
+    if dtype == BFLOAT16:
+        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values.astype(np.float64)
+
+
+def aligned_matrix(values: np.ndarray, offset: int) -> np.ndarray:
+    """A copy whose rows all begin ``offset`` elements behind a 16-byte boundary; its end is the end of the allocation."""
+    rows, columns = values.shape
+    per_boundary = 16 // values.itemsize
+    stride = -(-columns // per_boundary) * per_boundary
+    needed = offset + (rows - 1) * stride + columns
+    flat = np.empty(needed, values.dtype)
+    matrix = np.lib.stride_tricks.as_strided(
+        flat[offset:], (rows, columns), (stride * values.itemsize, values.itemsize)
+    )
+    matrix[:] = values
+    return matrix
+
+
+def address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+class Emulated:
+    """The launchers; an error they report becomes RuntimeError."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        for name in ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_update"):
+            function = getattr(library, f"emulated_{name}")
+            function.restype = ctypes.c_char_p
+            setattr(self, name, self._raising(function))
+        library.emulated_divergence_segments.restype = INT64
+        self._divergence_segments = library.emulated_divergence_segments
+
+    def divergence_segments(self, arguments: ctypes.Structure, multiprocessors: int) -> int:
+        return int(self._divergence_segments(ctypes.byref(arguments), multiprocessors))
+
+    @staticmethod
+    def _raising(function: Callable[..., bytes | None]) -> Callable[..., None]:
+        def call(arguments: ctypes.Structure, *others: int) -> None:
+            if error := function(ctypes.byref(arguments), *others):
+                raise RuntimeError(error.decode())
+
+        return call
