@@ -6,6 +6,15 @@ keeps the whole [b, heads, s, s] score matrix and refuses context parallelism an
 Layouts, in core's names: ``[s, b, heads, dim]`` (sbhd), or ``[tokens, heads, dim]`` (thd) for packed sequences. With
 context parallelism a rank holds chunks ``r`` and ``2 CP - 1 - r`` of each sequence, so that causal work is spread
 evenly; keys and values are gathered over the context-parallel ranks, queries stay.
+
+What packed sequences look like is core's contract as much as ours (its rotary embedding reads the same numbers):
+
+* The boundaries are ``cu_seqlens_q_padded``, or ``cu_seqlens_q`` without it. They count the tokens of all
+  context-parallel ranks, and **every token belongs to a sequence**: padding is the end of one, or one of its own. It
+  influences no other token, because attention is causal and sequences do not see each other.
+* With context parallelism each sequence has a multiple of 2 CP tokens.
+* ``max_seqlen_q`` is the longest of them. It must not be the total unless there is one sequence: core then takes
+  positions to count on from one sequence to the next.
 """
 
 from __future__ import annotations
@@ -121,7 +130,8 @@ class SdpaCoreAttention(MegatronModule):
         Args:
             query: [sq, b, heads/TP, dim], or [tokens, heads/TP, dim] if packed.
             key, value: [sk, b, groups/TP, dim], or [tokens, groups/TP, dim] if packed.
-            attention_mask: [b or 1, 1, sq, sk] bool, True = masked out; None: causal.
+            attention_mask: [b or 1, 1, sq, sk] bool, True = masked out; None: causal, as it must be for packed sequences
+                and with context parallelism.
             attn_mask_type: not used: without a mask, attention is causal, which for one query over a cache is no mask.
             attention_bias: must be None.
             packed_seq_params: where the packed sequences begin; None if there is one sequence per batch row.
@@ -132,13 +142,13 @@ class SdpaCoreAttention(MegatronModule):
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by SdpaCoreAttention")
+        if packed_seq_params is None and self.cp_group.size() == 1:
+            return self._attend(query, key, value, attention_mask)
+        if attention_mask is not None:
+            raise ValueError("packed, or with context parallelism, attention is causal: pass attention_mask=None")
         if packed_seq_params is not None:
             return self._attend_packed(query, key, value, packed_seq_params)
-        if self.cp_group.size() > 1:
-            if attention_mask is not None:
-                raise ValueError("with context parallelism attention is causal: pass attention_mask=None")
-            return self._attend_context_parallel(query, key, value)
-        return self._attend(query, key, value, attention_mask)
+        return self._attend_own_chunks(query, self._gather(key), self._gather(value))
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masked_out: torch.Tensor | None
@@ -149,38 +159,72 @@ class SdpaCoreAttention(MegatronModule):
         context = attend(query, key, value, masked_out, self.softmax_scale)
         return context.permute(2, 0, 1, 3).flatten(start_dim=2)
 
-    def _attend_context_parallel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """This rank's two chunks of queries over all keys up to the end of each chunk."""
+    def _attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
+        """One causal call per sequence: its cost is the sum of the squared lengths, not the square of the sum."""
+        size = self.cp_group.size()
+        bounds = _local_bounds(packed, query.shape[0], size)
+        if size > 1:
+            key, value = self._gather(key), self._gather(value)
+        contexts = []
+        for start, end in pairwise(bounds):
+            if end == start:
+                continue
+            own = query[start:end, None]
+            if size > 1:
+                context = self._attend_own_chunks(own, key[:, start:end, None], value[:, start:end, None])
+            else:
+                context = self._attend(own, key[start:end, None], value[start:end, None], None)
+            contexts.append(context[:, 0])
+        return torch.cat(contexts)
+
+    def _attend_own_chunks(
+        self, query: torch.Tensor, keys_of_ranks: torch.Tensor, values_of_ranks: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's two chunks of one sequence's queries, each over all keys up to its end.
+
+        [sq, b, heads, dim] and [CP, sq, b, groups, dim] -> [sq, b, heads * dim].
+        """
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        key, value = (_gather_chunks(x, self.cp_group) for x in (key, value))
+        key, value = _in_sequence_order(keys_of_ranks), _in_sequence_order(values_of_ranks)
         contexts = []
         for chunk, index in zip(query.chunk(2), (rank, 2 * size - 1 - rank), strict=True):
             end = (index + 1) * chunk.shape[0]
             contexts.append(self._attend(chunk, key[:end], value[:end], None))
         return torch.cat(contexts)
 
-    def _attend_packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
-    ) -> torch.Tensor:
-        """One causal call per sequence: its cost is the sum of the squared lengths, not the square of the sum."""
-        if self.cp_group.size() > 1:
-            raise ValueError("SdpaCoreAttention does not support packed sequences with context parallelism")
-        padded = packed.cu_seqlens_q_padded
-        bounds = (packed.cu_seqlens_q if padded is None else padded).tolist()
-        if bounds[-1] > query.shape[0]:
-            raise ValueError(f"packed_seq_params end at token {bounds[-1]}, but there are {query.shape[0]} tokens")
-        contexts = [
-            self._attend(query[start:end, None], key[start:end, None], value[start:end, None], None)[:, 0]
-            for start, end in pairwise(bounds)
-            if end > start
-        ]
-        tail = query[bounds[-1] :].flatten(start_dim=1)  # tokens beyond the last sequence belong to nobody
-        return torch.cat([*contexts, torch.zeros_like(tail)])
+    def _gather(self, local: torch.Tensor) -> torch.Tensor:
+        """[s, ...] per rank -> [CP, s, ...]; backward sums the gradients over the ranks and scatters them."""
+        gathered = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=True, group=self.cp_group)
+        return gathered.unflatten(0, (self.cp_group.size(), -1))
 
 
-def _gather_chunks(local: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """[2 chunks, ...] per rank -> [2 CP chunks, ...] in sequence order; backward sums and scatters the gradients."""
-    size = group.size()
-    chunks = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=True, group=group).chunk(2 * size)
+def _in_sequence_order(of_ranks: torch.Tensor) -> torch.Tensor:
+    """[CP, 2 chunks, ...] -> [2 CP chunks, ...]."""
     # Rank r holds chunks r and 2 CP - 1 - r, so the first halves come in order and the second halves in reverse.
-    return torch.cat([*chunks[0::2], *reversed(chunks[1::2])])
+    first, second = of_ranks.chunk(2, dim=1)
+    return torch.cat([first.flatten(0, 1), second.flip(0).flatten(0, 1)])
+
+
+def _local_bounds(packed: PackedSeqParams, local_tokens: int, context_parallel_size: int) -> list[int]:
+    """Where the sequences begin and end among this rank's tokens. ValueError if they cannot be laid out like this."""
+    bounds = (packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded).tolist()
+    if bounds[-1] != local_tokens * context_parallel_size:
+        raise ValueError(
+            f"packed_seq_params end at token {bounds[-1]}, but there are {local_tokens * context_parallel_size} tokens: "
+            "let padding be part of the last sequence, or a sequence of its own"
+        )
+    for start, end in pairwise(bounds):
+        if context_parallel_size > 1 and (end - start) % (2 * context_parallel_size):
+            raise ValueError(
+                f"a packed sequence of {end - start} tokens cannot be cut for context_parallel_size="
+                f"{context_parallel_size}: pad each sequence to a multiple of {2 * context_parallel_size} tokens"
+            )
+    longest = max(end - start for start, end in pairwise(bounds))
+    if packed.max_seqlen_q == bounds[-1] > longest:
+        raise ValueError(
+            f"packed_seq_params.max_seqlen_q={packed.max_seqlen_q} is the number of tokens: Megatron-core would count "
+            f"positions on from one sequence to the next; set it to the longest sequence, {longest}"
+        )
+    return [bound // context_parallel_size for bound in bounds]

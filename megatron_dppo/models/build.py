@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_dppo.models.cpu_support import enable_megatron_on_cpu
 from megatron_dppo.models.hf_config import check_policy_fits, rotary_arguments, to_transformer_config
 from megatron_dppo.models.hf_names import EMBEDDING, OUTPUT_LAYER, from_hf, hf_shapes
 from megatron_dppo.models.layer_spec import decoder_spec
+from megatron_dppo.models.optional_dependencies import define_names_core_lacks_without_transformer_engine
 from megatron_dppo.models.parallel import ParallelConfig
 from megatron_dppo.models.sharding import cut_shard, local_parameters, mark_split_parameters, shard_group, unwrapped
 
@@ -36,10 +38,12 @@ def build_policy(
     device: torch.device | str | None = None,
     **transformer_config_overrides: Any,
 ) -> list[GPTModel]:
-    """Build this rank's part of the policy: one GPTModel per local pipeline chunk.
+    """Build this rank's part of the policy: one GPTModel per local pipeline chunk, in the order of their layers.
 
-    A chunk on the last stage returns this rank's logits [b, s, padded vocabulary / TP]. It carries ``hf_config`` as an
-    attribute, from which weights are exported. ``initialize_model_parallel`` must have been called with the same layout.
+    With PP stages of VPP chunks each, chunk v of stage p is run ``v PP + p`` of the PP VPP equal runs of layers. The first
+    chunk of the first stage embeds tokens (``pre_process``); the last chunk of the last stage returns this rank's logits
+    [b, s, padded vocabulary / TP] (``post_process``). Each chunk carries ``hf_config`` as an attribute, from which weights
+    are exported. ``initialize_model_parallel`` must have been called with the same layout.
 
     **Every parameter is NaN** until ``load_hf_weights`` or ``initialize_randomly`` has set it, so that a weight that
     nobody set cannot go unnoticed. ``device="meta"`` allocates nothing (parameter counts, capacity planning).
@@ -55,6 +59,7 @@ def build_policy(
         ValueError: the model cannot be laid out like this (see ``check_policy_fits``).
     """
     enable_megatron_on_cpu()
+    define_names_core_lacks_without_transformer_engine()
     check_policy_fits(hf_config, parallel, torch.distributed.get_world_size())
     target = torch.device(device if device is not None else _default_device())
     overrides = dict(transformer_config_overrides)
@@ -62,26 +67,37 @@ def build_policy(
         # Without it core names the CUDA device in every allocation; with it, torch's default device counts.
         overrides["use_cpu_initialization"] = True
     config = to_transformer_config(hf_config, parallel, dtype, **overrides)
-    with target:
+    virtual_stages = range(parallel.chunks_per_stage) if parallel.chunks_per_stage > 1 else [None]
+    chunks = [_build_chunk(hf_config, config, target, stage) for stage in virtual_stages]
+    for chunk in chunks:
+        mark_split_parameters(chunk)
+        if target.type != "meta":
+            chunk.to(target)
+            with torch.no_grad():
+                for parameter in chunk.parameters():
+                    parameter.fill_(math.nan)
+    return chunks
+
+
+def _build_chunk(
+    hf_config: PretrainedConfig, config: TransformerConfig, device: torch.device, vp_stage: int | None
+) -> GPTModel:
+    """One run of consecutive layers; ``vp_stage`` is None if the rank has just one."""
+    with device:
         model = GPTModel(
             config=config,
-            transformer_layer_spec=decoder_spec(config, target),
-            vocab_size=padded_vocab_size(hf_config.vocab_size, parallel.tensor_model_parallel_size),
+            transformer_layer_spec=decoder_spec(config, device, vp_stage),
+            vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             parallel_output=True,
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            vp_stage=vp_stage,
             **rotary_arguments(hf_config),
         )
     model.hf_config = hf_config
-    mark_split_parameters(model)
-    if target.type != "meta":
-        model.to(target)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(math.nan)
-    return [model]
+    return model
 
 
 @torch.no_grad()

@@ -196,11 +196,10 @@ def _redirect_tensor_type_names() -> None:
 
 
 def _redirect_moe_dispatch() -> None:
-    """The alltoall token dispatcher's split sizes, and a name that core 0.16 leaves undefined.
+    """The alltoall token dispatcher's split sizes.
 
     Where: transformer/moe/moe_utils.py. ``maybe_move_tensor_to_cpu`` converts to numpy only what ``.is_cuda``, but
-    torch.distributed.all_to_all_single needs plain numbers whatever the device. ``te_general_gemm`` is imported in a
-    ``try`` and read in router_gating_linear, but without Transformer Engine never set.
+    torch.distributed.all_to_all_single needs plain numbers whatever the device.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -209,8 +208,6 @@ def _redirect_moe_dispatch() -> None:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
 
 def _redirect_uneven_collectives() -> None:

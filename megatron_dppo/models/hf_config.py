@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_dppo.models.optional_dependencies import probe_apex
+from megatron_dppo.models.optional_dependencies import probe_transformer_engine, probe_weight_gradient_fusion
 from megatron_dppo.models.parallel import ParallelConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -72,6 +72,13 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
     # Newer versions of core can repeat KV heads over TP ranks; an export would then send the copies as heads.
     _check_divides(hf_config, "num_key_value_heads", parallel, tensor)
     _check_divides(hf_config, "num_hidden_layers", parallel, pipeline)
+    chunks = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
+    if hf_config.num_hidden_layers % chunks:
+        raise ValueError(
+            f"num_hidden_layers={hf_config.num_hidden_layers} is not divisible by pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size} x virtual_pipeline_model_parallel_size={parallel.chunks_per_stage} = "
+            f"{chunks}: choose chunks that divide the layers"
+        )
     if not is_moe(hf_config):
         _check_divides(hf_config, "intermediate_size", parallel, tensor)
         if parallel.expert_model_parallel_size > 1:
@@ -107,6 +114,8 @@ def to_transformer_config(
 
     ``overrides`` replaces any of its fields, e.g. activation recomputation or ``moe_enable_routing_replay``. Losses are
     per token (``calculate_per_token_loss``): gradients are summed over tokens and divided once, by the global count.
+
+    Raises ValueError for an override that would fail later on (core's own checks raise that or AssertionError).
     """
     fields: dict[str, Any] = {
         **_architecture_fields(hf_config),
@@ -114,8 +123,21 @@ def to_transformer_config(
         **_kernel_fields(),
     }
     if is_moe(hf_config):
-        fields.update(_moe_fields(hf_config))
-    return TransformerConfig(**{**fields, **overrides})
+        fields.update(_moe_fields(hf_config, parallel))
+    config = TransformerConfig(**{**fields, **overrides})
+    _refuse_recompute_without_transformer_engine(config)
+    return config
+
+
+def _refuse_recompute_without_transformer_engine(config: TransformerConfig) -> None:
+    """Core recomputes norms by a function that reads Transformer Engine's fp8 state, needed or not: a NameError without."""
+    if config.recompute_granularity != "selective" or "layernorm" not in config.recompute_modules:
+        return
+    if not (engine := probe_transformer_engine()).usable:
+        raise ValueError(
+            f"recompute_modules={config.recompute_modules}: 'layernorm' needs Transformer Engine ({engine.reason}); "
+            "choose among core_attn, mlp and moe, or recompute_granularity='full'"
+        )
 
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -152,6 +174,11 @@ def _parallel_fields(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, 
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.chunks_per_stage if parallel.chunks_per_stage > 1 else None,
+        # Interleaved, a stage sends forward and backward at once. Batched, as core does it unless told otherwise, these would
+        # be taken for each other on two stages, where both neighbours are the same rank.
+        "overlap_p2p_comm": parallel.chunks_per_stage > 1,
+        "batch_p2p_comm": parallel.chunks_per_stage == 1,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
@@ -176,17 +203,17 @@ def _kernel_fields() -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": on_cuda and probe_apex().usable,
+        "gradient_accumulation_fusion": on_cuda and probe_weight_gradient_fusion().usable,
     }
 
 
-def _moe_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
+def _moe_fields(hf_config: PretrainedConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Dropless top-k routing with no auxiliary loss, which would pull the policy from its own objective."""
     return {
         "num_moe_experts": hf_config.num_experts,
         "moe_router_topk": hf_config.num_experts_per_tok,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",

@@ -28,8 +28,13 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def decoder_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layer spec for GPTModel. Transformer Engine's modules run on CUDA only; meta models are built from core's."""
+def decoder_spec(
+    config: TransformerConfig, device: torch.device, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layer spec for the GPTModel that is chunk ``vp_stage`` of this rank (None: the only one).
+
+    Transformer Engine's modules run on CUDA only; meta models are built from core's.
+    """
     if device.type == "cuda" and probe_transformer_engine().usable:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -50,5 +55,5 @@ def decoder_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec 
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     # A block spec, not a layer spec: from a layer spec core would take its own class for the final norm.
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=SequenceParallelRMSNorm
     )

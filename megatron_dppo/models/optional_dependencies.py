@@ -16,7 +16,11 @@ from dataclasses import dataclass
 
 # What megatron-core's layers and fused kernels take from each package.
 _TRANSFORMER_ENGINE_SYMBOLS = ("LayerNormLinear", "Linear", "DotProductAttention", "RMSNorm")
-_APEX_MODULES = ("apex.normalization.fused_layer_norm", "amp_C", "fused_weight_gradient_mlp_cuda")
+_APEX_MODULES = ("apex.normalization.fused_layer_norm", "amp_C")
+# Built with Apex, but a top-level module of its own; core's linear layers call it for gradient_accumulation_fusion, and
+# refuse that setting without it, Transformer Engine or not.
+_WEIGHT_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
+_WEIGHT_GRADIENT_SYMBOLS = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,50 @@ def probe_apex() -> Availability:
     return Availability(True, "apex with its compiled extensions")
 
 
+@functools.cache
+def probe_weight_gradient_fusion() -> Availability:
+    """Import the kernel that adds a weight's gradient to its fp32 ``main_grad`` within the matrix product."""
+    if _is_absent(_WEIGHT_GRADIENT_MODULE):
+        return Availability(False, f"{_WEIGHT_GRADIENT_MODULE} (built with NVIDIA's apex) is not installed")
+    try:
+        module = importlib.import_module(_WEIGHT_GRADIENT_MODULE)
+    except Exception as error:
+        return Availability(False, f"{_WEIGHT_GRADIENT_MODULE} is broken ({type(error).__name__}: {error})")
+    missing = [symbol for symbol in _WEIGHT_GRADIENT_SYMBOLS if not hasattr(module, symbol)]
+    if missing:
+        return Availability(False, f"{_WEIGHT_GRADIENT_MODULE} lacks {', '.join(missing)}")
+    return Availability(True, _WEIGHT_GRADIENT_MODULE)
+
+
 def hide_unusable_dependencies() -> None:
-    """Make ``import transformer_engine`` and ``import apex`` raise ImportError where the package is unusable.
+    """Make importing Transformer Engine, Apex or its weight-gradient kernel raise ImportError where it is unusable.
 
     Has to run before the first import of megatron.core, which decides at import time what it builds on. Whatever the
     failed import left in ``sys.modules`` is hidden too, or core would find half a package there.
     """
-    for package, availability in (("transformer_engine", probe_transformer_engine()), ("apex", probe_apex())):
+    for package, availability in (
+        ("transformer_engine", probe_transformer_engine()),
+        ("apex", probe_apex()),
+        (_WEIGHT_GRADIENT_MODULE, probe_weight_gradient_fusion()),
+    ):
         if availability.usable:
             continue
         for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
             sys.modules[name] = None  # type: ignore[assignment]
         # The documented meaning of None: importing the name raises ModuleNotFoundError.
         sys.modules[package] = None  # type: ignore[assignment]
+
+
+def define_names_core_lacks_without_transformer_engine() -> None:
+    """Let core 0.16 route MoE tokens without Transformer Engine, on any device (0.19 does by itself).
+
+    transformer/moe/moe_utils.py imports ``te_general_gemm`` in a ``try`` that leaves it undefined, and then asks whether it
+    is None. Called when a model is built, as importing that module earlier would cost every import of this package.
+    """
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _is_absent(package: str) -> bool:

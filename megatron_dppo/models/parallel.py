@@ -11,6 +11,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dppo.models.cpu_support import enable_megatron_on_cpu
 
+MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -19,12 +21,17 @@ class ParallelConfig:
     Attributes:
         tensor_model_parallel_size: ranks that share every matrix.
         pipeline_model_parallel_size: stages that share the layers; the layers must divide evenly.
+        virtual_pipeline_model_parallel_size: model chunks per stage: each stage holds that many shorter runs of layers, so
+            that the pipeline fills faster (Megatron's interleaved schedule). None or 1: one chunk.
         context_parallel_size: ranks that share every sequence.
         expert_model_parallel_size: ranks that share the experts of an MoE layer; they are taken from TP x CP x DP.
         expert_tensor_parallel_size: ranks that share every expert's matrices. None: 1 if there is expert parallelism
             (small expert matrices are better kept whole), else the tensor-parallel size (each expert on every TP rank
             would otherwise repeat it).
         sequence_parallel: split activations over the TP ranks outside of the matrices. None: on when TP > 1.
+        moe_token_dispatcher: how tokens reach experts on other ranks: ``alltoall`` sends each token where it is needed,
+            ``allgather`` sends every token everywhere (for few experts per rank and small groups).
+        use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
     """
 
     tensor_model_parallel_size: int = 1
@@ -34,6 +41,9 @@ class ParallelConfig:
     # Optional[...] and not "| None": OmegaConf reads these annotations on every supported Python.
     expert_tensor_parallel_size: Optional[int] = None  # noqa: UP045
     sequence_parallel: Optional[bool] = None  # noqa: UP045
+    virtual_pipeline_model_parallel_size: Optional[int] = None  # noqa: UP045
+    moe_token_dispatcher: str = "alltoall"
+    use_distributed_optimizer: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -42,6 +52,7 @@ class ParallelConfig:
             "context_parallel_size",
             "expert_model_parallel_size",
             "expert_tensor_parallel_size",
+            "virtual_pipeline_model_parallel_size",
         ):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -51,6 +62,16 @@ class ParallelConfig:
                 "ParallelConfig.sequence_parallel=True needs tensor_model_parallel_size > 1: it splits over the "
                 "tensor-parallel ranks (leave it None to have it follow)"
             )
+        if self.chunks_per_stage > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"ParallelConfig.virtual_pipeline_model_parallel_size={self.chunks_per_stage} needs "
+                "pipeline_model_parallel_size > 1: without a pipeline there is nothing to interleave (leave it None)"
+            )
+        if self.moe_token_dispatcher not in MOE_TOKEN_DISPATCHERS:
+            raise ValueError(
+                f"ParallelConfig.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of "
+                f"{', '.join(MOE_TOKEN_DISPATCHERS)}"
+            )
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -58,6 +79,11 @@ class ParallelConfig:
         if self.sequence_parallel is None:
             return self.tensor_model_parallel_size > 1
         return self.sequence_parallel
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """``virtual_pipeline_model_parallel_size`` with None resolved: model chunks that each rank holds."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def expert_tensor_size(self) -> int:
@@ -115,6 +141,8 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # The schedules and the embedding groups ask this global state; core reads 1 as "interleaved".
+        virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if parallel.chunks_per_stage > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,

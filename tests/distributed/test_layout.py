@@ -24,6 +24,7 @@ from tests.models.policy_runs import (
     loaded_policy,
     put_gradients_in_place_of_weights,
     put_hf_gradients_in_place_of_weights,
+    rows,
 )
 from tests.models.tiny_policies import tiny_hf_config, tiny_hf_model, write_tiny_hf_model
 from tests.rank_pool import RankPools
@@ -32,12 +33,14 @@ from tests.rank_pool import RankPools
 def _random_weights(kind: str, layout: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     parallel = ParallelConfig(**layout)
     initialize_model_parallel(parallel, seed=1)
-    chunks = build_policy(tiny_hf_config(kind), parallel, torch.float32)
+    chunks = build_policy(tiny_hf_config(kind, num_hidden_layers=4), parallel, torch.float32)
     initialize_randomly(chunks, seed)
     return {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("qwen3_moe", "TP2 EP2"), ("qwen3_moe", "TP2"), ("llama_tied", "PP2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("qwen3_moe", "TP2 EP2"), ("qwen3_moe", "TP2"), ("llama_tied", "PP2 VPP2")]
+)
 def test_random_initialisation_is_the_same_model_in_every_layout(kind: str, layout: str, ranks: RankPools) -> None:
     expected = ranks(1).run(_random_weights, kind, {}, 5)[0]
     for weights in ranks(2).run(_random_weights, kind, TWO_RANK_LAYOUTS[layout], 5):
@@ -60,7 +63,7 @@ def test_random_initialisation_depends_on_seed_and_parameter(ranks: RankPools) -
 
 def _gradients(folder: str, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
     chunks = loaded_policy(folder, layout)
-    put_gradients_in_place_of_weights(chunks, example_tokens())
+    put_gradients_in_place_of_weights(chunks, rows(example_tokens()))
     return {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
 
 
@@ -70,10 +73,15 @@ def _gradients(folder: str, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
         ("qwen3", "TP2"),
         ("qwen3_moe", "TP2 EP2"),
         pytest.param("qwen3_tied", "PP2", marks=pytest.mark.slow),
+        pytest.param("llama_tied", "PP2 VPP2", marks=pytest.mark.slow),
+        pytest.param("qwen3", "CP2", marks=pytest.mark.slow),
         pytest.param("qwen3", "TP2 without sequence parallelism", marks=pytest.mark.slow),
         pytest.param("qwen2", "TP2", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "EP2", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "TP2", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "TP2 EP2 allgather", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "EP2 allgather", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "TP2 allgather", marks=pytest.mark.slow),  # experts split over TP
         pytest.param("llama", "DP2", marks=pytest.mark.slow),
     ],
 )
@@ -82,9 +90,10 @@ def test_gradients_are_those_of_the_hugging_face_model(
 ) -> None:
     """Norms under sequence parallelism, query and key norms, tied embeddings and experts each need a reduction."""
     # Core's cross entropy knows no padded vocabulary: none here. Two ranks of 128 rows are 256.
-    source = write_tiny_hf_model(kind, tmp_path / "weights", vocab_size=256)
+    shape = {"vocab_size": 256, "num_hidden_layers": 4 if "VPP2" in layout else 2}
+    source = write_tiny_hf_model(kind, tmp_path / "weights", **shape)
     results = ranks(2).run(_gradients, str(source), TWO_RANK_LAYOUTS[layout])
-    reference = tiny_hf_model(kind, vocab_size=256)
+    reference = tiny_hf_model(kind, **shape)
     put_hf_gradients_in_place_of_weights(reference, example_tokens())
     reference.save_pretrained(tmp_path / "gradients")
     expected = load_file(tmp_path / "gradients" / "model.safetensors")

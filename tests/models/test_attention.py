@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -83,18 +85,42 @@ def _check_bf16() -> None:
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=4 * 2**-8)
 
 
+def packed_params(cu_seqlens: list[int], max_seqlen: int | None = None) -> PackedSeqParams:
+    bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max_seqlen)
+
+
 def _check_packed() -> None:
     attention = build_attention()
-    query, key, value = (x[:, 0] for x in random_qkv(12, 12, 1))
-    cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)  # lengths 4, 0, 5; three tokens belong to nobody
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
-    output = attention(query, key, value, None, packed_seq_params=packed)
+    query, key, value = (x[:, 0] for x in random_qkv(9, 9, 1))
+    output = attention(query, key, value, None, packed_seq_params=packed_params([0, 4, 4, 9]))  # lengths 4, 0, 5
     for start, end in ((0, 4), (4, 9)):
         alone = attention(*(x[start:end, None] for x in (query, key, value)))[:, 0]
         torch.testing.assert_close(output[start:end], alone, **TOLERANCE)
-    assert bool((output[9:] == 0).all())
-    with pytest.raises(ValueError, match="9, but there are 8 tokens"):
-        attention(query[:8], key[:8], value[:8], None, packed_seq_params=packed)
+
+
+def _check_padded_boundaries_count() -> None:
+    attention = build_attention()
+    qkv = [x[:, 0] for x in random_qkv(9, 9, 1)]
+    packed = packed_params([0, 3, 6])  # the true lengths; in the tensor the second sequence begins at 4
+    packed.cu_seqlens_q_padded = torch.tensor([0, 4, 9], dtype=torch.int32)
+    expected = attention(*qkv, None, packed_seq_params=packed_params([0, 4, 9]))
+    torch.testing.assert_close(attention(*qkv, None, packed_seq_params=packed), expected, **TOLERANCE)
+
+
+def _check_packed_refusals() -> None:
+    attention = build_attention()
+    query, key, value = (x[:, 0] for x in random_qkv(9, 9, 1))
+    for packed, message in (
+        (packed_params([0, 4, 8]), "end at token 8, but there are 9 tokens"),
+        (packed_params([0, 4, 10]), "end at token 10, but there are 9 tokens"),
+        (packed_params([0, 4, 9], max_seqlen=9), "set it to the longest sequence, 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(query, key, value, None, packed_seq_params=packed)
+    attention(query, key, value, None, packed_seq_params=packed_params([0, 9, 9], max_seqlen=9))  # one sequence
+    with pytest.raises(ValueError, match="attention_mask=None"):
+        attention(query, key, value, later_keys(9, 9)[None, None], packed_seq_params=packed_params([0, 9]))
 
 
 def _check_refusals() -> None:
@@ -124,7 +150,11 @@ def test_bf16(ranks):
 
 
 def test_packed_sequences_do_not_see_each_other(ranks):
-    ranks(1).run(_on_one_rank, _check_packed)
+    ranks(1).run(_on_one_rank, _check_packed, _check_padded_boundaries_count)
+
+
+def test_packed_sequences_that_core_would_misread_are_refused(ranks):
+    ranks(1).run(_on_one_rank, _check_packed_refusals)
 
 
 def test_variants_that_are_not_computed_are_refused(ranks):
@@ -154,4 +184,37 @@ def _context_parallel_errors(size: int) -> list[float]:
 
 def test_context_parallel_ranks_compute_their_chunks_of_the_whole(ranks):
     for errors in ranks(2).run(_context_parallel_errors, 2):
+        assert max(errors) < 1e-5
+
+
+def _packed_context_parallel_errors(size: int) -> list[float]:
+    """The same for packed sequences: each is cut on its own. Lengths are those of the whole sequences."""
+    initialize_model_parallel(ParallelConfig(context_parallel_size=size), seed=1)
+    attention = build_attention(context_parallel_size=size)
+    rank, bounds = attention.cp_group.rank(), [0, 8, 12, 12, 28]
+    query, key, value = random_qkv(bounds[-1], bounds[-1], 1)
+    weight = torch.randn(bounds[-1], 1, HEADS * DIM, generator=torch.Generator().manual_seed(5))
+    expected = torch.cat(
+        [
+            reference(query[start:end], key[start:end], value[start:end], later_keys(end - start, end - start))
+            for start, end in pairwise(bounds)
+        ]
+    )
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (query, key, value))
+
+    def mine(x: torch.Tensor) -> torch.Tensor:
+        chunks = [x[start:end, 0].detach().chunk(2 * size) for start, end in pairwise(bounds) if end > start]
+        return torch.cat([part for parts in chunks for part in (parts[rank], parts[2 * size - 1 - rank])])
+
+    local = [mine(x).requires_grad_() for x in (query, key, value)]
+    output = attention(*local, None, packed_seq_params=packed_params(bounds, max_seqlen=16))
+    grads = torch.autograd.grad((output * mine(weight)).sum(), local)
+    pairs = [(output, expected), *zip(grads, expected_grads, strict=True)]
+    with pytest.raises(ValueError, match="packed sequence of 6 tokens cannot be cut for context_parallel_size=2"):
+        attention(*(x[:8] for x in local), None, packed_seq_params=packed_params([0, 6, 16]))
+    return [(got - mine(whole)).abs().max().item() for got, whole in pairs]
+
+
+def test_context_parallel_ranks_cut_every_packed_sequence(ranks):
+    for errors in ranks(2).run(_packed_context_parallel_errors, 2):
         assert max(errors) < 1e-5

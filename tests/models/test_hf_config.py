@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_dppo.models.hf_config import check_policy_fits, load_hf_config, rotary_arguments, to_transformer_config
+from megatron_dppo.models.optional_dependencies import probe_transformer_engine
 from megatron_dppo.models.parallel import ParallelConfig
 from tests.models.tiny_policies import KINDS, tiny_hf_config
 
@@ -66,6 +67,9 @@ def test_what_would_silently_change_the_numbers_is_refused(kind: str, overrides:
          "num_attention_heads=9 is not divisible by tensor_model_parallel_size=2: choose one of 1, 3, 9"),
         ("llama", {}, {"tensor_model_parallel_size": 4}, "num_key_value_heads=2 .* choose one of 1, 2"),
         ("llama", {"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, "num_hidden_layers=3"),
+        ("llama", {"num_hidden_layers": 6},
+         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+         "num_hidden_layers=6 is not divisible by .* x virtual_pipeline_model_parallel_size=2 = 4"),
         ("llama", {"intermediate_size": 95}, {"tensor_model_parallel_size": 2}, "intermediate_size=95"),
         ("llama", {}, {"expert_model_parallel_size": 2}, "has no experts"),
         ("qwen3_moe", {"num_experts": 3}, {"expert_model_parallel_size": 2}, "num_experts=3"),
@@ -113,11 +117,38 @@ def test_transformer_config_of_a_mixture_of_experts() -> None:
     assert config.moe_ffn_hidden_size == 48
     assert config.moe_router_load_balancing_type == "none"
     assert config.moe_aux_loss_coeff == 0.0
+    assert config.moe_z_loss_coeff is None
+    assert config.moe_expert_capacity_factor is None, "no token is dropped"
+    assert config.moe_token_dispatcher_type == "alltoall"
     assert config.moe_router_dtype == "fp32"
     assert config.qk_layernorm
     assert config.sequence_parallel
     assert config.expert_tensor_parallel_size == 1
     assert config.recompute_granularity == "selective", "overrides win"
+
+
+def test_layout_fields_reach_the_transformer_config() -> None:
+    layout = ParallelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, moe_token_dispatcher="allgather"
+    )
+    config = to_transformer_config(tiny_hf_config("qwen3_moe", num_hidden_layers=4), layout, torch.float32)
+    assert config.virtual_pipeline_model_parallel_size == 2
+    assert config.moe_token_dispatcher_type == "allgather"
+    one_chunk = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1)
+    config = to_transformer_config(tiny_hf_config("qwen3"), one_chunk, torch.float32)
+    assert config.virtual_pipeline_model_parallel_size is None, "core takes 1 for an interleaved pipeline"
+
+
+@pytest.mark.skipif(probe_transformer_engine().usable, reason="with Transformer Engine norms can be recomputed")
+def test_recomputing_norms_without_transformer_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'layernorm' needs Transformer Engine .*core_attn, mlp and moe"):
+        to_transformer_config(
+            tiny_hf_config("qwen3"),
+            ParallelConfig(),
+            torch.float32,
+            recompute_granularity="selective",
+            recompute_modules=["layernorm"],
+        )
 
 
 def test_qwen2_has_query_key_and_value_biases_only() -> None:

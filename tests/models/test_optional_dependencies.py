@@ -96,7 +96,6 @@ def test_present_apex(tmp_path: Path) -> None:
         "apex/normalization/__init__.py": "",
         "apex/normalization/fused_layer_norm.py": "",
         "amp_C.py": "",
-        "fused_weight_gradient_mlp_cuda.py": "",
     }
     usable, _, imported = _probe(tmp_path, files, "probe_apex", "apex")
     assert usable == "True"
@@ -105,3 +104,27 @@ def test_present_apex(tmp_path: Path) -> None:
 
 def test_absent_apex(tmp_path: Path) -> None:
     assert _probe(tmp_path, {}, "probe_apex")[1] == "apex is not installed"
+
+
+_KERNEL = "fused_weight_gradient_mlp_cuda"
+
+
+@pytest.mark.parametrize(
+    ("source", "usable", "reason"),
+    [
+        ("wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp16 = object\n", "True", _KERNEL),
+        ("wgrad_gemm_accum_fp32 = object\n", "False", "lacks wgrad_gemm_accum_fp16"),
+        ("raise OSError('libcudart.so.13')\n", "False", "broken (OSError: libcudart.so.13)"),
+    ],
+)
+def test_the_weight_gradient_kernel_is_probed_without_apex(
+    source: str, usable: str, reason: str, tmp_path: Path
+) -> None:
+    answer = _probe(tmp_path, {f"{_KERNEL}.py": source}, "probe_weight_gradient_fusion", _KERNEL)
+    assert answer[0] == usable
+    assert reason in answer[1]
+    assert answer[2] == ("imports " if usable == "True" else "ImportError ") + _KERNEL
+
+
+def test_an_absent_weight_gradient_kernel(tmp_path: Path) -> None:
+    assert "not installed" in _probe(tmp_path, {}, "probe_weight_gradient_fusion")[1]

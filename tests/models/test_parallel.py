@@ -28,6 +28,7 @@ def test_experts_are_kept_whole_with_expert_parallelism_and_split_without() -> N
         "context_parallel_size",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",
+        "virtual_pipeline_model_parallel_size",
     ],
 )
 def test_sizes_below_one_are_refused(field: str) -> None:
@@ -38,6 +39,18 @@ def test_sizes_below_one_are_refused(field: str) -> None:
 def test_sequence_parallelism_on_one_tensor_parallel_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="sequence_parallel=True needs tensor_model_parallel_size > 1"):
         ParallelConfig(sequence_parallel=True)
+
+
+def test_model_chunks_need_a_pipeline() -> None:
+    assert ParallelConfig(virtual_pipeline_model_parallel_size=1).chunks_per_stage == 1
+    assert ParallelConfig(pipeline_model_parallel_size=2).chunks_per_stage == 1
+    with pytest.raises(ValueError, match="virtual_pipeline_model_parallel_size=2 needs pipeline_model_parallel_size"):
+        ParallelConfig(virtual_pipeline_model_parallel_size=2)
+
+
+def test_unknown_token_dispatchers_are_refused() -> None:
+    with pytest.raises(ValueError, match="moe_token_dispatcher='flex' is not one of alltoall, allgather"):
+        ParallelConfig(moe_token_dispatcher="flex")
 
 
 @pytest.mark.parametrize(
