@@ -14,7 +14,7 @@ depends on differences of positions only, so the distribution is that of the row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,19 +27,20 @@ from megatron_dppo.models.attention import attend, attention_scale
 
 
 class CachedPolicy:
-    """One pipeline stage of a Megatron GPT model, with a key-value cache while ``decoding()``.
+    """This rank's chunks of a Megatron GPT model, with a key-value cache while ``decoding()``.
 
     All ranks of a replica call the methods in the same order with the same arguments. Logits are [B, V padded],
-    gathered over tensor-parallel ranks, on ranks of the last pipeline stage; elsewhere None.
+    gathered over tensor-parallel ranks, on ranks of the last pipeline stage; elsewhere None. With virtual pipeline stages
+    a rank holds several chunks, and hidden states go round the pipeline ranks once per chunk.
 
     Raises ValueError for models that cannot be decoded this way.
     """
 
-    def __init__(self, model: GPTModel) -> None:
-        config = model.config
-        if model.position_embedding_type != "rope":
+    def __init__(self, models: Sequence[GPTModel]) -> None:
+        config = models[0].config
+        if models[0].position_embedding_type != "rope":
             raise ValueError(
-                f"position_embedding_type={model.position_embedding_type!r}: the embedded engine needs 'rope', "
+                f"position_embedding_type={models[0].position_embedding_type!r}: the embedded engine needs 'rope', "
                 "whose relative positions make left padding harmless"
             )
         if config.moe_expert_capacity_factor is not None:
@@ -47,9 +48,10 @@ class CachedPolicy:
                 f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}: dropped tokens would make a "
                 "response's log-probs depend on its batch; leave it unset"
             )
-        self.model = model
+        self.models = models
         self.config = config
-        self._layers = [_CachedAttention(attention_scale(config)) for _ in model.decoder.layers]
+        self._attentions = [[_CachedAttention(attention_scale(config)) for _ in m.decoder.layers] for m in models]
+        self._rotary = models[0].rotary_pos_emb
         self._padding_BT: torch.Tensor | None = None
         self._rotary_T11D: torch.Tensor | None = None
         self._length = 0  # tokens in the cache
@@ -60,22 +62,27 @@ class CachedPolicy:
         """Within: eval mode, no gradients, cached attention. Afterwards the model is as before, whatever happened."""
         # no_grad and not inference_mode: core caches tensors made here (rotary tables) and uses them in training.
         with ExitStack() as undo, torch.no_grad():
-            for module in self.model.modules():
-                if module.training:
-                    undo.callback(setattr, module, "training", True)
-            self.model.eval()
-            for owner, name in _sequence_parallel_switches(self.model):
+            for owner, name in _sequence_parallel_switches(self.models):
                 undo.callback(setattr, owner, name, True)
                 setattr(owner, name, False)
-            for layer, cached in zip(self.model.decoder.layers, self._layers, strict=True):
-                undo.callback(setattr, layer.self_attention, "core_attention", layer.self_attention.core_attention)
-                layer.self_attention.core_attention = cached
-            undo.callback(delattr, self.model.rotary_pos_emb, "forward")
-            self.model.rotary_pos_emb.forward = self._real_positions
-            if self.model.post_process:
-                undo.callback(self.model.output_layer.register_forward_pre_hook(_last_position).remove)
+            for model, attentions in zip(self.models, self._attentions, strict=True):
+                self._prepare(model, attentions, undo)
             undo.callback(self._forget)
             yield
+
+    def _prepare(self, model: GPTModel, attentions: Sequence[_CachedAttention], undo: ExitStack) -> None:
+        """See ``decoding``, for one chunk."""
+        for module in model.modules():
+            if module.training:
+                undo.callback(setattr, module, "training", True)
+        model.eval()
+        for layer, cached in zip(model.decoder.layers, attentions, strict=True):
+            undo.callback(setattr, layer.self_attention, "core_attention", layer.self_attention.core_attention)
+            layer.self_attention.core_attention = cached
+        undo.callback(delattr, model.rotary_pos_emb, "forward")
+        model.rotary_pos_emb.forward = self._real_positions
+        if model.post_process:
+            undo.callback(model.output_layer.register_forward_pre_hook(_last_position).remove)
 
     def prefill(self, tokens_BL: torch.Tensor, padding_BL: torch.Tensor | None) -> torch.Tensor | None:
         """Read whole prompts into an empty cache; returns the logits after the last token.
@@ -85,7 +92,7 @@ class CachedPolicy:
         self._forget()
         length = tokens_BL.shape[1]
         self._padding_BT = padding_BL
-        self._rotary_T11D = self.model.rotary_pos_emb.get_emb(length)
+        self._rotary_T11D = self._rotary.get_emb(length)
         masked_out = None
         if padding_BL is not None:
             # A padding query may look at itself: with nothing to look at, its softmax would be NaN and so would its key.
@@ -102,16 +109,19 @@ class CachedPolicy:
 
     def select(self, rows: torch.Tensor, capacity: int) -> None:
         """Make the cache's rows ``rows`` (repeated, reordered or dropped), with room for ``capacity`` tokens each."""
-        for layer in self._layers:
-            layer.select(rows, self._length, capacity)
+        for attention in self._all_attentions():
+            attention.select(rows, self._length, capacity)
         if self._padding_BT is not None:
             padding_BT = self._padding_BT[rows, : self._length]
             self._padding_BT = torch.nn.functional.pad(padding_BT, (0, capacity - self._length))
-        self._rotary_T11D = self.model.rotary_pos_emb.get_emb(capacity)
+        self._rotary_T11D = self._rotary.get_emb(capacity)
+
+    def _all_attentions(self) -> list[_CachedAttention]:
+        return [attention for attentions in self._attentions for attention in attentions]
 
     def _forget(self) -> None:
-        for layer in self._layers:
-            layer.key_BGTD = layer.value_BGTD = None
+        for attention in self._all_attentions():
+            attention.key_BGTD = attention.value_BGTD = None
         self._padding_BT = self._rotary_T11D = None
         self._length = 0
 
@@ -124,27 +134,28 @@ class CachedPolicy:
         return self._rotary_T11D[self._length : self._length + self._incoming]
 
     def _forward(self, tokens_BS: torch.Tensor, masked_out: torch.Tensor | None) -> torch.Tensor | None:
+        """The model's layers in order: this rank's chunks, each waiting for the hidden states of the rank before."""
         batch, self._incoming = tokens_BS.shape
-        for layer in self._layers:
-            layer.length = self._length
-        if not self.model.pre_process:
-            self.model.set_input_tensor(self._receive_hidden(batch))
-        output = self.model(
-            tokens_BS,
-            None,
-            masked_out,
-            runtime_gather_output=True,  # no position ids: rotary takes them from the hook
-        )
+        for attention in self._all_attentions():
+            attention.length = self._length
+        logits = None
+        for model in self.models:
+            if not model.pre_process:
+                model.set_input_tensor(self._receive_hidden(batch))
+            # No position ids: rotary takes them from the hook.
+            output = model(tokens_BS, None, masked_out, runtime_gather_output=True)
+            if model.post_process:
+                logits = output[:, -1]
+            else:
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         self._length += self._incoming
-        if self.model.post_process:
-            return output[:, -1]
-        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-        return None
+        return logits
 
     def _receive_hidden(self, batch: int) -> torch.Tensor:
         dtype = torch.float32 if self.config.fp32_residual_connection else self.config.pipeline_dtype
         shape = (self._incoming, batch, self.config.hidden_size)
-        hidden_SBH = torch.empty(shape, dtype=dtype, device=next(self.model.parameters()).device)
+        hidden_SBH = torch.empty(shape, dtype=dtype, device=next(self.models[0].parameters()).device)
+        # Ranks form a ring: the first one takes its second chunk's hidden states from the last one.
         dist.recv(hidden_SBH, parallel_state.get_pipeline_model_parallel_prev_rank())
         return hidden_SBH
 
@@ -201,13 +212,14 @@ def _last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> t
     return (args[0][-1:], *args[1:])
 
 
-def _sequence_parallel_switches(model: torch.nn.Module) -> list[tuple[Any, str]]:
+def _sequence_parallel_switches(models: Sequence[torch.nn.Module]) -> list[tuple[Any, str]]:
     """Every (object, attribute) that has to be off for one token per sequence, which cannot be split over ranks.
 
     Without sequence parallelism tensor-parallel ranks hold the same whole hidden states: same weights, same numbers. An
     MoE layer then sends each token from every tensor-parallel rank, which costs work at decode but changes nothing.
     """
-    owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
+    modules = [module for model in models for module in model.modules()]
+    owners = {id(owner): owner for module in modules for owner in (module, getattr(module, "config", None))}
     return [
         (owner, name)
         for owner in owners.values()

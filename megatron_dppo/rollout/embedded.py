@@ -13,6 +13,7 @@ per data-parallel rank: neither torch's nor Megatron's random state moves, and a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from megatron.core.utils import unwrap_model
 from megatron_dppo.models.parallel import replica_group
 from megatron_dppo.rollout.cached_policy import CachedPolicy
 from megatron_dppo.rollout.engine import NamedTensors, RolloutError
+from megatron_dppo.rollout.replica_routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sampling import Draw, draw_tokens
 
@@ -30,8 +32,8 @@ from megatron_dppo.rollout.sampling import Draw, draw_tokens
 class EmbeddedEngine:
     """Samples from a Megatron GPT policy with the model that is being trained. See ``RolloutEngine`` for the contract.
 
-    Works with tensor, sequence, expert, data and pipeline parallelism (no virtual stages), fp32 and bf16. With context
-    parallelism the ranks of a replica decode the same sequences side by side.
+    Works with tensor, sequence, expert, data and pipeline parallelism (virtual stages included), fp32 and bf16. With
+    context parallelism the ranks of a replica decode the same sequences side by side.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module], vocab_size: int, max_batch_size: int = 256) -> None:
@@ -43,25 +45,22 @@ class EmbeddedEngine:
             max_batch_size: sequences decoded at once, per replica: bounds the memory of the cache. The rest follows.
 
         Raises:
-            ValueError: the policy cannot be decoded here (virtual pipeline stages, no rotary positions, ...).
+            ValueError: the policy cannot be decoded here (no rotary positions, experts that drop tokens, ...).
         """
-        if len(model_chunks) != 1:
-            raise ValueError(
-                f"the embedded engine runs one model chunk per rank, not {len(model_chunks)}: virtual pipeline "
-                "parallelism has to be off (or use the sglang engine)"
-            )
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
-        self._chunk = model_chunks[0]
-        model = unwrap_model(self._chunk)
-        self._policy = CachedPolicy(model)
-        self._device = next(model.parameters()).device
+        self._chunks = list(model_chunks)
+        models = list(unwrap_model(self._chunks))
+        config = models[0].config
+        self._policy = CachedPolicy(models)
+        self._device = next(models[0].parameters()).device
         self._vocab_size = vocab_size
         self._max_batch_size = max_batch_size
-        self._max_length: int = model.max_sequence_length
-        self._lockstep = _Lockstep(model.config.moe_token_dispatcher_type if model.config.num_moe_experts else None)
+        self._max_length: int = models[0].max_sequence_length
+        self._lockstep = _Lockstep(config.moe_token_dispatcher_type if config.num_moe_experts else None)
         self._group = replica_group()
-        self._drawing_rank = _drawing_rank(self._group, bool(model.post_process))
+        self._drawing_rank = _drawing_rank(self._group, any(model.post_process for model in models))
+        self._routing: ReplicaRouting | None = None  # made when first asked for
         self._weight_version = 0
         self._closed = False
 
@@ -82,22 +81,37 @@ class EmbeddedEngine:
         """
         self.health()
         self._check_request(prompts, sampling)
-        if isinstance(self._chunk, DistributedDataParallel) and self._chunk.ddp_config.overlap_param_gather:
-            # The last optimizer step may have left parameters to be gathered by the next forward pass of the wrapper,
-            # which is bypassed here.
-            self._chunk.start_param_sync(force_sync=True)
+        if sampling.return_routed_experts and self._routing is None:
+            self._routing = ReplicaRouting(self._chunks, self._group)
+        self._gather_parameters()
         generator = torch.Generator().manual_seed(
             (sampling.seed * 1_000_003 + parallel_state.get_data_parallel_rank()) % 2**63
         )
         group_ids = [g for g in range(len(prompts)) for _ in range(sampling.samples_per_prompt)]
         samples: list[Sample] = []
-        with self._policy.decoding():
+        with self._policy.decoding(), self._recording(sampling):
             for start in range(0, len(group_ids), self._max_batch_size):
                 batch = group_ids[start : start + self._max_batch_size]
                 samples += self._generate_batch(prompts, batch, sampling, generator)
             while self._lockstep.anyone_working(False):
                 self._policy.prefill(torch.zeros(1, 1, dtype=torch.int64, device=self._device), None)
         return samples
+
+    def _gather_parameters(self) -> None:
+        """The last optimizer step may have left this to the next forward pass of the wrapper, which is bypassed here."""
+        for chunk in self._chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def _recording(self, sampling: SamplingParams) -> AbstractContextManager[None]:
+        if self._routing is None or not sampling.return_routed_experts:
+            return nullcontext()
+        return self._routing.recording()
+
+    def _routing_of_batch(self, prompts: int, source: list[int], sampling: SamplingParams) -> BatchRouting | None:
+        if self._routing is None or not sampling.return_routed_experts:
+            return None
+        return BatchRouting(self._routing, prompts, source, sampling.max_new_tokens)
 
     def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         """Take note of the version; the engine reads the training weights themselves.
@@ -144,15 +158,13 @@ class EmbeddedEngine:
         uniform_BT = torch.rand(len(group_ids), limit, generator=generator, dtype=torch.float64).to(device)
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
         drawn = _Drawn(len(group_ids), limit, sampling.topk_log_probs, device)
-
         unique = sorted(set(group_ids))
+        source = [unique.index(g) for g in group_ids]
+        routing = self._routing_of_batch(len(unique), source, sampling)
+
         tokens_PL, padding_PL = _left_pad([prompts[g].token_ids for g in unique], device)
         capacity = tokens_PL.shape[1] + limit - 1  # the last token is drawn, never read
-        self._lockstep.anyone_working(True)
-        logits = self._policy.prefill(tokens_PL, padding_PL)
-        source = torch.tensor([unique.index(g) for g in group_ids], device=device)
-        self._policy.select(source, capacity)
-        logits = None if logits is None else logits[source]
+        logits = self._prefill(tokens_PL, padding_PL, torch.tensor(source, device=device), capacity, routing)
 
         rows = torch.arange(len(group_ids), device=device)  # responses that are still in the batch
         finished = torch.zeros(len(group_ids), dtype=torch.bool, device=device)
@@ -172,8 +184,28 @@ class EmbeddedEngine:
                     rows, tokens, finished = rows[keep], tokens[keep], finished[keep]
             self._lockstep.anyone_working(True)
             logits = self._policy.decode(tokens)
+            if routing is not None:
+                routing.take_decoded(rows, step)
         self._share(drawn)
-        return self._samples(prompts, group_ids, sampling, drawn)
+        if routing is not None:
+            routing.gather()
+        return self._samples(prompts, group_ids, sampling, drawn, routing)
+
+    def _prefill(
+        self,
+        tokens_PL: torch.Tensor,
+        padding_PL: torch.Tensor | None,
+        source_B: torch.Tensor,
+        capacity: int,
+        routing: BatchRouting | None,
+    ) -> torch.Tensor | None:
+        """Read every prompt once and repeat its cache for its responses; returns logits [B, V] where there are any."""
+        self._lockstep.anyone_working(True)
+        logits = self._policy.prefill(tokens_PL, padding_PL)
+        self._policy.select(source_B, capacity)
+        if routing is not None:
+            routing.take_prefill()
+        return None if logits is None else logits[source_B]
 
     def _draw(
         self,
@@ -203,7 +235,12 @@ class EmbeddedEngine:
                 dist.broadcast(tensor, self._drawing_rank, group=self._group)
 
     def _samples(
-        self, prompts: Sequence[Prompt], group_ids: list[int], sampling: SamplingParams, drawn: _Drawn
+        self,
+        prompts: Sequence[Prompt],
+        group_ids: list[int],
+        sampling: SamplingParams,
+        drawn: _Drawn,
+        routing: BatchRouting | None,
     ) -> list[Sample]:
         stop_ids = set(sampling.stop_token_ids)
         token_ids, log_probs, topk_ids, topk_log_probs = (tensor.cpu() for tensor in drawn.tensors())
@@ -212,15 +249,17 @@ class EmbeddedEngine:
             # A row that has ended may have been decoded further, until it left the batch: cut at its first stop token.
             stopped_at = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
             length = len(tokens) if stopped_at is None else stopped_at + 1
+            prompt = prompts[group_ids[row]]
             samples.append(
                 Sample(
-                    prompt=prompts[group_ids[row]],
+                    prompt=prompt,
                     response_ids=tokens[:length],
                     rollout_log_probs=row_log_probs[:length],
                     finish_reason="length" if stopped_at is None else "stop",
                     weight_versions=[(self._weight_version, length)],
                     topk_ids=topk_ids[row, :length].clone() if sampling.topk_log_probs else None,
                     topk_log_probs=topk_log_probs[row, :length].clone() if sampling.topk_log_probs else None,
+                    routed_experts=None if routing is None else routing.of_response(row, len(prompt.token_ids), length),
                     group_id=group_ids[row],
                 )
             )

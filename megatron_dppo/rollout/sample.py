@@ -46,6 +46,7 @@ class SamplingParams:
         stop_token_ids: sampling one of them ends a response; the token is part of the response.
         topk_log_probs: how many of the most likely tokens to return per position (0: none).
         seed: the same seed, prompts and weights give the same responses on one engine and layout.
+        return_routed_experts: return the experts that computed every token, to be replayed in training (MoE policies).
     """
 
     max_new_tokens: int
@@ -54,6 +55,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     topk_log_probs: int = 0
     seed: int = 0
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -78,7 +80,8 @@ class Sample:
         weight_versions: spans ``(version, tokens)`` in order; the token counts sum to T.
         topk_ids: [T, K] int64 global token ids, most likely first, or None.
         topk_log_probs: [T, K] fp32 log-probabilities of ``topk_ids``, or None.
-        routed_experts: [prompt + T - 1, layers, experts per token] int32 router choices, or None.
+        routed_experts: [prompt + T - 1, layers, experts per token] int32 router choices, or None. The last token has none:
+            it was drawn and never read.
         group_id: samples with the same id answer the same prompt and share a baseline.
         reward: in [0, 1] once scored.
     """
@@ -133,3 +136,22 @@ class Sample:
                 )
         if (self.topk_ids is None) != (self.topk_log_probs is None):
             raise InvalidSampleError(f"sample of {name}: topk_ids and topk_log_probs must come together")
+        if self.routed_experts is not None:
+            self._check_routed_experts(self.routed_experts)
+
+    def _check_routed_experts(self, experts: torch.Tensor) -> None:
+        """An engine that did not record a token returns zeros for it, which would be replayed as if they were choices."""
+        name, tokens = self.prompt.prompt_id, len(self.token_ids) - 1
+        if experts.dim() != 3 or experts.shape[0] != tokens or 0 in experts.shape[1:]:
+            raise InvalidSampleError(
+                f"sample of {name}: routed_experts has shape {tuple(experts.shape)}, expected [{tokens} tokens of prompt "
+                "and response, layers, experts per token]"
+            )
+        in_order = experts.sort(dim=-1).values
+        bad = (in_order[..., 0] < 0) | (in_order.diff(dim=-1) == 0).any(dim=-1)
+        if bad.any():
+            token, layer = (int(index) for index in bad.nonzero()[0])
+            raise InvalidSampleError(
+                f"sample of {name}: routed_experts of token {token} in layer {layer} is {experts[token, layer].tolist()}, "
+                f"not {experts.shape[-1]} different experts"
+            )

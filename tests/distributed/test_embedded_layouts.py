@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -20,6 +22,11 @@ TWO_RANKS = {
     "dp2_ep2": ("qwen3_moe", ParallelConfig(expert_model_parallel_size=2)),
     "pp2_tied": ("qwen3_tied", ParallelConfig(pipeline_model_parallel_size=2)),
     "cp2": ("qwen3", ParallelConfig(context_parallel_size=2)),
+    "pp2_vpp2": (
+        "qwen3_moe",
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        {"num_hidden_layers": 4},
+    ),
 }
 FOUR_RANKS = {
     "tp2_pp2": ("qwen3", ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
@@ -29,11 +36,12 @@ FOUR_RANKS = {
 
 
 def _as_tuple(sample: Sample) -> tuple:
-    return (tuple(sample.response_ids), tuple(sample.rollout_log_probs), sample.finish_reason, sample.group_id)
+    experts = None if sample.routed_experts is None else sample.routed_experts.tolist()
+    return (tuple(sample.response_ids), tuple(sample.rollout_log_probs), sample.finish_reason, sample.group_id, experts)
 
 
-def _keep_contract(kind: str, parallel: ParallelConfig) -> None:
-    subject = embedded_subject(kind, parallel)
+def _keep_contract(kind: str, parallel: ParallelConfig, overrides: dict[str, Any] | None = None) -> None:
+    subject = embedded_subject(kind, parallel, **(overrides or {}))
     for check in CONTRACT:
         check(subject)
 
@@ -77,14 +85,16 @@ def test_uneven_replicas_of_several_ranks_that_share_experts(ranks):
     assert results[2] == results[3]
 
 
-def _generate_with_one_seed(kind: str, parallel: ParallelConfig) -> tuple[int, list[tuple]]:
-    subject = embedded_subject(kind, parallel)
-    params = SamplingParams(max_new_tokens=8, samples_per_prompt=4, seed=29)
+def _generate_with_one_seed(
+    kind: str, parallel: ParallelConfig, overrides: dict[str, Any] | None = None
+) -> tuple[int, list[tuple]]:
+    subject = embedded_subject(kind, parallel, **(overrides or {}))
+    params = SamplingParams(max_new_tokens=8, samples_per_prompt=4, seed=29, return_routed_experts="moe" in kind)
     samples = subject.engine.generate(make_prompts(subject.vocab_size, [4, 7]), params)
     return parallel_state.get_data_parallel_rank(), [_as_tuple(sample) for sample in samples]
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_ep2", "pp2_tied", "cp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2_ep2", "pp2_tied", "cp2", "pp2_vpp2"])
 def test_all_ranks_of_a_replica_return_the_same_samples(ranks, layout):
     first, second = ranks(2).run(_generate_with_one_seed, *TWO_RANKS[layout])
     assert first == second

@@ -177,6 +177,50 @@ def check_topk_is_absent_unless_asked_for(subject: EngineUnderTest) -> None:
     assert sample.topk_log_probs is None
 
 
+@torch.no_grad()
+def reference_router_logits(hf_model: torch.nn.Module, sample: Sample) -> torch.Tensor:
+    """[prompt + T - 1, layers, experts]: every token that was read, one whole forward, no padding."""
+    per_layer: list[torch.Tensor] = []
+
+    def keep(gate: torch.nn.Module, args: tuple[torch.Tensor, ...], _: object) -> None:
+        per_layer.append(args[0].flatten(0, -2) @ gate.weight.T)
+
+    handles = [layer.mlp.gate.register_forward_hook(keep) for layer in hf_model.model.layers]
+    hf_model(torch.tensor([sample.token_ids[:-1]]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(per_layer, dim=1)
+
+
+def check_routed_experts_are_the_routers_choices(subject: EngineUnderTest) -> None:
+    """Of every token but the last, prompts whose keys were cached included; absent unless asked for."""
+    prompts = make_prompts(subject.vocab_size, [4, 9, 1])
+    stop = tuple(range(0, subject.vocab_size, 6))
+    params = SamplingParams(
+        max_new_tokens=6, samples_per_prompt=3, stop_token_ids=stop, seed=19, return_routed_experts=True
+    )
+    if not getattr(subject.hf_model.config, "num_experts", 0):
+        with pytest.raises(ValueError, match="expert"):
+            subject.engine.generate(prompts, params)
+        return
+    for _ in range(2):  # the second time, an engine that caches prefixes knows the prompts
+        for sample in subject.engine.generate(prompts, params):
+            sample.check()
+            assert sample.routed_experts is not None
+            assert sample.routed_experts.dtype == torch.int32
+            logits_SLE = reference_router_logits(subject.hf_model, sample)
+            chosen_SLk = logits_SLE.gather(-1, sample.routed_experts.long()).sort(dim=-1, descending=True).values
+            # Two experts may be closer together than the kernels' difference; either is then as good as the other.
+            torch.testing.assert_close(
+                chosen_SLk,
+                logits_SLE.topk(chosen_SLk.shape[-1], dim=-1).values,
+                rtol=0.0,
+                atol=2 * subject.log_prob_tolerance,
+            )
+    samples = subject.engine.generate(prompts, SamplingParams(max_new_tokens=1))
+    assert all(sample.routed_experts is None for sample in samples)
+
+
 def check_same_seed_gives_the_same_responses(subject: EngineUnderTest) -> None:
     prompts = make_prompts(subject.vocab_size, [6, 3])
     params = [SamplingParams(max_new_tokens=8, samples_per_prompt=4, seed=seed) for seed in (1, 1, 2)]
@@ -248,6 +292,7 @@ CONTRACT: list[Callable[[EngineUnderTest], None]] = [
     check_responses_end_at_max_new_tokens,
     check_topk_log_probs,
     check_topk_is_absent_unless_asked_for,
+    check_routed_experts_are_the_routers_choices,
     check_same_seed_gives_the_same_responses,
     check_every_token_carries_the_weight_version,
     check_new_weights_are_used_after_an_update,

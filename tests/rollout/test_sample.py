@@ -23,8 +23,15 @@ def sample(**changes) -> Sample:
     return Sample(**{**fields, **changes})
 
 
+def experts(token_2_layer_1: tuple[int, int] = (5, 1)) -> torch.Tensor:
+    """[prompt + response - 1, layers, experts per token]"""
+    choices = torch.tensor([3, 0], dtype=torch.int32).repeat(4, 2, 1)
+    choices[2, 1] = torch.tensor(token_2_layer_1)
+    return choices
+
+
 def test_a_good_sample_passes_and_knows_its_parts():
-    good = sample()
+    good = sample(routed_experts=experts())
     good.check()
     assert good.token_ids == [1, 2, 3, 4, 5]
     assert good.oldest_weight_version == 2
@@ -46,6 +53,13 @@ def test_a_log_prob_slightly_above_zero_is_rounding():
         ({"topk_ids": torch.zeros(2, 2)}, r"topk_ids has shape \(2, 2\), expected \[3, K\]"),
         ({"topk_log_probs": torch.zeros(3)}, r"topk_log_probs has shape \(3,\)"),
         ({"topk_log_probs": None}, "must come together"),
+        ({"routed_experts": experts()[:3]}, r"routed_experts has shape \(3, 2, 2\), expected \[4 tokens"),
+        ({"routed_experts": experts().flatten(1)}, r"routed_experts has shape \(4, 4\)"),
+        (
+            {"routed_experts": experts(token_2_layer_1=(0, 0))},
+            r"token 2 in layer 1 is \[0, 0\], not 2 different experts",
+        ),
+        ({"routed_experts": experts(token_2_layer_1=(-1, 3))}, r"token 2 in layer 1 is \[-1, 3\]"),
     ],
 )
 def test_what_training_must_not_see_is_refused_by_name(changes, message):

@@ -40,16 +40,22 @@ class RunningServer:
     model_folder: Path
     log_folder: Path
 
-    def attach(self, **options: object) -> SGLangEngine:
-        model_folder = self.model_folder
+    def attach(self, return_routed_experts: bool = False, **options: object) -> SGLangEngine:
         config = SGLangConfig(**{**vars(self.config), **options})
-        return SGLangEngine(config, model_folder, 250, torch.float32, self.log_folder)
+        return SGLangEngine(
+            config,
+            self.model_folder,
+            250,
+            torch.float32,
+            self.log_folder,
+            return_routed_experts=return_routed_experts,
+        )
 
 
 def server_config(**options: object) -> SGLangConfig:
     """Bounds that end a stuck test within minutes, and seeded sampling."""
     defaults = {"sync_timeout_s": 60.0, "request_timeout_s": 120.0, "generate_timeout_s": 200.0, "deterministic": True}
-    return SGLangConfig(**{"python": SERVER_PYTHON, "startup_timeout_s": 240.0, **defaults, **options})
+    return SGLangConfig(**{"python": SERVER_PYTHON, "startup_timeout_s": 600.0, **defaults, **options})
 
 
 def checkpoint_tensors(hf_model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -74,7 +80,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
             root = tmp_path_factory.mktemp(kind)
             folder = write_tiny_hf_model(kind, root / "model", seed=0)
             config = server_config(tensor_model_parallel_size=tp_size)
-            server = SGLangServer(config, prepare_served_folder(folder, root / "served"), "float32", root, index)
+            served = prepare_served_folder(folder, root / "served")
+            server = SGLangServer(config, served, "float32", root, index, return_routed_experts=kind == "qwen3_moe")
             server.start()
             started.append(server)
             running[kind] = RunningServer(kind, server_config(urls=[server.url]), folder, root)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.engine import SGLangEngine
+from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import first_gpu
 from megatron_dppo.rollout.sglang.wire_format import build_request, check_prompt, parse_response, request_seed
 
@@ -86,6 +90,51 @@ def test_impossible_log_probs_are_refused(log_prob):
     broken = [[log_prob, 11, None], [-1.25, 2, None]]
     with pytest.raises(InvalidSampleError, match=r"train/sum/3: token 0 \(id 11\)"):
         parse_response(_answer(output_token_logprobs=broken), PROMPT, 0, SAMPLING, 4)
+
+
+ROUTING = RoutingShape(layers=2, experts=4, experts_per_token=2)
+# [prompt of 3 + response of 2 - 1, layers, experts per token]
+EXPERTS = torch.tensor([[[0, 1], [3, 2]], [[1, 2], [3, 0]], [[2, 3], [0, 1]], [[3, 0], [1, 2]]], dtype=torch.int32)
+
+
+def _encoded(experts: torch.Tensor) -> str:
+    return base64.b64encode(experts.numpy().tobytes()).decode()
+
+
+def test_expert_choices_are_read_when_they_were_asked_for():
+    assert build_request(PROMPT, SAMPLING, seed=1)["return_routed_experts"] is False
+    sampling = dataclasses.replace(SAMPLING, return_routed_experts=True)
+    assert build_request(PROMPT, sampling, seed=1)["return_routed_experts"] is True
+    sample = parse_response(_answer(routed_experts=_encoded(EXPERTS)), PROMPT, 0, sampling, 4, ROUTING)
+    assert sample.routed_experts.dtype == torch.int32
+    assert torch.equal(sample.routed_experts, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("field", "error", "message"),
+    [
+        (None, RolloutError, "returned no expert choices.*--enable-return-routed-experts"),
+        ("no base64!", RolloutError, "not base64"),
+        (
+            _encoded(EXPERTS[:3]),
+            RolloutError,
+            r"48 bytes of expert choices, expected int32 numbers of shape \(4, 2, 2\)",
+        ),
+        (_encoded(EXPERTS + 4), RolloutError, "chose expert 7 of 4"),
+        (_encoded(EXPERTS * 0), InvalidSampleError, r"token 0 in layer 0 is \[0, 0\], not 2 different experts"),
+    ],
+)
+def test_missing_or_wrong_expert_choices_are_refused(field, error, message):
+    with pytest.raises(error, match=f"train/sum/3: .*{message}"):
+        parse_response(_answer(routed_experts=field), PROMPT, 0, SAMPLING, 4, ROUTING)
+
+
+def test_a_dense_policy_has_no_expert_choices(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(ValueError, match="this policy is dense"):
+        RoutingShape.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="this policy is dense"):
+        SGLangEngine(SGLangConfig(), tmp_path, 250, torch.float32, tmp_path, return_routed_experts=True)
 
 
 @pytest.mark.parametrize("token_ids", [(), (3, 250), (-1,)])

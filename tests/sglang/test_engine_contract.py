@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_tied"])
 def subject(request, servers):
-    engine = servers(request.param).attach()
+    engine = servers(request.param).attach(return_routed_experts=request.param == "qwen3_moe")
     hf_model, tensors = tiny_weights(request.param, seed=0)
 
     def serve(new_hf_model: torch.nn.Module, version: int) -> None:

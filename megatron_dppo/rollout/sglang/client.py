@@ -11,6 +11,7 @@ from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_af
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.transport import TransientServerError, Transport
 from megatron_dppo.rollout.sglang.wire_format import (
     build_request,
@@ -26,10 +27,14 @@ _RETRY_WAIT_S = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
 class RolloutClient:
     """One replica's view of the servers: which are alive, and how much it has asked of each."""
 
-    def __init__(self, transport: Transport, config: SGLangConfig, vocab_size: int) -> None:
+    def __init__(
+        self, transport: Transport, config: SGLangConfig, vocab_size: int, routing: RoutingShape | None = None
+    ) -> None:
+        """``routing``: the shape of the policy's expert choices, if they can be asked for."""
         self._transport = transport
         self._config = config
         self._vocab_size = vocab_size
+        self._routing = routing
         self._in_flight: dict[str, int] = {}
         self._health_checks: dict[str, asyncio.Future[None]] = {}
         self._last_failure = "no server was ever started"
@@ -87,7 +92,8 @@ class RolloutClient:
                 raise RolloutError(
                     f"prompt {prompt.prompt_id} failed {self._config.max_attempts} times; last: {self._last_failure}"
                 ) from error
-        return parse_response(response, prompt, prompt_index, sampling, weight_version)
+        routing = self._routing if sampling.return_routed_experts else None
+        return parse_response(response, prompt, prompt_index, sampling, weight_version, routing)
 
     async def _ask_some_server(self, body: dict[str, Any]) -> dict[str, Any]:
         """One try, on the server that this replica has asked the least of."""

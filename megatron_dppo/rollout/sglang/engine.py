@@ -20,6 +20,7 @@ from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, Sample, Sam
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
+from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.weight_sync import ServerFacts, WeightSync
@@ -48,6 +49,7 @@ class SGLangEngine:
         log_folder: str | Path,
         replica_group: dist.ProcessGroup | None = None,
         is_leader: bool = True,
+        return_routed_experts: bool = False,
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
 
@@ -59,8 +61,11 @@ class SGLangEngine:
             log_folder: where servers write their logs, normally the run folder.
             replica_group: the ranks that share one copy of the policy and its prompts; None: this rank alone.
             is_leader: whether this rank asks the servers on behalf of its replica. One rank per replica does.
+            return_routed_experts: start servers that can return expert choices, for
+                ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
         """
         config.check()
+        self._routing = RoutingShape.from_folder(Path(model_folder)) if return_routed_experts else None
         self._config = config
         self._vocab_size = vocab_size
         self._dtype = getattr(torch, config.dtype) if config.dtype else dtype
@@ -72,7 +77,7 @@ class SGLangEngine:
         self._world = _gloo_group(None, config)
         self._replica = _gloo_group(replica_group, config) if replica_group is not None else None
         self._transport = Transport()
-        self._client = RolloutClient(self._transport, config, vocab_size)
+        self._client = RolloutClient(self._transport, config, vocab_size, self._routing)
         self._servers: list[SGLangServer] = []
         self._sync: WeightSync | None = None
         self._model_folder, self._log_folder = Path(model_folder), Path(log_folder)
@@ -98,6 +103,11 @@ class SGLangEngine:
         if sampling.topk_log_probs > self.max_topk_log_probs:
             raise ValueError(
                 f"SamplingParams.topk_log_probs is {sampling.topk_log_probs}, more than the vocabulary of {self._vocab_size}"
+            )
+        if sampling.return_routed_experts and self._routing is None:
+            raise ValueError(
+                "SamplingParams.return_routed_experts needs SGLangEngine(return_routed_experts=True) and an MoE policy: "
+                "the servers of this engine were not asked to keep expert choices"
             )
         return _run_on_one(
             lambda: self._client.generate(prompts, sampling, self._weight_version), self._is_leader, self._replica
@@ -171,7 +181,10 @@ class SGLangEngine:
         folder = prepare_served_folder(self._model_folder, self._log_folder / "served_model")
         dtype = str(self._dtype).removeprefix("torch.")
         for index in range(self._config.num_servers):
-            self._servers.append(SGLangServer(self._config, folder, dtype, self._log_folder, index))
+            server = SGLangServer(
+                self._config, folder, dtype, self._log_folder, index, return_routed_experts=self._routing is not None
+            )
+            self._servers.append(server)
         for server in self._servers:
             server.start()
         for server in self._servers:

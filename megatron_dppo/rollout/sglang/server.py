@@ -19,6 +19,7 @@ import torch
 
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.routed_experts import SERVER_FLAG
 from megatron_dppo.rollout.sglang.transport import TransientServerError, Transport
 
 _HERE = Path(__file__).parent
@@ -72,13 +73,22 @@ def prepare_served_folder(model_folder: Path, target: Path) -> Path:
 class SGLangServer:
     """A server process that this process owns."""
 
-    def __init__(self, config: SGLangConfig, model_folder: Path, dtype: str, log_folder: Path, index: int) -> None:
+    def __init__(
+        self,
+        config: SGLangConfig,
+        model_folder: Path,
+        dtype: str,
+        log_folder: Path,
+        index: int,
+        return_routed_experts: bool = False,
+    ) -> None:
         self.log_path = log_folder / f"sglang_server_{index}.log"
         self.url = ""
         self._config = config
         self._model_folder = model_folder
         self._dtype = dtype
         self._index = index
+        self._return_routed_experts = return_routed_experts
         self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.close)
 
@@ -118,6 +128,7 @@ class SGLangServer:
             "--skip-server-warmup",
             "--skip-tokenizer-init",
         ]
+        command += [SERVER_FLAG] if self._return_routed_experts else []
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
             command += ["--base-gpu-id", str(first_gpu(config, self._index, torch.cuda.device_count()))]

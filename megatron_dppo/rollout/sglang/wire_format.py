@@ -9,6 +9,7 @@ import torch
 
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import FinishReason, Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sglang.routed_experts import RoutingShape, parse_routed_experts
 
 
 def check_prompt(prompt: Prompt, vocab_size: int) -> None:
@@ -53,17 +54,24 @@ def build_request(prompt: Prompt, sampling: SamplingParams, seed: int) -> dict[s
         },
         "return_logprob": True,
         "top_logprobs_num": sampling.topk_log_probs,
+        "return_routed_experts": sampling.return_routed_experts,
         "return_text_in_logprobs": False,
     }
 
 
 def parse_response(
-    response: dict[str, Any], prompt: Prompt, group_id: int, sampling: SamplingParams, weight_version: int
+    response: dict[str, Any],
+    prompt: Prompt,
+    group_id: int,
+    sampling: SamplingParams,
+    weight_version: int,
+    routing: RoutingShape | None = None,
 ) -> Sample:
     """Turn the answer to ``build_request`` into a checked Sample. Raises RolloutError or InvalidSampleError.
 
     ``weight_version`` is the version that the servers were last synchronised to: an answer drawn, even in part, by
-    other weights means that somebody restarted or updated a server behind the engine's back.
+    other weights means that somebody restarted or updated a server behind the engine's back. ``routing`` is the shape of the
+    expert choices, if they were asked for.
     """
     meta = response["meta_info"]
     entries = meta["output_token_logprobs"]
@@ -79,6 +87,7 @@ def parse_response(
         weight_versions=_parse_weight_versions(meta, prompt, weight_version),
         topk_ids=topk_ids,
         topk_log_probs=topk_log_probs,
+        routed_experts=parse_routed_experts(meta, prompt, len(response_ids), routing) if routing else None,
         group_id=group_id,
     )
     sample.check()

@@ -1,0 +1,73 @@
+"""Expert choices in SGLang's answers: [prompt + T - 1, layers, experts per token] int32, as base64 text.
+
+SGLang keeps a token's choices beside its place in the key-value cache. Tokens whose prefix was found in the cache therefore
+come with the choices that made the cached keys and values, and retracted requests with those of their last computation.
+The numbers are those of the checkpoint's experts, also where the server moves experts between GPUs (EPLB).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.rollout.sample import Prompt
+
+# SGLang ends at start-up for a dense model with this flag, and ignores requests for choices without it.
+SERVER_FLAG = "--enable-return-routed-experts"
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """The facts of a Hugging Face ``config.json`` that decide what a token's choices look like."""
+
+    layers: int
+    experts: int
+    experts_per_token: int
+
+    @classmethod
+    def from_folder(cls, model_folder: Path) -> RoutingShape:
+        """Read ``config.json``. Raises ValueError for a dense model."""
+        config = json.loads((model_folder / "config.json").read_text())
+        experts = config.get("num_experts") or config.get("num_local_experts")
+        if not experts or not config.get("num_experts_per_tok"):
+            raise ValueError(
+                f"{model_folder}: expert choices were asked for (routing replay), but this policy is dense: it has no experts"
+            )
+        return cls(config["num_hidden_layers"], experts, config["num_experts_per_tok"])
+
+
+def parse_routed_experts(
+    meta: dict[str, Any], prompt: Prompt, response_length: int, shape: RoutingShape
+) -> torch.Tensor:
+    """[prompt + T - 1, layers, k] int32. Raises RolloutError if the answer does not hold choices of this shape."""
+    encoded = meta.get("routed_experts")
+    if not encoded:
+        raise RolloutError(
+            f"sample of {prompt.prompt_id}: the server returned no expert choices. A server that was not started by this "
+            f"engine has to be started with {SERVER_FLAG}, and be of a version that has this flag"
+        )
+    try:
+        data = bytearray(base64.b64decode(encoded, validate=True))
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise RolloutError(f"sample of {prompt.prompt_id}: the server's expert choices are not base64 text") from error
+    tokens = len(prompt.token_ids) + response_length - 1
+    expected = (tokens, shape.layers, shape.experts_per_token)
+    if len(data) != 4 * tokens * shape.layers * shape.experts_per_token:
+        raise RolloutError(
+            f"sample of {prompt.prompt_id}: the server returned {len(data)} bytes of expert choices, expected int32 numbers "
+            f"of shape {expected} (tokens of prompt and response, layers, experts per token); is it serving another model?"
+        )
+    experts = torch.frombuffer(data, dtype=torch.int32).view(expected)
+    if int(experts.max()) >= shape.experts:
+        raise RolloutError(
+            f"sample of {prompt.prompt_id}: the server chose expert {int(experts.max())} of {shape.experts}; is it serving "
+            "another model?"
+        )
+    return experts
