@@ -31,7 +31,14 @@ from torch.multiprocessing.spawn import spawn
 from megatron_dppo import vocab_parallel_policy_stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "reduce_scatter_tensor",
+    "broadcast",
+)
 
 
 @dataclass
@@ -184,7 +191,7 @@ def clock(device: torch.device) -> float:
 def counted_collectives() -> Iterator[list[str]]:
     """Names of the collectives that were called through torch.distributed."""
     called: list[str] = []
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+    originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -193,7 +200,7 @@ def counted_collectives() -> Iterator[list[str]]:
 
         return call
 
-    for name in COLLECTIVES:
+    for name in originals:
         setattr(dist, name, counting(name))
     try:
         yield called

@@ -37,7 +37,7 @@ from megatron_dppo.ops.policy_stats import (
     spread_rows,
     take_rows,
 )
-from megatron_dppo.ops.shard_merge import STATE_COLUMNS, gather_shards
+from megatron_dppo.ops.shard_merge import STATE_COLUMNS, all_gather_rows, gather_shards
 from megatron_dppo.ops.torch_backend import compute_dtype
 
 CHUNK_BYTES = 64 * 2**20
@@ -305,7 +305,7 @@ def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _gather_sequence(hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
     """[s/TP, ..., h] -> [s, ..., h]."""
     whole = hidden.new_empty(hidden.shape[0] * plan.world_size, *hidden.shape[1:])
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=plan.shard.group)
+    all_gather_rows(whole, hidden.contiguous(), plan.shard.group)
     return whole
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_dppo import vocab_parallel_policy_stats
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
-from tests.distributed.test_vocab_parallel_loss import counted_collectives
+from tests.distributed.test_vocab_parallel_loss import ALL_GATHER, counted_collectives
 from tests.rank_pool import RankPools
 
 S, B, H, WIDTH, VOCAB = 8, 3, 16, 40, 33  # at TP=4 the last shard of 10 holds 3 true columns
@@ -82,10 +82,10 @@ def _joined(local: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("sequence_parallel", "reduce_hidden_grad", "collectives"),
     [
-        (False, True, (["all_gather_into_tensor"], ["all_reduce"])),
-        (False, False, (["all_gather_into_tensor"], [])),
+        (False, True, ([ALL_GATHER], ["all_reduce"])),
+        (False, False, ([ALL_GATHER], [])),
         # Hidden states first, then the statistics.
-        (True, True, (2 * ["all_gather_into_tensor"], ["reduce_scatter_tensor"])),
+        (True, True, (2 * [ALL_GATHER], ["reduce_scatter_tensor"])),
     ],
 )
 def test_any_number_of_shards_gives_the_same(
