@@ -24,6 +24,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.training.checkpoint_storage import CheckpointError
 from megatron_dppo.training.config import Config
 from megatron_dppo.training.config_loading import load_config
 from megatron_dppo.training.distributed import choose_device, rank, world_size
@@ -31,7 +32,7 @@ from megatron_dppo.training.run import check_run_folder, run_training
 from megatron_dppo.training.run_inputs import RunInputs, read_run_inputs
 
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3  # the rollout engine gave out; a checkpoint was written
+EXIT_STOPPED = 3  # the rollout engine gave out (a checkpoint was written), or a checkpoint cannot be read or written
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +68,7 @@ def main() -> int:
         return 0
     try:
         run_training(config, inputs, device)
-    except RolloutError as error:
+    except (RolloutError, CheckpointError) as error:
         print(f"rank {rank()}: error: {error}", file=sys.stderr)
         return EXIT_STOPPED
     return 0

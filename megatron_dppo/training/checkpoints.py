@@ -1,133 +1,90 @@
-"""Saving and resuming through ``megatron.core.dist_checkpointing`` (torch_dist format).
+"""Checkpoints of a run: finding the last one and resuming from it. Writing them: checkpoint_writer.py.
 
-A checkpoint is written into ``step_N.incomplete`` and renamed to ``step_N`` when every rank is done, so a folder without
-that suffix is whole; what a killed save leaves behind is never loaded and is removed by the next save.
+A checkpoint is a folder ``step_N`` with checkpoint.json, a file of tensors for each rank that wrote and their index
+(``torch.distributed.checkpoint``). It was written under another name and renamed when everything was on disk, so a folder
+of that name is whole. Any layout can load it (checkpoint_pieces.py). The same layout goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.utils import unwrap_model
 
+from megatron_dppo.models.sharding import unwrapped
+from megatron_dppo.training.checkpoint_info import CheckpointInfo, TrainerState, present_layout
+from megatron_dppo.training.checkpoint_pieces import (
+    optimizer_pieces,
+    random_state_pieces,
+    set_random_state,
+    weight_pieces,
+    zero_vocabulary_padding,
+)
+from megatron_dppo.training.checkpoint_storage import read_pieces
+from megatron_dppo.training.optimizer_shards import allocate_optimizer_state
 from megatron_dppo.training.policy import OptimizerState, TrainablePolicy
 
 _COMPLETE = re.compile(r"step_(\d{8})")
-_INCOMPLETE_SUFFIX = ".incomplete"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read; the message names the folder and the remedy."""
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The complete checkpoint of a step."""
+    return folder / f"step_{step:08d}"
 
 
-@dataclass
-class TrainerState:
-    """Where the loop stands.
-
-    Attributes:
-        step: completed training steps.
-        weight_version: of the weights that the rollout engine was given last.
-        prompts_drawn: position in the stream of training prompts.
-    """
-
-    step: int = 0
-    weight_version: int = 0
-    prompts_drawn: int = 0
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(
+        (path for path in folder.glob("step_*") if _COMPLETE.fullmatch(path.name)), key=lambda path: path.name
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    complete = [path for path in folder.glob("step_*") if _COMPLETE.fullmatch(path.name)]
-    return max(complete, key=lambda path: path.name, default=None)
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
 
 
-def save_checkpoint(
-    folder: Path, policy: TrainablePolicy, optimizer_state: OptimizerState, state: TrainerState, keep: int
-) -> Path:
-    """Write a checkpoint of ``state.step`` and delete all but the newest ``keep``. Collective over all ranks."""
-    final = folder / f"step_{state.step:08d}"
-    partial = final.with_name(final.name + _INCOMPLETE_SUFFIX)
-    if dist.get_rank() == 0:
-        for leftover in folder.glob(f"*{_INCOMPLETE_SUFFIX}"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(
-        {
-            **_sharded_state(policy, optimizer_state, is_loading=False),
-            "scheduler": optimizer_state.scheduler.state_dict(),
-            "trainer": asdict(state),
-        },
-        str(partial),
-    )
-    torch.save(_rng_state(), partial / f"rng_rank_{dist.get_rank():05d}.pt")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        complete = sorted(path for path in folder.glob("step_*") if _COMPLETE.fullmatch(path.name))
-        for old in complete[: max(len(complete) - keep, 0)]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
+@torch.no_grad()
 def load_checkpoint(path: Path, policy: TrainablePolicy, optimizer_state: OptimizerState) -> TrainerState:
-    """Restore everything that ``save_checkpoint`` wrote. Collective over all ranks.
+    """Restore everything that a checkpoint holds. Collective over all ranks.
 
-    Random state is restored when the number of ranks is the one that saved; on another layout it starts from the seed.
+    ``optimizer_state`` is fresh. Its hyperparameters and schedule stay those of the present configuration; the position
+    in the schedule is restored. Random states are restored on the layout that saved, and left as the seed set them on
+    any other: nothing that a run draws depends on them (responses are sampled from seed and step, initial weights from
+    the seed).
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or cannot be read.
     """
-    try:
-        loaded = dist_checkpointing.load(_sharded_state(policy, optimizer_state, is_loading=True), str(path))
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: the checkpoint does not load into this policy ({type(error).__name__}: {error}); resume with the"
-            " model and optimizer settings of its config.yaml, or set run.name to start a new run"
-        ) from error
-    for index, chunk in enumerate(policy.chunks):
-        unwrap_model(chunk).load_state_dict(loaded[_model_key(index)])
-    with torch.no_grad():
-        optimizer_state.optimizer.load_state_dict(loaded["optimizer"])
-    optimizer_state.scheduler.load_state_dict(loaded["scheduler"])
-    if len(list(path.glob("rng_rank_*.pt"))) == dist.get_world_size():
-        _restore_rng(torch.load(path / f"rng_rank_{dist.get_rank():05d}.pt", weights_only=False))
-    return TrainerState(**loaded["trainer"])
+    info = CheckpointInfo.read(path)
+    info.check_model(path, policy.hf_config, policy.dtype)
+    pieces = list(weight_pieces(policy.chunks, policy.hf_config))
+    if info.optimizer_steps:
+        allocate_optimizer_state(optimizer_state.optimizer, info.optimizer_steps)
+        pieces += optimizer_pieces(policy, optimizer_state.optimizer)
+    same_layout = info.layout == present_layout(policy)
+    random_state = list(random_state_pieces()) if same_layout else []
+    zero_vocabulary_padding(policy.chunks, policy.hf_config)
+    read_pieces([*pieces, *random_state], path)
+    if not info.optimizer_steps:
+        optimizer_state.optimizer.reload_model_params()  # the fp32 copies of 16-bit weights
+    optimizer_state.scheduler.step(increment=info.optimizer_steps - optimizer_state.scheduler.num_steps)
+    if same_layout:
+        set_random_state(random_state)
+    return info.trainer
 
 
-def _model_key(index: int) -> str:
-    return f"model{index}"
+@torch.no_grad()
+def load_weights(path: Path, model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill a policy with the weights of a checkpoint, converted to the policy's dtype. Collective over all ranks.
 
-
-def _sharded_state(policy: TrainablePolicy, optimizer_state: OptimizerState, is_loading: bool) -> dict[str, Any]:
-    metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    state: dict[str, Any] = {
-        _model_key(index): unwrap_model(chunk).sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(policy.chunks)
-    }
-    models = state[_model_key(0)] if len(policy.chunks) == 1 else state.copy()
-    state["optimizer"] = optimizer_state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
-    return state
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    Raises:
+        CheckpointError: the checkpoint is of another model or cannot be read.
+    """
+    hf_config = unwrapped(model_chunks)[0].hf_config
+    CheckpointInfo.read(path).check_model(path, hf_config)
+    zero_vocabulary_padding(model_chunks, hf_config)
+    read_pieces(list(weight_pieces(model_chunks, hf_config)), path)

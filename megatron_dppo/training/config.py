@@ -54,6 +54,9 @@ class AlgorithmConfig:
     # What the ratio and the divergence are measured against. "recomputed" (the policy's own log-probs before the first
     # update) is the ablation that the paper shows to collapse; it also costs one more forward pass.
     anchor: str = "rollout"  # rollout | recomputed
+    # MoE policies: route every token in training as the engine routed it, so that a router that rounds differently does not
+    # show up as a policy that has moved.
+    routing_replay: bool = False
 
     @property
     def needs_topk(self) -> bool:
@@ -100,7 +103,17 @@ class TrainConfig:
 
     steps: int = 100  # rollout batches
     updates_per_rollout: int = 2  # optimizer steps per rollout batch; from the second on the data are off-policy
-    micro_batch_size: int = 8  # sequences per forward pass and replica
+    # padded: sequences of similar length, padded to the longest of each micro-batch | packed: sequences end to end, no
+    # padding, as many as fit a token budget. Same numbers; packed wastes nothing where lengths differ widely.
+    batching: str = "padded"
+    micro_batch_size: int = 8  # padded: sequences per forward pass and replica
+    tokens_per_micro_batch: int = 8192  # packed: most tokens per forward pass and replica
+    # Compute log-probs straight from hidden states, a few rows of logits at a time: the logits of a micro-batch, often its
+    # largest tensor, never exist as a whole. Costs a second pass over the output matrix. Not with exact_* divergences.
+    fused_linear: bool = False
+    kernel_backend: str = (
+        "auto"  # auto | cuda | cpu | torch: which kernels reduce the vocabulary; a named one is demanded
+    )
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
 
 
@@ -140,6 +153,7 @@ class CheckpointConfig:
     every: int = 50  # training steps; 0: only at the end
     keep: int = 2  # older complete checkpoints are deleted
     export_hf: bool = True  # write the final policy as a Hugging Face folder
+    async_save: bool = False  # go on training while a checkpoint is written
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
-from megatron_dppo.models.hf_config import check_policy_fits
+from megatron_dppo.models.hf_config import check_policy_fits, is_moe
+from megatron_dppo.ops.backends import BACKENDS, backend_report
 from megatron_dppo.training.config import Config, ConfigError, OptimizerSection
 
 
@@ -20,6 +21,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     _check_sampling(config, hf_config)
     _check_algorithm(config, hf_config)
     _check_batch_sizes(config, world_size // config.parallel.replica_size)
+    _check_kernels(config)
     _check_optimizer("train.optimizer", config.train.optimizer)
     _check_optimizer("warm_start.optimizer", config.warm_start.optimizer)
 
@@ -33,6 +35,8 @@ def _check_choices(config: Config) -> None:
         ("algorithm.advantage", config.algorithm.advantage, ADVANTAGE_KINDS),
         ("algorithm.anchor", config.algorithm.anchor, ("rollout", "recomputed")),
         ("rollout.engine", config.rollout.engine, ("embedded", "sglang")),
+        ("train.batching", config.train.batching, ("padded", "packed")),
+        ("train.kernel_backend", config.train.kernel_backend, BACKENDS),
     ):
         if value not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
@@ -80,6 +84,15 @@ def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
             f"algorithm.loss.divergence={algorithm.loss.divergence} recomputes the rollout policy's logits beside the"
             " policy's own, which pipeline stages cannot: set parallel.pipeline_model_parallel_size=1 or use topk_*"
         )
+    if exact and config.train.fused_linear:
+        raise ConfigError(
+            f"algorithm.loss.divergence={algorithm.loss.divergence} compares whole distributions and needs logits, which"
+            " train.fused_linear never makes: set one of them otherwise"
+        )
+    if algorithm.routing_replay and not is_moe(hf_config):
+        raise ConfigError(
+            f"algorithm.routing_replay=true, but a {hf_config.model_type} model routes no tokens: set it to false"
+        )
     if algorithm.loss.kl_coef and config.warm_start.steps:
         raise ConfigError(
             "algorithm.loss.kl_coef with warm_start.steps: the reference policy would be the warm-started one, which a"
@@ -106,6 +119,7 @@ def _check_batch_sizes(config: Config, replicas: int) -> None:
         ("train.steps", train.steps),
         ("train.updates_per_rollout", train.updates_per_rollout),
         ("train.micro_batch_size", train.micro_batch_size),
+        ("train.tokens_per_micro_batch", train.tokens_per_micro_batch),
         ("warm_start.batch_size", config.warm_start.batch_size),
         ("eval.samples_per_prompt", config.eval.samples_per_prompt),
         ("checkpoint.keep", config.checkpoint.keep),
@@ -139,17 +153,47 @@ def _check_batch_sizes(config: Config, replicas: int) -> None:
             f"train.updates_per_rollout={train.updates_per_rollout} does not divide the"
             f" {rollout.prompts_per_step // replicas} x {rollout.samples_per_prompt} samples of each replica"
         )
-    pipeline = config.parallel.pipeline_model_parallel_size
-    if pipeline > 1:
-        for key, sequences in (
-            ("the samples of one update", per_update),
-            ("warm_start.batch_size per replica", config.warm_start.batch_size // replicas),
-        ):
-            if sequences % train.micro_batch_size:
-                raise ConfigError(
-                    f"train.micro_batch_size={train.micro_batch_size} does not divide {key} ({sequences}), as it must with"
-                    " pipeline parallelism"
-                )
+    if train.batching == "packed":
+        _check_token_budget(config)
+    elif config.parallel.pipeline_model_parallel_size > 1:
+        _check_pipeline_micro_batches(config, "the samples of one update", per_update)
+        if config.warm_start.steps:
+            _check_pipeline_micro_batches(
+                config, "warm_start.batch_size per replica", config.warm_start.batch_size // replicas
+            )
+
+
+def _check_token_budget(config: Config) -> None:
+    budget, rollout = config.train.tokens_per_micro_batch, config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if budget < longest:
+        raise ConfigError(
+            f"train.tokens_per_micro_batch={budget} is less than one sequence can have, rollout.max_prompt_tokens +"
+            f" rollout.max_response_tokens = {longest}: raise it to at least that"
+        )
+
+
+def _check_pipeline_micro_batches(config: Config, name: str, sequences: int) -> None:
+    """Pipeline stages exchange tensors of one shape, and interleaved ones take micro-batches in rounds of PP."""
+    size, parallel = config.train.micro_batch_size, config.parallel
+    if sequences % size:
+        raise ConfigError(
+            f"train.micro_batch_size={size} does not divide {name} ({sequences}), as it must with pipeline parallelism"
+            " (train.batching=packed has no such condition)"
+        )
+    if parallel.chunks_per_stage > 1 and sequences // size % parallel.pipeline_model_parallel_size:
+        raise ConfigError(
+            f"{name} are {sequences // size} micro-batches of train.micro_batch_size={size}: with"
+            f" parallel.virtual_pipeline_model_parallel_size they must be a multiple of the"
+            f" {parallel.pipeline_model_parallel_size} pipeline stages (train.batching=packed has no such condition)"
+        )
+
+
+def _check_kernels(config: Config) -> None:
+    backend = config.train.kernel_backend
+    state = backend_report().get(backend, "available")  # auto is always there
+    if state != "available":
+        raise ConfigError(f"train.kernel_backend={backend} cannot be used here: {state}; auto takes what there is")
 
 
 def _check_optimizer(key: str, section: OptimizerSection) -> None:

@@ -19,6 +19,7 @@ class LossMetrics:
         self._sums: dict[str, torch.Tensor] = {}
         self._extrema: dict[str, torch.Tensor] = {}
         self._histogram: torch.Tensor | None = None
+        self._backends: set[str] = set()
 
     def add(self, output: LossOutput) -> None:
         """Take in one micro-batch."""
@@ -31,9 +32,13 @@ class LossMetrics:
             self._extrema[name] = torch.maximum(self._extrema[name], value) if name in self._extrema else value
         histogram = output.divergence_histogram
         self._histogram = histogram if self._histogram is None else self._histogram + histogram
+        self._backends.add(output.backend)
 
-    def reduce(self) -> dict[str, float]:
-        """The metrics over all data- and context-parallel ranks, on every rank. Collective."""
+    def reduce(self) -> dict[str, float | str]:
+        """The metrics over all data- and context-parallel ranks, on every rank. Collective.
+
+        ``backend`` names the kernels that computed them, on the ranks of this replica's last stage.
+        """
         box: list[Any] = [self._reduce_over_replicas() if parallel_state.is_pipeline_last_stage() else None]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.broadcast_object_list(
@@ -43,7 +48,7 @@ class LossMetrics:
             )
         return dict(box[0])
 
-    def _reduce_over_replicas(self) -> dict[str, float]:
+    def _reduce_over_replicas(self) -> dict[str, float | str]:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         sums = torch.stack(list(self._sums.values()))
         extrema = torch.stack(list(self._extrema.values()))
@@ -52,8 +57,9 @@ class LossMetrics:
         dist.all_reduce(sums, group=group)
         dist.all_reduce(extrema, op=dist.ReduceOp.MAX, group=group)
         dist.all_reduce(histogram, group=group)
-        return finalize_metrics(
+        final = finalize_metrics(
             {name: (pair[0], pair[1]) for name, pair in zip(self._sums, sums, strict=True)},
             dict(zip(self._extrema, extrema, strict=True)),
             histogram,
         )
+        return {**final, "backend": "+".join(sorted(self._backends))}

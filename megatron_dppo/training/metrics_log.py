@@ -38,6 +38,7 @@ class MetricsLog:
         self._writer: SummaryWriter | None = None
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
+        self._texts: dict[str, str] = {}
 
     def start(self, step: int) -> None:
         """Begin after ``step`` completed steps; what was logged of later ones is dropped, a resumed run repeats it."""
@@ -64,15 +65,13 @@ class MetricsLog:
         if self._writes:
             self._console.print(message)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a step's metrics to every sink; step 0 is the state before training."""
+    def record(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Write a step's metrics, numbers and texts, to every sink; step 0 is the state before training."""
         if not self._writes:
             return
         self._folder.append(self._folder.metrics_path, {"step": step, **_json_safe(metrics)})
         if self._writer is not None:
-            for name, value in metrics.items():
-                if math.isfinite(value):
-                    self._writer.add_scalar(name, value, step)
+            self._write_to_tensorboard(self._writer, step, metrics)
         headline = "  ".join(
             f"{label} {form.format(metrics[name])}" for label, name, form in _HEADLINE if name in metrics
         )
@@ -80,6 +79,15 @@ class MetricsLog:
             self._progress.update(self._bar, completed=step, headline=headline)
         else:
             self.say(f"step {step}/{self._total_steps}  {headline}")
+
+    def _write_to_tensorboard(self, writer: SummaryWriter, step: int, metrics: Mapping[str, float | str]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, str):
+                if self._texts.get(name) != value:  # a text has no curve: only its changes are worth an entry
+                    writer.add_text(name, value, step)
+                self._texts[name] = value
+            elif math.isfinite(value):
+                writer.add_scalar(name, value, step)
 
     def samples(self, step: int, rollouts: ScoredRollouts, count: int) -> None:
         """Write some of a step's responses, spread over the batch, to ``samples.jsonl``."""
@@ -110,6 +118,6 @@ class MetricsLog:
             self._writer.close()
 
 
-def _json_safe(metrics: Mapping[str, float]) -> dict[str, Any]:
+def _json_safe(metrics: Mapping[str, float | str]) -> dict[str, Any]:
     """NaN and infinity are not JSON: write null, so that any reader can parse the file."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {n: value if isinstance(value, str) or math.isfinite(value) else None for n, value in metrics.items()}

@@ -34,14 +34,18 @@ class TrainablePolicy:
     """Model chunks of this rank (one per local pipeline stage), ready for Megatron's forward-backward schedules.
 
     Attributes:
-        chunks: DistributedDataParallel-wrapped chunks; main gradients are fp32 and summed over data-parallel ranks.
+        chunks: DistributedDataParallel-wrapped chunks; main gradients are fp32 and summed over data-parallel ranks (with
+            the distributed optimizer each rank has the sum of its part only).
         hf_config: the configuration the policy was built from; its vocab_size is the true one.
         dtype: of parameters and activations.
+        uses_distributed_optimizer: gradients are reduce-scattered, and the optimizer's state is sharded over the
+            data-parallel ranks.
     """
 
     chunks: list[DistributedDataParallel]
     hf_config: PretrainedConfig
     dtype: torch.dtype
+    uses_distributed_optimizer: bool = False
 
     @property
     def transformer_config(self) -> Any:
@@ -55,11 +59,16 @@ class TrainablePolicy:
 
 
 def wrap_for_training(
-    model_chunks: Sequence[torch.nn.Module], hf_config: PretrainedConfig, dtype: torch.dtype
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    use_distributed_optimizer: bool = False,
 ) -> TrainablePolicy:
     """Wrap built chunks for mixed precision (bf16 parameters, fp32 gradients) and data parallelism."""
     config: Any = model_chunks[0].config
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+    )
     chunks = [
         DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if dtype is torch.bfloat16 else chunk)
         for chunk in model_chunks
@@ -67,7 +76,7 @@ def wrap_for_training(
     for chunk in chunks:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
-    return TrainablePolicy(chunks, hf_config, dtype)
+    return TrainablePolicy(chunks, hf_config, dtype, use_distributed_optimizer)
 
 
 def build_optimizer(policy: TrainablePolicy, section: OptimizerSection, total_steps: int) -> OptimizerState:
@@ -85,7 +94,7 @@ def build_optimizer(policy: TrainablePolicy, section: OptimizerSection, total_st
             clip_grad=section.clip_grad,
             bf16=bf16,
             params_dtype=policy.dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=policy.uses_distributed_optimizer,
         ),
         policy.chunks,
     )

@@ -19,6 +19,7 @@ from megatron_dppo.ops.backends import backend_report
 from megatron_dppo.rollout.embedded import EmbeddedEngine
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
+from megatron_dppo.training.checkpoint_writer import CheckpointWriter
 from megatron_dppo.training.config import Config, ConfigError
 from megatron_dppo.training.distributed import joined_ranks
 from megatron_dppo.training.metrics_log import MetricsLog
@@ -62,7 +63,9 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
             Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
         )
         phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group(), is_replica_leader())
-        Trainer(config, inputs, folder, policy, phase, log).train()
+        section = config.checkpoint
+        writer = stack.enter_context(CheckpointWriter(folder.checkpoints, section.keep, section.async_save))
+        Trainer(config, inputs, folder, policy, phase, writer, log).train()
         log.say(summary(folder))
 
 
@@ -77,7 +80,7 @@ def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.devi
         initialize_randomly(chunks, config.run.seed)
     else:
         load_hf_weights(chunks, Path(config.model.path))
-    return wrap_for_training(chunks, inputs.hf_config, dtype)
+    return wrap_for_training(chunks, inputs.hf_config, dtype, config.parallel.use_distributed_optimizer)
 
 
 def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> EmbeddedEngine | SGLangEngine:
@@ -92,6 +95,7 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
         folder.logs,
         replica_group(),
         is_replica_leader(),
+        return_routed_experts=config.algorithm.routing_replay,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dppo.training.batch import PADDING, MicroBatch
 from megatron_dppo.training.rollout_phase import ScoredRollouts
 
 
@@ -55,8 +56,39 @@ def rollout_metrics(rollouts: ScoredRollouts, weight_version: int, device: torch
     }
 
 
-def phase_metrics(rollouts: ScoredRollouts, seconds: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Seconds of each phase, tokens per second over all replicas, peak memory of this rank. Collective."""
+class BatchMetrics:
+    """Counts what the micro-batches of a training step hold and what they cost to compute."""
+
+    def __init__(self) -> None:
+        self._micro_batches = 0
+        self._computed = 0
+        self._padding = 0
+
+    def add(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Take in the micro-batches of an optimizer step."""
+        self._micro_batches += len(micro_batches)
+        self._computed += sum(batch.tokens.numel() for batch in micro_batches)
+        self._padding += sum(int((batch.sequence_ids == PADDING).sum()) for batch in micro_batches)
+
+    def reduce(self, device: torch.device) -> dict[str, float]:
+        """Over all data- and context-parallel ranks. Collective."""
+        totals = torch.tensor([self._computed, self._padding], dtype=torch.float64, device=device)
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        computed, padding = totals.tolist()
+        return {
+            "batch/micro_batches": float(self._micro_batches),
+            "batch/computed_tokens": computed,
+            "batch/padding_share": padding / computed,
+        }
+
+
+def phase_metrics(
+    rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float], device: torch.device
+) -> dict[str, float]:
+    """Seconds of each phase, tokens per second over all replicas, peak memory of this rank. Collective.
+
+    ``computed_tokens`` are those of the update's forward-backward passes, padding included.
+    """
     generated = float(sum(len(sample.response_ids) for sample in rollouts.samples))
     trained = float(sum(len(sample.token_ids) for sample in rollouts.samples))
     generated, trained = sum_over_replicas([generated, trained], device)
@@ -67,6 +99,7 @@ def phase_metrics(rollouts: ScoredRollouts, seconds: Mapping[str, float], device
         "throughput/tokens_per_s": trained / step_seconds,
         "throughput/rollout_tokens_per_s": generated / seconds["rollout"],
         "throughput/update_tokens_per_s": trained / seconds["update"],
+        "throughput/update_computed_tokens_per_s": computed_tokens / seconds["update"],
         "memory/peak_bytes": float(peak_memory_bytes(device)),
     }
 

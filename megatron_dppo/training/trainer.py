@@ -18,7 +18,9 @@ from megatron_dppo.models.hf_weights import export_hf_weights, save_hf_checkpoin
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.training.batch import TrainingExample, example_from_sample
-from megatron_dppo.training.checkpoints import TrainerState, last_checkpoint, load_checkpoint, save_checkpoint
+from megatron_dppo.training.checkpoint_info import TrainerState
+from megatron_dppo.training.checkpoint_writer import CheckpointWriter
+from megatron_dppo.training.checkpoints import last_checkpoint, load_checkpoint
 from megatron_dppo.training.config import Config
 from megatron_dppo.training.dppo_update import DPPOUpdate
 from megatron_dppo.training.evaluation import evaluate
@@ -41,6 +43,7 @@ class Trainer:
         folder: RunFolder,
         policy: TrainablePolicy,
         rollout_phase: RolloutPhase,
+        checkpoint_writer: CheckpointWriter,
         log: MetricsLog,
     ) -> None:
         self.config = config
@@ -48,6 +51,7 @@ class Trainer:
         self.folder = folder
         self.policy = policy
         self.rollout_phase = rollout_phase
+        self.checkpoint_writer = checkpoint_writer
         self.log = log
         self.state = TrainerState()
         self.device = next(policy.chunks[0].parameters()).device
@@ -60,8 +64,10 @@ class Trainer:
             self.run_steps()
         except RolloutError:
             saved = self.save_checkpoint()
+            self.checkpoint_writer.finish()
             self.log.say(f"no more rollouts; step {self.state.step} is saved in {saved}, from where the run can resume")
             raise
+        self.checkpoint_writer.finish()
         self.export_policy()
 
     def run_steps(self) -> None:
@@ -72,13 +78,16 @@ class Trainer:
             with self.timed("update"):
                 update_metrics = self.update.run(self.learnable_examples(rollouts))
             self.state.step += 1
-            with self.timed("sync"):
-                self.sync_weights()
-            metrics = {**self.step_metrics(rollouts), **update_metrics}
-            if self.is_due(self.config.eval.every):
-                metrics.update(self.evaluate())
-            self.log.record(self.state.step, metrics)
-            self.log.samples(self.state.step, rollouts, self.config.logging.samples_per_step)
+            evaluation: dict[str, float] = {}
+            try:
+                with self.timed("sync"):
+                    self.sync_weights()
+                if self.is_due(self.config.eval.every):
+                    evaluation = self.evaluate()
+            except RolloutError:
+                self.record_step(rollouts, update_metrics)  # it is done, and will be in the checkpoint
+                raise
+            self.record_step(rollouts, {**update_metrics, **evaluation})
             if self.is_due(self.config.checkpoint.every):
                 self.save_checkpoint()
 
@@ -95,7 +104,7 @@ class Trainer:
             self.log.say(f"resuming from {checkpoint}")
         self.log.start(self.state.step)
         self.sync_weights()
-        if checkpoint is None:
+        if self.state.step == 0:
             self.log.record(0, self.evaluate())
 
     def generate_and_score(self) -> ScoredRollouts:
@@ -113,6 +122,7 @@ class Trainer:
             samples_per_prompt=rollout.samples_per_prompt,
             stop_token_ids=self.inputs.stop_token_ids,
             topk_log_probs=self.config.algorithm.topk if self.config.algorithm.needs_topk else 0,
+            return_routed_experts=self.config.algorithm.routing_replay,
             seed=self.config.run.seed * 1_000_003 + self.state.step,
         )
         rollouts = self.rollout_phase.collect(prompts, sampling)
@@ -151,10 +161,8 @@ class Trainer:
         return self.state.step == self.config.train.steps or (every > 0 and self.state.step % every == 0)
 
     def save_checkpoint(self) -> Path:
-        """Write a complete checkpoint into the run folder."""
-        return save_checkpoint(
-            self.folder.checkpoints, self.policy, self.optimizer_state, self.state, self.config.checkpoint.keep
-        )
+        """Write a checkpoint, or begin to (``checkpoint.async_save``); returns the folder that it is, or will be, in."""
+        return self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
 
     def export_policy(self) -> None:
         """Write the trained policy as a Hugging Face folder."""
@@ -163,14 +171,18 @@ class Trainer:
                 self.policy.chunks, self.policy.hf_config, self.folder.exported_policy, self.inputs.tokenizer_folder
             )
 
-    def step_metrics(self, rollouts: ScoredRollouts) -> dict[str, float]:
-        """Everything there is to report of a step beside the loss. Collective."""
+    def record_step(self, rollouts: ScoredRollouts, other_metrics: dict[str, float | str]) -> None:
+        """Log everything there is to report of the step that was just done. Collective."""
         seconds, self._seconds = self._seconds, {}
-        # sync_weights has moved on by one since these samples were drawn
-        return {
+        computed_tokens = float(other_metrics["batch/computed_tokens"])
+        metrics = {
+            # sync_weights has moved on by one since these samples were drawn
             **rollout_metrics(rollouts, self.state.weight_version - 1, self.device),
-            **phase_metrics(rollouts, seconds, self.device),
+            **phase_metrics(rollouts, computed_tokens, seconds, self.device),
+            **other_metrics,
         }
+        self.log.record(self.state.step, metrics)
+        self.log.samples(self.state.step, rollouts, self.config.logging.samples_per_step)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,13 +1,17 @@
 """One optimizer step: forward and backward over the micro-batches, gradient reduction, clipping, Adam, schedule.
 
 The loss is a sum over tokens; Megatron divides the summed gradients by the denominator (``num_tokens`` of the loss
-function) summed over micro-batches and data-parallel ranks, so the split of a batch does not change the update.
+function) summed over micro-batches, data- and context-parallel ranks, so the split of a batch does not change the update.
+
+The model runs without its output layer: the last stage's chunk gives hidden states, and the loss applies the layer to those
+of response tokens only (models/policy_head.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +19,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
+from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.training.batch import MicroBatch
 from megatron_dppo.training.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy import OptimizerState, TrainablePolicy
 
-# (output_tensor) -> (loss sum, denominator, {name: [numerator, denominator]}), Megatron's contract
+# (hidden states) -> (loss sum, denominator, {name: [numerator, denominator]}), Megatron's contract
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+# (micro-batch, [n, V/TP] logits of its response tokens under the rollout weights, or None) -> its loss function
+MakeLoss = Callable[[MicroBatch, torch.Tensor | None], LossFunction]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -44,17 +52,19 @@ def optimizer_step(
     policy: TrainablePolicy,
     optimizer_state: OptimizerState,
     micro_batches: Sequence[MicroBatch],
-    make_loss: Callable[[MicroBatch], LossFunction],
+    make_loss: MakeLoss,
     rollout_weights: FrozenWeights | None = None,
+    replay: RoutingReplay | None = None,
 ) -> StepOutcome:
     """Update the policy once from this replica's micro-batches (the same number on every replica).
 
     Args:
         policy: the policy to update.
         optimizer_state: its optimizer and schedule.
-        micro_batches: see batch.py; moved to the policy's device one by one.
-        make_loss: the loss function of a micro-batch.
+        micro_batches: see micro_batching.py; moved to the policy's device one by one.
+        make_loss: the loss function of a micro-batch, called on the last pipeline stage's output.
         rollout_weights: given for an exact divergence: the rollout policy's logits are recomputed with them.
+        replay: given to route tokens as the micro-batches say.
     """
     for chunk in policy.chunks:
         chunk.train()
@@ -62,13 +72,14 @@ def optimizer_step(
     optimizer_state.optimizer.zero_grad()
     device = next(policy.chunks[0].parameters()).device
 
-    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         batch = next(batches).to(device)
-        if rollout_weights is not None:
+        rollout_logits = None
+        if rollout_weights is not None:  # no pipeline then: every chunk is the whole model
             with rollout_weights.in_place():
-                rollout_logits = model(batch.tokens, batch.position_ids, None)
-            batch = replace(batch, rollout_logits=rollout_logits)
-        return model(batch.tokens, batch.position_ids, None), make_loss(batch)
+                head = PolicyHead(chunk)
+                rollout_logits = head.logits(head.response_hidden(_forward(chunk, batch, replay), batch.loss_mask))
+        return _forward(chunk, batch, replay), make_loss(batch, rollout_logits)
 
     _run_schedule(policy, micro_batches, forward_step, forward_only=False)
     _refuse_non_finite_gradients(policy)
@@ -76,6 +87,20 @@ def optimizer_step(
     _, grad_norm, _ = optimizer_state.optimizer.step()
     optimizer_state.scheduler.step(increment=1)
     return StepOutcome(grad_norm=float(grad_norm), lr=lr)
+
+
+def _forward(chunk: torch.nn.Module, batch: MicroBatch, replay: RoutingReplay | None) -> torch.Tensor:
+    """What a chunk passes on; of the last one, hidden states [B, S, h] ([B, S/TP, h] with sequence parallelism)."""
+    with ExitStack() as stack:
+        stack.enter_context(hidden_states_only(chunk))
+        if replay is not None:
+            if batch.routed_experts is None:
+                raise ValueError(
+                    "algorithm.routing_replay: the samples do not say which experts their tokens were routed to"
+                )
+            stack.enter_context(replay.forward_pass(chunk, batch.routed_experts))
+        output: torch.Tensor = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+    return output
 
 
 def _refuse_non_finite_gradients(policy: TrainablePolicy) -> None:
@@ -95,47 +120,54 @@ def forward_only(
     policy: TrainablePolicy,
     micro_batches: Sequence[MicroBatch],
     consume: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+    replay: RoutingReplay | None = None,
 ) -> list[torch.Tensor]:
     """Run the policy without gradients.
 
     Args:
         policy: the policy.
-        micro_batches: see batch.py.
-        consume: (micro-batch, logits [B, S, V/TP]) -> what to keep, called on the last pipeline stage.
+        micro_batches: see micro_batching.py.
+        consume: (micro-batch, hidden states) -> [n] a value for each response token on this context-parallel rank, called
+            on the last pipeline stage.
+        replay: given to route tokens as the micro-batches say.
 
     Returns:
-        What ``consume`` returned for each micro-batch, on every pipeline stage.
+        For each micro-batch, [rows, length] of its layout: the values where the tokens are predicted, 0 elsewhere. On the
+        CPU, and on every rank of the replica.
     """
     device = next(policy.chunks[0].parameters()).device
     training = [chunk.training for chunk in policy.chunks]
     for chunk in policy.chunks:
         chunk.eval()
 
-    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches).to(device)
 
-        def keep(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return consume(batch, logits)
+        def keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return batch.uncut(consume(batch, hidden))
 
-        return model(batch.tokens, batch.position_ids, None), keep
+        return _forward(chunk, batch, replay), keep
 
     kept = _run_schedule(policy, micro_batches, forward_step, forward_only=True)
     for chunk, was_training in zip(policy.chunks, training, strict=True):
         chunk.train(was_training)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        for values in kept:
+            dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
     return _from_last_stage(kept)
 
 
 def _run_schedule(
     policy: TrainablePolicy, micro_batches: Sequence[MicroBatch], forward_step: Any, forward_only: bool
 ) -> list[Any]:
-    size, length = micro_batches[0].shape
+    layout = micro_batches[0].layout  # a pipeline's micro-batches all have this shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(micro_batches),
         model=policy.chunks if len(policy.chunks) > 1 else policy.chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=length,
-        micro_batch_size=size,
+        seq_length=layout.length,
+        micro_batch_size=layout.rows,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
@@ -143,9 +175,10 @@ def _run_schedule(
 
 def _from_last_stage(kept: list[torch.Tensor]) -> list[torch.Tensor]:
     """Hand the last pipeline stage's results to all stages."""
+    kept = [values.cpu() for values in kept]
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return kept
-    box: list[Any] = [[tensor.cpu() for tensor in kept]]
+    box: list[Any] = [kept]
     dist.broadcast_object_list(
         box,
         src=parallel_state.get_pipeline_model_parallel_last_rank(),

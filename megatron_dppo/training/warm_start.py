@@ -11,12 +11,13 @@ import time
 import torch
 from megatron.core import parallel_state
 
-from megatron_dppo.ops.policy_stats import vocab_parallel_policy_stats
 from megatron_dppo.tasks.task import TaskError
-from megatron_dppo.training.batch import MicroBatch, TrainingExample, make_micro_batches
-from megatron_dppo.training.config import Config
+from megatron_dppo.training.batch import MicroBatch, TrainingExample
+from megatron_dppo.training.config import Config, TrainConfig
 from megatron_dppo.training.metrics_log import MetricsLog
+from megatron_dppo.training.micro_batching import MicroBatcher
 from megatron_dppo.training.policy import TrainablePolicy, build_optimizer
+from megatron_dppo.training.response_log_probs import response_log_probs
 from megatron_dppo.training.run_inputs import RunInputs
 from megatron_dppo.training.update import LossFunction, optimizer_step
 
@@ -27,14 +28,12 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
     """Run ``warm_start.steps`` supervised steps with an optimizer of their own. Collective over all ranks."""
     section, start = config.warm_start, time.perf_counter()
     optimizer_state = build_optimizer(policy, section.optimizer, section.steps)
+    batcher = MicroBatcher(config.train, config.parallel, next(policy.chunks[0].parameters()).device)
     for step in range(section.steps):
-        micro_batches = make_micro_batches(
-            _replica_examples(inputs, step * section.batch_size, section.batch_size),
-            config.train.micro_batch_size,
-            length_multiple=config.parallel.tensor_model_parallel_size,
-            equal_shapes=config.parallel.pipeline_model_parallel_size > 1,
+        micro_batches = batcher.micro_batches(_replica_examples(inputs, step * section.batch_size, section.batch_size))
+        outcome = optimizer_step(
+            policy, optimizer_state, micro_batches, lambda batch, _: _likelihood(policy, config.train, batch)
         )
-        outcome = optimizer_step(policy, optimizer_state, micro_batches, lambda batch: _likelihood(policy, batch))
         if (step + 1) % max(section.steps // _REPORTS, 1) == 0:
             log.say(
                 f"warm start {step + 1}/{section.steps}  grad norm {outcome.grad_norm:.2f}"
@@ -58,20 +57,11 @@ def _reference_example(inputs: RunInputs, index: int) -> TrainingExample:
     )
 
 
-def _likelihood(policy: TrainablePolicy, batch: MicroBatch) -> LossFunction:
+def _likelihood(policy: TrainablePolicy, train: TrainConfig, batch: MicroBatch) -> LossFunction:
     """Negative log-likelihood of the answer's tokens."""
 
-    def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        stats = vocab_parallel_policy_stats(
-            logits,
-            batch.target,
-            vocab_size=policy.vocab_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            token_mask=batch.loss_mask,
-            inplace_backward=True,
-        )
-        tokens = batch.loss_mask.sum().to(torch.int)
-        loss = -stats.log_prob.sum()
-        return loss, tokens, {"loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
+    def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        loss = -response_log_probs(policy, train, batch, hidden).sum()
+        return loss, batch.loss_mask.sum().int(), {}
 
     return loss_function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.models.tiny_policies import tiny_hf_config
 # epsilon the first step is the sign of the gradient, and rounding decides where it is almost 0.
 GRADIENT_DESCENT = OptimizerSection(lr=1e3, adam_eps=1e3, clip_grad=0.0)
 LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)
+LAYERS = 4  # two stages of two chunks
 METRICS = ("loss", "entropy", "grad_norm", "dppo/mask_fraction", "dppo/divergence_mean", "dppo/divergence_max")
 
 
@@ -49,17 +51,28 @@ def examples() -> list[TrainingExample]:
     return made
 
 
-def _update(parallel: ParallelConfig, micro_batch_size: int, aggregation: str) -> tuple[dict, dict]:
+def padded(size: int) -> dict[str, Any]:
+    return {"batching": "padded", "micro_batch_size": size}
+
+
+def packed(tokens: int) -> dict[str, Any]:
+    return {"batching": "packed", "tokens_per_micro_batch": tokens}
+
+
+def _update(
+    layout: dict[str, Any], train: dict[str, Any], loss: dict[str, Any], anchor: str = "rollout"
+) -> tuple[dict, dict]:
+    """On a rank: metrics of one optimizer step and the weights after it."""
+    parallel = ParallelConfig(**layout)
     initialize_model_parallel(parallel, seed=3)
-    hf_config = tiny_hf_config("qwen3_moe")
+    hf_config = tiny_hf_config("qwen3_moe", num_hidden_layers=LAYERS)
     chunks = build_policy(hf_config, parallel, torch.float32)
     initialize_randomly(chunks, seed=3)
     policy = wrap_for_training(chunks, hf_config, torch.float32)
-    loss = dataclasses.replace(LOSS, aggregation=aggregation, horizon=16)
     config = Config(
         parallel=parallel,
-        algorithm=AlgorithmConfig(loss=loss),
-        train=TrainConfig(updates_per_rollout=1, micro_batch_size=micro_batch_size),
+        algorithm=AlgorithmConfig(loss=dataclasses.replace(LOSS, **loss), anchor=anchor),
+        train=TrainConfig(updates_per_rollout=1, **train),
     )
     optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -82,25 +95,69 @@ def assert_same_step(result: tuple[dict, dict], reference: tuple[dict, dict], st
 
 def _initial_weights() -> dict[str, torch.Tensor]:
     initialize_model_parallel(ParallelConfig(), seed=3)
-    chunks = build_policy(tiny_hf_config("qwen3_moe"), ParallelConfig(), torch.float32)
+    chunks = build_policy(tiny_hf_config("qwen3_moe", num_hidden_layers=LAYERS), ParallelConfig(), torch.float32)
     initialize_randomly(chunks, seed=3)
     return {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
 
 
+def _layout(tp: int = 1, pp: int = 1, chunks: int = 1, cp: int = 1, ep: int = 1) -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": chunks,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+    }
+
+
+# tests/distributed/test_parity_matrix.py has all layouts; these are the ones with something special about their batches.
+BATCHINGS = (
+    (_layout(), packed(30)),  # data parallel 2: the replicas' shares differ in length
+    (_layout(cp=2), packed(40)),  # sequences that are split are counted once
+    (_layout(ep=2), packed(30)),  # replicas hold each other's experts
+    (_layout(ep=2), padded(4)),
+    (_layout(tp=2, ep=2), {**packed(1000), "fused_linear": True}),
+    (_layout(pp=2), packed(40)),  # equal shapes
+    (_layout(cp=2), padded(3)),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
-def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregation):
+@pytest.mark.parametrize(
+    ("aggregation", "batchings"),
+    [
+        ("token_mean", BATCHINGS),
+        ("seq_mean_token_mean", BATCHINGS[:2]),
+        ("seq_mean_token_sum_norm", BATCHINGS[:2]),
+    ],
+)
+def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregation, batchings):
+    loss = {"aggregation": aggregation, "horizon": 16}
     (start,) = ranks(1).run(_initial_weights)
-    (reference,) = ranks(1).run(_update, ParallelConfig(), 8, aggregation)
+    (reference,) = ranks(1).run(_update, _layout(), padded(8), loss)
     assert 0.0 < reference[0]["dppo/mask_fraction"] < 1.0  # the trust region has something to do
-    (split,) = ranks(1).run(_update, ParallelConfig(), 3, aggregation)
-    assert_same_step(split, reference, start)
-    for parallel, micro_batch_size in (
-        (ParallelConfig(), 2),  # data parallel 2
-        (ParallelConfig(expert_model_parallel_size=2), 4),  # ... with the experts spread over the replicas
-        (ParallelConfig(tensor_model_parallel_size=2), 8),
-        (ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2), 4),
-        (ParallelConfig(pipeline_model_parallel_size=2), 2),
-    ):
-        for result in ranks(2).run(_update, parallel, micro_batch_size, aggregation):
+    for train in (padded(3), packed(30), {**packed(30), "fused_linear": True}):
+        (split,) = ranks(1).run(_update, _layout(), train, loss)
+        assert_same_step(split, reference, start)
+    for layout, train in batchings:
+        for result in ranks(2).run(_update, layout, train, loss):
             assert_same_step(result, reference, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [padded(4), packed(30)], ids=["padded", "packed"])
+def test_what_needs_more_forward_passes_does_not_depend_on_layout_either(ranks, train):
+    """Exact divergence (rollout logits), reference policy, recomputed anchor: each finds its tokens again."""
+    (start,) = ranks(1).run(_initial_weights)
+    for loss, anchor, layouts in (
+        ({"divergence": "exact_tv", "direction": "ratio"}, "rollout", (_layout(tp=2), _layout(cp=2))),
+        (
+            {"divergence": "binary_kl", "direction": "ratio", "kl_coef": 0.1},
+            "recomputed",
+            (_layout(pp=2), _layout(cp=2)),
+        ),
+    ):
+        (reference,) = ranks(1).run(_update, _layout(), padded(8), loss, anchor)
+        for layout in layouts:
+            for result in ranks(2).run(_update, layout, train, loss, anchor):
+                assert_same_step(result, reference, start)

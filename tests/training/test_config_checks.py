@@ -17,6 +17,8 @@ from tests.models.tiny_policies import tiny_hf_config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
+ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")
+INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
 
 
 @pytest.mark.parametrize(
@@ -45,26 +47,62 @@ QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
         (["train.optimizer.lr_decay_style=step"], 2, "lr_decay_style"),
         (["tasks.eval=[]"], 2, r"tasks\.train and tasks\.eval"),
         (["rollout.sglang.verify=maybe"], 2, "verify"),
+        (["train.batching=sorted"], 2, r"train\.batching must be one of padded, packed"),
+        (
+            ["train.batching=packed", "train.tokens_per_micro_batch=75"],
+            2,
+            "tokens_per_micro_batch=75 is less than .* 76",
+        ),
+        (["train.kernel_backend=rocm"], 2, r"train\.kernel_backend must be one of auto, cuda, cpu, torch"),
+        (["train.fused_linear=true", "algorithm.loss.divergence=exact_kl"], 2, "fused_linear never makes"),
+        ([*ONE_RANK, "parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=100"], 2, "does not divide"),
+        (
+            [*ONE_RANK, *INTERLEAVED, "train.micro_batch_size=128"],
+            2,
+            r"the samples of one update are 1 micro-batches .* multiple of the 2 pipeline stages",
+        ),
+        ([*ONE_RANK, *INTERLEAVED, "parallel.virtual_pipeline_model_parallel_size=3"], 2, "num_hidden_layers"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides, world_size, message):
     config = load_config(QUICKSTART, overrides)
     with pytest.raises(ConfigError, match=message):
-        check_config(config, tiny_hf_config("qwen3_moe"), world_size)
+        check_config(config, tiny_hf_config("qwen3_moe", num_hidden_layers=4), world_size)
+
+
+def test_a_dense_policy_has_no_routing_to_replay():
+    config = load_config(QUICKSTART, ["parallel.expert_model_parallel_size=1", "algorithm.routing_replay=true"])
+    with pytest.raises(ConfigError, match="routing_replay=true, but a qwen3 model"):
+        check_config(config, tiny_hf_config("qwen3"), 2)
+
+
+def test_kernels_that_are_not_there_are_not_replaced_in_silence(monkeypatch):
+    report = {"torch": "available", "cpu": "available", "cuda": "compiled in, but torch sees no CUDA device"}
+    monkeypatch.setattr("megatron_dppo.training.config_checks.backend_report", lambda: report)
+    check_config(load_config(QUICKSTART, ["train.kernel_backend=cpu"]), tiny_hf_config("qwen3_moe"), 2)
+    with pytest.raises(ConfigError, match=r"train\.kernel_backend=cuda cannot be used here: compiled in"):
+        check_config(load_config(QUICKSTART, ["train.kernel_backend=cuda"]), tiny_hf_config("qwen3_moe"), 2)
+
+
+def test_packed_batches_have_no_condition_on_counts():
+    packed = ["train.batching=packed", "train.micro_batch_size=100"]
+    config = load_config(QUICKSTART, [*ONE_RANK, *INTERLEAVED, *packed])
+    check_config(config, tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)
 
 
 def test_the_quick_start_itself_is_fine():
     check_config(load_config(QUICKSTART), tiny_hf_config("qwen3_moe"), 2)
 
 
-def test_the_h100_recipe_fits_its_model_and_its_16_ranks():
+def test_the_h100_recipe_fits_its_model_and_whole_nodes():
     config = load_config(
         ROOT / "examples" / "conf" / "qwen3_30b_a3b.yaml", ["rollout.sglang.urls=[http://serving:30000]"]
     )
     hf_config = load_hf_config(QWEN3_30B_A3B)  # tests/models/test_build.py builds it without weights
-    check_config(config, hf_config, world_size=16)
-    with pytest.raises(ConfigError, match="does not divide the 24 ranks"):
-        check_config(config, hf_config, world_size=24)
+    for world_size in (8, 16, 32):
+        check_config(config, hf_config, world_size)
+    with pytest.raises(ConfigError, match="does not divide the 12 ranks"):
+        check_config(config, hf_config, world_size=12)
 
 
 @pytest.mark.slow

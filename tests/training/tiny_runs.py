@@ -10,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from megatron_dppo.tasks.config import TaskConfig
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
+# Wall-clock figures differ between runs; everything else is a function of the seed.
+TIMED = ("time/", "throughput/", "memory/")
 
 
 def write_tiny_policy(folder: Path) -> Path:
@@ -45,10 +49,28 @@ def start_training(policy: Path, runs: Path, name: str, *overrides: str, process
     )
 
 
+def kill(launcher: subprocess.Popen[str]) -> None:
+    """SIGKILL torchrun and everything below it: ranks are in sessions of their own and would outlive their launcher."""
+    processes = process_tree(launcher)
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=60)
+    launcher.wait()
+
+
+def process_tree(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    top = psutil.Process(launcher.pid)
+    return [top, *top.children(recursive=True)]
+
+
 def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2, timeout: float = 280) -> list[dict]:
     """Run to the end; returns the records of metrics.jsonl."""
     process = start_training(policy, runs, name, *overrides, processes=processes)
-    output, _ = process.communicate(timeout=timeout)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
     assert process.returncode == 0, output[-4000:]
     return read_metrics(runs / name)
 
@@ -56,6 +78,11 @@ def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int =
 def read_metrics(run: Path) -> list[dict]:
     """The records of a run, step 0 included."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def deterministic_part(record: dict) -> dict:
+    """What the same configuration reports bit for bit in every run."""
+    return {name: value for name, value in record.items() if not name.startswith(TIMED)}
 
 
 def wait_for_step(run: Path, step: int) -> None:
