@@ -56,7 +56,6 @@ setup(
         "aiohttp>=3.9",
         "tenacity>=8.2",
         "tensorboard>=2.15",
-        "psutil>=5.9",
         "reasoning-gym>=0.1.25",
         "math-verify>=0.9",
         "matplotlib>=3.8",
@@ -68,6 +67,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "psutil>=5.9",
             "hypothesis>=6.100",
             "scipy>=1.11",
             "ruff>=0.6",
