@@ -1,4 +1,4 @@
-"""Real multi-process gloo groups for tests: processes are started once a test module (in tests/distributed once a folder) and reused by its tests.
+"""Real multi-process gloo groups for tests. Processes are started once and reused by the tests of a module or folder.
 
     def test_shards_agree(ranks):            # fixture in tests/conftest.py
         results = ranks(2).run(_body, 3.0)   # _body(3.0) runs on 2 ranks; returns [result of rank 0, result of rank 1]
