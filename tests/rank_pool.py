@@ -4,8 +4,8 @@
         results = ranks(2).run(_body, 3.0)   # _body(3.0) runs on 2 ranks; returns [result of rank 0, result of rank 1]
 
 A body is a module-level function. It finds the default process group initialised (gloo) and Megatron's parallel state
-uninitialised. An exception on any rank, or a rank that does not answer in time, fails the test and ends the pool; the
-next test gets a new one.
+uninitialised. An exception on any rank, or a rank that does not answer in time, fails the test and ends the pool. Ask
+``ranks(n)`` anew for every run: it replaces a pool that has ended, or that threads have worn out.
 """
 
 from __future__ import annotations

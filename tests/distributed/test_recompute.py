@@ -53,11 +53,10 @@ def test_gradients_with_recomputation_are_those_without(
     """Recomputation does the same operations on the same numbers, in an order that one thread keeps."""
     folder = write_tiny_hf_model(kind, tmp_path, vocab_size=256, num_hidden_layers=4)
     sizes = {"one rank": {}, **TWO_RANK_LAYOUTS}[layout]
-    pool = ranks(1 if layout == "one rank" else 2)
-    expected = pool.run(_gradients, str(folder), sizes, {}, pack)
-    for got, without in zip(
-        pool.run(_gradients, str(folder), sizes, RECOMPUTE[recompute], pack), expected, strict=True
-    ):
+    world_size = 1 if layout == "one rank" else 2
+    expected = ranks(world_size).run(_gradients, str(folder), sizes, {}, pack)
+    recomputed = ranks(world_size).run(_gradients, str(folder), sizes, RECOMPUTE[recompute], pack)
+    for got, without in zip(recomputed, expected, strict=True):
         assert got.keys() == without.keys()
         assert all(bool((gradient != 0).any()) for gradient in got.values())
         for name, gradient in got.items():
