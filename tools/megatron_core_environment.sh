@@ -25,12 +25,12 @@ wanted="megatron-core $version, triton $triton, $("$python" -V)"
 if [[ ! -f $folder/.complete || $(<"$folder/.complete") != "$wanted" ]]; then
   echo "Unpacking megatron-core $version into $folder ..." >&2
   rm -rf "$folder"
-  "$python" -m pip install -q --no-deps --target "$folder" --only-binary=:all: \
+  "$python" -m pip install -q --no-deps --target "$folder" --only-binary=:all: --ignore-requires-python \
     --python-version 3.12 --platform "manylinux_2_28_$(uname -m)" "megatron-core==$version" >&2
   "$python" -c 'import triton' 2>/dev/null ||
     "$python" -m pip install -q --no-deps --target "$folder" "triton==$triton" >&2
   found=$(PYTHONPATH=$folder PYTHONWARNINGS=ignore "$python" -c 'import megatron.core; print(megatron.core.__version__)')
-  if [[ $found != "$version" ]]; then
+  if [[ ${found%%+*} != "$version" ]]; then # a build may add +commit
     echo "$python imports megatron-core $found from $folder instead of $version" >&2
     exit 1
   fi
