@@ -1,4 +1,4 @@
-"""The metrics that a run is documented to report (README.md); the one list that tests hold code to."""
+"""The metrics that every run reports; the one list that tests hold code to."""
 
 # What the loss itself reports.
 LOSS_METRICS = (
