@@ -1,11 +1,11 @@
 """Package build of megatron_dppo.
 
-Ranges are given here; ``tools/constraints.txt`` pins the one set of versions that the tests run with:
+Ranges are given here; ``tools/setup/constraints.txt`` pins the one set of versions that the tests run with:
 
-    pip install -c tools/constraints.txt -e '.[dev]'
+    pip install -c tools/setup/constraints.txt -e '.[dev]'
 
 Extras: ``sglang`` (rollout server in the same environment, GPU hosts), ``te`` (Transformer Engine and apex, GPU hosts),
-``gguf`` (tools/prepare_smollm2.py), ``dev`` (tests, linters, plots).
+``gguf`` (tools/setup/prepare_smollm2.py), ``dev`` (tests, linters, plots).
 
 The native kernels (csrc/) are built against the installed torch, so build without isolation:
 ``pip install --no-build-isolation .``. csrc/build_extension.py documents the environment variables; without a compiler or

@@ -28,7 +28,7 @@ NAME = "megatron_dppo._C"
 DEFAULT_ARCHS = "80;90a;100+PTX"
 # errno and trapping keep loops from being vectorised; NaN, infinity and signed zero keep their meaning (no -ffast-math).
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-# Subnormal results round to 0: one instruction per exponential instead of four. tools/check_cuda.sh builds with the same.
+# Subnormal results round to 0: one instruction per exponential instead of four. tools/check/check_cuda.sh too.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
 
 

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo import DPPOConfig, vocab_parallel_policy_stats
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
+from megatron_dppo.distributed.ranks import choose_device, joined_ranks
 from megatron_dppo.integrations.megatron_lm import make_loss_func
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.models.hf_config import load_hf_config
-from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
-from megatron_dppo.training.config import OptimizerSection
-from megatron_dppo.training.distributed import choose_device, joined_ranks
-from megatron_dppo.training.policy import build_optimizer, wrap_for_training
+from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.training.config.schema import OptimizerSection
+from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
 
 BATCH, LENGTH, VOCAB = 8, 16, 1000
 

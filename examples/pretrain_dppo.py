@@ -23,13 +23,13 @@ from pathlib import Path
 # Megatron-core warns about every optional package in every module; a run reports once, by name, what it found.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
+from megatron_dppo.distributed.ranks import choose_device, rank, world_size
 from megatron_dppo.rollout.engine import RolloutError
-from megatron_dppo.training.checkpoint_storage import CheckpointError
-from megatron_dppo.training.config import Config
-from megatron_dppo.training.config_loading import load_config
-from megatron_dppo.training.distributed import choose_device, rank, world_size
+from megatron_dppo.training.checkpoint.storage import CheckpointError
+from megatron_dppo.training.config.load import load_config
+from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.inputs import RunInputs, read_run_inputs
 from megatron_dppo.training.run import check_run_folder, run_training
-from megatron_dppo.training.run_inputs import RunInputs, read_run_inputs
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3  # the rollout engine gave out (a checkpoint was written), or a checkpoint cannot be read or written

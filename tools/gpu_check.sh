@@ -17,10 +17,10 @@ if ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! nvidia-smi -L 2>/dev/null | 
   echo "no GPU: gpu_check needs an NVIDIA GPU with its driver, and nvcc to build the kernels. Nothing was checked." >&2
   exit 3
 fi
-source tools/environment.sh
+source tools/setup/environment.sh
 export MEGATRON_DPPO_BUILD_EXT=1 MEGATRON_DPPO_CUDA=1 # a build without CUDA kernels is an error here
 ensure_environment .venv
 if ! .venv/bin/python -c 'import sys, megatron_dppo._C as c; sys.exit(not c.cuda_archs)' 2>/dev/null; then
   .venv/bin/pip install -q --no-deps --no-build-isolation -e . # the environment was made on another day, without CUDA
 fi
-exec .venv/bin/python tools/gpu_check.py "$@"
+exec .venv/bin/python tools/check/gpu_check.py "$@"

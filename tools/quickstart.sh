@@ -10,10 +10,10 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,6s/^# \{0,1\}//p' "$0"
   exit 0
 fi
-source tools/environment.sh
+source tools/setup/environment.sh
 ensure_environment .venv
 if [[ " $* " == *" rollout.engine=sglang "* && -z ${MEGATRON_DPPO_SGLANG_PYTHON:-} ]]; then
-  tools/install_sglang_cpu.sh .venv-sglang
+  tools/setup/install_sglang_cpu.sh .venv-sglang
   export MEGATRON_DPPO_SGLANG_PYTHON=$PWD/.venv-sglang/bin/python
 fi
 # Two processes need two GPUs; with fewer the run stays on the CPU.
@@ -21,7 +21,7 @@ if (($(nvidia-smi -L 2>/dev/null | wc -l) < 2)); then
   export CUDA_VISIBLE_DEVICES=
 fi
 export OMP_NUM_THREADS=1
-.venv/bin/python tools/make_tiny_policy.py --task spell_backward --output models/quickstart
+.venv/bin/python tools/setup/make_tiny_policy.py --task spell_backward --output models/quickstart
 run=(examples/pretrain_dppo.py --config examples/conf/quickstart.yaml "$@")
 .venv/bin/python "${run[@]}" --check --world-size 2 # a mistake shows as one line here, under torchrun as forty
 exec .venv/bin/torchrun --standalone --nproc-per-node 2 "${run[@]}"

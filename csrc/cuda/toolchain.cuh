@@ -1,8 +1,8 @@
-// The one place that chooses between the CUDA toolkit and the host emulation of tests (csrc/emulation).
+// The one place that chooses between the CUDA toolkit and the host emulation of tests (tests/csrc/emulation).
 #pragma once
 
 #if defined(DPPO_HOST_EMULATION)
-#include "../emulation/cuda_emulation.h"
+#include "cuda_emulation.h"  // build.sh beside it says where
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

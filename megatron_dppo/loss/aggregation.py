@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dppo.loss.config import DPPOConfig
-from megatron_dppo.loss.token_batch import LossInputError, TokenBatch
+from megatron_dppo.loss.inputs import LossInputError, TokenBatch
 
 
 @dataclass(frozen=True)

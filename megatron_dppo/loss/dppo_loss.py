@@ -6,7 +6,7 @@ policy being trained, and r = pi / mu (2602.04879, Eq. 11-12):
     loss = -w r A,  gradient  -w r A grad(log pi)
 
 where the weight w is 0 for updates that leave the trust region, i.e. that lead outward although D(mu || pi) > delta
-already. ``loss/token_update.py`` computes w r A.
+already. ``loss/objective.py`` computes w r A.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megatron_dppo.loss import metrics
 from megatron_dppo.loss.aggregation import Aggregation, aggregation_of
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.divergences import sampled_slot_valid
-from megatron_dppo.loss.fused_token_update import fused_token_update
+from megatron_dppo.loss.fused_objective import fused_token_update
+from megatron_dppo.loss.inputs import LossInputError, TokenBatch, select_tokens
+from megatron_dppo.loss.objective import token_update
 from megatron_dppo.loss.regularisers import differentiable_zero, reference_kl
-from megatron_dppo.loss.token_batch import LossInputError, TokenBatch, select_tokens
-from megatron_dppo.loss.token_update import token_update
-from megatron_dppo.ops.backends import backend_in_use
+from megatron_dppo.ops.backend import backend_in_use
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from megatron_dppo.ops.policy_stats import PolicyStats, locate_shard, vocab_parallel_policy_stats

@@ -13,12 +13,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
-from megatron_dppo.models.cpu_support import enable_megatron_on_cpu
-from megatron_dppo.models.hf_config import check_policy_fits, rotary_arguments, to_transformer_config
-from megatron_dppo.models.hf_names import EMBEDDING, OUTPUT_LAYER, from_hf, hf_shapes
+from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
+from megatron_dppo.compat.optional_dependencies import define_names_core_lacks_without_transformer_engine
+from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.models.hf.config import check_policy_fits, rotary_arguments, to_transformer_config
+from megatron_dppo.models.hf.names import EMBEDDING, OUTPUT_LAYER, from_hf, hf_shapes
 from megatron_dppo.models.layer_spec import decoder_spec
-from megatron_dppo.models.optional_dependencies import define_names_core_lacks_without_transformer_engine
-from megatron_dppo.models.parallel import ParallelConfig
 from megatron_dppo.models.sharding import cut_shard, local_parameters, mark_split_parameters, shard_group, unwrapped
 
 # Vocabulary rows per rank are a multiple of this, so that the largest matrix of all suits the tensor cores.

@@ -13,8 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.models.attention import SdpaCoreAttention
-from megatron_dppo.models.optional_dependencies import probe_transformer_engine
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):

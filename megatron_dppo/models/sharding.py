@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.utils import unwrap_model
 
-from megatron_dppo.models.hf_names import EMBEDDING, OUTPUT_LAYER, expert_index
+from megatron_dppo.models.hf.names import EMBEDDING, OUTPUT_LAYER, expert_index
 
 _SPLIT_ALONG_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", EMBEDDING, OUTPUT_LAYER)
 _SPLIT_ALONG_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")

@@ -1,6 +1,6 @@
 """``python -m megatron_dppo.ops``: which backends there are, and why not the others."""
 
-from megatron_dppo.ops.backends import backend_report
+from megatron_dppo.ops.backend import backend_report
 
 if __name__ == "__main__":
     for name, state in backend_report().items():

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.ops.backends import choose_backend
+from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.ops.policy_stats import as_matrix, check_ids, locate_shard
 from megatron_dppo.ops.probability import LOG_ZERO, remaining_mass
 from megatron_dppo.ops.shard_merge import MergedRows, gather_shards

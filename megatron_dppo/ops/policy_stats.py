@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_dppo.ops.backends import choose_backend
+from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.ops.shard_merge import gather_shards
 
 

@@ -8,8 +8,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.rollout.sample import Prompt, SamplingParams
-from megatron_dppo.training.rollout_phase import RolloutPhase
-from megatron_dppo.training.step_metrics import sum_over_replicas
+from megatron_dppo.training.metrics.step import sum_over_replicas
+from megatron_dppo.training.rollouts import RolloutPhase
 
 # Verifiers give 1 to a right answer; some give partial credit below that, which does not count as right.
 CORRECT = 1.0 - 1e-6

@@ -11,22 +11,22 @@ import megatron.core
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transformer_engine
+from megatron_dppo.distributed.layout import initialize_model_parallel, is_replica_leader, replica_group
+from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.models.hf_weights import load_hf_weights
-from megatron_dppo.models.optional_dependencies import probe_apex, probe_transformer_engine
-from megatron_dppo.models.parallel import initialize_model_parallel, is_replica_leader, replica_group
-from megatron_dppo.ops.backends import backend_report
-from megatron_dppo.rollout.embedded import EmbeddedEngine
+from megatron_dppo.models.hf.weights import load_hf_weights
+from megatron_dppo.ops.backend import backend_report
+from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
-from megatron_dppo.training.checkpoint_writer import CheckpointWriter
-from megatron_dppo.training.config import Config, ConfigError
-from megatron_dppo.training.distributed import joined_ranks
-from megatron_dppo.training.metrics_log import MetricsLog
-from megatron_dppo.training.policy import TrainablePolicy, wrap_for_training
-from megatron_dppo.training.rollout_phase import RolloutPhase
-from megatron_dppo.training.run_folder import RunFolder
-from megatron_dppo.training.run_inputs import RunInputs
+from megatron_dppo.training.checkpoint.save import CheckpointWriter
+from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.inputs import RunInputs
+from megatron_dppo.training.metrics.run_folder import RunFolder
+from megatron_dppo.training.metrics.sinks import MetricsLog
+from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
+from megatron_dppo.training.rollouts import RolloutPhase
 from megatron_dppo.training.trainer import Trainer
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -14,23 +14,23 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.loss.advantages import group_advantages
-from megatron_dppo.models.hf_weights import export_hf_weights, save_hf_checkpoint
+from megatron_dppo.models.hf.weights import export_hf_weights, save_hf_checkpoint
 from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import SamplingParams
-from megatron_dppo.training.batch import TrainingExample, example_from_sample
-from megatron_dppo.training.checkpoint_info import TrainerState
-from megatron_dppo.training.checkpoint_writer import CheckpointWriter
-from megatron_dppo.training.checkpoints import last_checkpoint, load_checkpoint
-from megatron_dppo.training.config import Config
-from megatron_dppo.training.dppo_update import DPPOUpdate
+from megatron_dppo.training.checkpoint.info import TrainerState
+from megatron_dppo.training.checkpoint.load import last_checkpoint, load_checkpoint
+from megatron_dppo.training.checkpoint.save import CheckpointWriter
+from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.data.micro_batch import TrainingExample, example_from_sample
 from megatron_dppo.training.evaluation import evaluate
-from megatron_dppo.training.metrics_log import MetricsLog
-from megatron_dppo.training.policy import TrainablePolicy, build_optimizer
-from megatron_dppo.training.rollout_phase import RolloutPhase, ScoredRollouts
-from megatron_dppo.training.run_folder import RunFolder
-from megatron_dppo.training.run_inputs import RunInputs
-from megatron_dppo.training.step_metrics import phase_metrics, rollout_metrics
-from megatron_dppo.training.warm_start import warm_start
+from megatron_dppo.training.inputs import RunInputs
+from megatron_dppo.training.metrics.run_folder import RunFolder
+from megatron_dppo.training.metrics.sinks import MetricsLog
+from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
+from megatron_dppo.training.policy.dppo_step import DPPOUpdate
+from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
+from megatron_dppo.training.policy.warm_start import warm_start
+from megatron_dppo.training.rollouts import RolloutPhase, ScoredRollouts
 
 
 class Trainer:

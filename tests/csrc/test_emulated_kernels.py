@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: the same .cu files on the host emulation (csrc/emulation), against float64.
+"""The CUDA kernels without a GPU: the same .cu files on the host emulation (tests/csrc/emulation), against float64.
 
 Every kernel runs under several schedules, then under AddressSanitizer + UndefinedBehaviourSanitizer and ThreadSanitizer.
 That the emulation would notice is tested too: each seeded bug must be caught by the named way of running.
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def compile_emulation(kind: str, csrc: Path, output: Path) -> Path:
-    command = [str(CSRC / "emulation/build.sh"), kind, str(output), str(csrc)]
+    command = [str(Path(__file__).with_name("emulation") / "build.sh"), kind, str(output), str(csrc)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return output

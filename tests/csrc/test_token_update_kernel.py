@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from megatron_dppo import DPPOConfig, PolicyStats
 from megatron_dppo.loss.config import TRUST_REGIONS
 from megatron_dppo.loss.divergences import known_tokens
-from megatron_dppo.loss.fused_token_update import fused_token_update
-from megatron_dppo.loss.token_batch import TokenBatch
-from megatron_dppo.loss.token_update import TokenUpdate, token_update
+from megatron_dppo.loss.fused_objective import fused_token_update
+from megatron_dppo.loss.inputs import TokenBatch
+from megatron_dppo.loss.objective import TokenUpdate, token_update
 from megatron_dppo.ops.probability import LOG_ZERO, log1mexp
 
 pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")

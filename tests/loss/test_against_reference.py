@@ -10,7 +10,7 @@ import torch
 
 from megatron_dppo import DPPOConfig, DPPOLoss
 from megatron_dppo.loss.config import AGGREGATIONS, DIRECTIONS, DIVERGENCES, PREDICTIVE_ESTIMATORS, TRUST_REGIONS
-from megatron_dppo.ops.backends import backend_report
+from megatron_dppo.ops.backend import backend_report
 from tests.loss.reference import reference_loss
 from tests.loss.scenario import VOCAB, make_scenario
 

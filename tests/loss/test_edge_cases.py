@@ -11,8 +11,8 @@ import torch
 from megatron_dppo import DPPOConfig, DPPOLoss
 from megatron_dppo.loss.config import DIVERGENCES, TRUST_REGIONS
 from megatron_dppo.loss.dppo_loss import LossOutput
-from megatron_dppo.loss.token_batch import LossInputError
-from megatron_dppo.ops.backends import backend_report
+from megatron_dppo.loss.inputs import LossInputError
+from megatron_dppo.ops.backend import backend_report
 from tests.loss.scenario import VOCAB, make_scenario
 
 BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]

@@ -16,10 +16,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import PreTrainedModel
 
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy
-from megatron_dppo.models.hf_config import load_hf_config
-from megatron_dppo.models.hf_weights import load_hf_weights
-from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
+from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.models.hf.weights import load_hf_weights
 
 # name -> layout for two ranks, as keyword arguments: bodies are sent to other processes.
 TWO_RANK_LAYOUTS: dict[str, dict[str, Any]] = {

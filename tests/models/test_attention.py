@@ -10,8 +10,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.attention import SdpaCoreAttention
-from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
 
 HEADS, GROUPS, DIM = 4, 2, 8
 # fp32 inputs of size ~1: scores and a weighted mean, each a few roundings of 6e-8.

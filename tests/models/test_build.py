@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy, initialize_randomly, padded_vocab_size
-from megatron_dppo.models.hf_config import load_hf_config
-from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
+from megatron_dppo.models.hf.config import load_hf_config
 from tests.models.tiny_policies import tiny_hf_config
 from tests.rank_pool import RankPools
 

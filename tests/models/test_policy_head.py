@@ -13,10 +13,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy
-from megatron_dppo.models.hf_config import load_hf_config
-from megatron_dppo.models.hf_weights import load_hf_weights
-from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
+from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.models.hf.weights import load_hf_weights
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 from megatron_dppo.models.sharding import unwrapped
 from tests.models.policy_runs import TWO_RANK_LAYOUTS, example_tokens

@@ -8,8 +8,8 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.models.parallel import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.routing_replay import RoutingRecorder, RoutingReplay
 from tests.models.forced_routing import random_choices
 from tests.models.tiny_policies import tiny_hf_config

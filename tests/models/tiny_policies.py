@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from megatron_dppo.models.hf_config import load_hf_config
+from megatron_dppo.models.hf.config import load_hf_config
 
 # "_tied" shares embedding and output weights. A vocabulary of 250 has padded rows in every layout.
 KINDS = ("llama", "llama_tied", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_dppo import PolicyStats, vocab_parallel_policy_stats
 from megatron_dppo.ops import fused_linear
-from megatron_dppo.ops.backends import backend_report
+from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 
 Gradients = tuple[torch.Tensor, torch.Tensor]

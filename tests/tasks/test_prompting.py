@@ -9,7 +9,7 @@ from megatron_dppo.tasks.build import build_mixture, build_task
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.prompting import PromptEncoder, PromptTooLongError
 from megatron_dppo.tasks.task import Problem, TaskError
-from megatron_dppo.tasks.tokenizer_training import train_tokenizer
+from tools.setup.tokenizer_training import train_tokenizer
 
 SUMS = TaskConfig(name="chain_sum", size=50)
 CHAT_TEMPLATE = (

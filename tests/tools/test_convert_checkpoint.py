@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny_policies import write_tiny_hf_model
-from tests.training.checkpoint_runs import save, start, train
+from tests.training.checkpoint.checkpoint_runs import save, start, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

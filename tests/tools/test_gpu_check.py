@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dppo.ops.backends import backend_report
+from megatron_dppo.ops.backend import backend_report
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -24,7 +24,9 @@ def test_without_a_gpu_nothing_is_checked_and_nothing_is_installed(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_torch_without_cuda_is_no_gpu_either() -> None:
-    result = subprocess.run([sys.executable, TOOLS / "gpu_check.py"], capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        [sys.executable, TOOLS / "check" / "gpu_check.py"], capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 3
     assert "sees no CUDA device" in result.stderr
 
@@ -33,7 +35,7 @@ def test_torch_without_cuda_is_no_gpu_either() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(backend_report()["cpu"] != "available", reason=backend_report()["cpu"])
 def test_benchmarks_end_up_in_one_table() -> None:
-    command = [sys.executable, TOOLS / "gpu_check.py", "--device", "cpu", "--skip-tests"]
+    command = [sys.executable, TOOLS / "check" / "gpu_check.py", "--device", "cpu", "--skip-tests"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr
     for line in (

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
+from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.models.build import padded_vocab_size
-from megatron_dppo.models.hf_config import check_policy_fits, load_hf_config
-from megatron_dppo.models.hf_names import EMBEDDING, OUTPUT_LAYER, expert_index, hf_shapes, layer_index, parameter_names
-from megatron_dppo.models.parallel import ParallelConfig
+from megatron_dppo.models.hf.config import check_policy_fits, load_hf_config
+from megatron_dppo.models.hf.names import EMBEDDING, OUTPUT_LAYER, expert_index, hf_shapes, layer_index, parameter_names
 from megatron_dppo.models.sharding import split_dimension
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"

@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "parity_table.py"))
+TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "check" / "parity_table.py"))
 
 
 def _entry(policy: str, gradient: float, core: str = "0.16.1", layout: str = "TP2") -> dict[str, Any]:

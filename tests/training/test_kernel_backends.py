@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dppo.ops.backends import backend_report
+from megatron_dppo.ops.backend import backend_report
 from tests.training.tiny_runs import train, write_tiny_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

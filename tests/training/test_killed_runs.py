@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dppo.training.checkpoints import last_checkpoint
+from megatron_dppo.training.checkpoint.load import last_checkpoint
 from tests.training.tiny_runs import (
     deterministic_part,
     kill,

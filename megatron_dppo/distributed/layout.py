@@ -1,0 +1,180 @@
+"""How one policy is spread over ranks: sizes of the parallel groups, setting them up, and who holds one copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
+
+MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the parallel groups. What is left of the world is data parallelism.
+
+    Attributes:
+        tensor_model_parallel_size: ranks that share every matrix.
+        pipeline_model_parallel_size: stages that share the layers; the layers must divide evenly.
+        virtual_pipeline_model_parallel_size: model chunks per stage: each stage holds that many shorter runs of layers, so
+            that the pipeline fills faster (Megatron's interleaved schedule). None or 1: one chunk.
+        context_parallel_size: ranks that share every sequence.
+        expert_model_parallel_size: ranks that share the experts of an MoE layer; they are taken from TP x CP x DP.
+        expert_tensor_parallel_size: ranks that share every expert's matrices. None: 1 if there is expert parallelism
+            (small expert matrices are better kept whole), else the tensor-parallel size (each expert on every TP rank
+            would otherwise repeat it).
+        sequence_parallel: split activations over the TP ranks outside of the matrices. None: on when TP > 1.
+        moe_token_dispatcher: how tokens reach experts on other ranks: ``alltoall`` sends each token where it is needed,
+            ``allgather`` sends every token everywhere (for few experts per rank and small groups).
+        use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    # Optional[...] and not "| None": OmegaConf reads these annotations on every supported Python.
+    expert_tensor_parallel_size: Optional[int] = None  # noqa: UP045
+    sequence_parallel: Optional[bool] = None  # noqa: UP045
+    virtual_pipeline_model_parallel_size: Optional[int] = None  # noqa: UP045
+    moe_token_dispatcher: str = "alltoall"
+    use_distributed_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+        ):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"ParallelConfig.{name} must be at least 1, not {size}")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "ParallelConfig.sequence_parallel=True needs tensor_model_parallel_size > 1: it splits over the "
+                "tensor-parallel ranks (leave it None to have it follow)"
+            )
+        if self.chunks_per_stage > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"ParallelConfig.virtual_pipeline_model_parallel_size={self.chunks_per_stage} needs "
+                "pipeline_model_parallel_size > 1: without a pipeline there is nothing to interleave (leave it None)"
+            )
+        if self.moe_token_dispatcher not in MOE_TOKEN_DISPATCHERS:
+            raise ValueError(
+                f"ParallelConfig.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of "
+                f"{', '.join(MOE_TOKEN_DISPATCHERS)}"
+            )
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """``sequence_parallel`` with None resolved."""
+        if self.sequence_parallel is None:
+            return self.tensor_model_parallel_size > 1
+        return self.sequence_parallel
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """``virtual_pipeline_model_parallel_size`` with None resolved: model chunks that each rank holds."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor_parallel_size`` with None resolved."""
+        if self.expert_tensor_parallel_size is not None:
+            return self.expert_tensor_parallel_size
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the dense weights and work on the same sequences: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise ValueError if the groups do not divide the number of ranks."""
+        expert = self.expert_model_parallel_size * self.expert_tensor_size * self.pipeline_model_parallel_size
+        for size, formula in (
+            (
+                self.replica_size,
+                f"tensor {self.tensor_model_parallel_size} x pipeline {self.pipeline_model_parallel_size} "
+                f"x context {self.context_parallel_size}",
+            ),
+            (
+                expert,
+                f"expert {self.expert_model_parallel_size} x expert_tensor {self.expert_tensor_size} "
+                f"x pipeline {self.pipeline_model_parallel_size}",
+            ),
+        ):
+            if world_size % size:
+                raise ValueError(
+                    f"the parallel layout {formula} = {size} does not divide the {world_size} ranks: "
+                    f"start a multiple of {size} ranks, or choose sizes that divide {world_size}"
+                )
+
+
+_replica_group: dist.ProcessGroup | None = None
+
+
+def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """Set up Megatron's process groups and its random-number streams.
+
+    Collective over the default group, which has to exist. ``seed`` is the same on every rank; tensor- and
+    expert-parallel ranks get streams of their own from it, data-parallel ranks the same ones (the policy has no dropout).
+
+    Raises:
+        ValueError: the layout does not divide the world.
+        RuntimeError: torch.distributed is not initialised, or the model-parallel groups already are.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("initialize_model_parallel needs torch.distributed.init_process_group first")
+    if parallel_state.model_parallel_is_initialized():
+        raise RuntimeError("model parallelism is already initialised: destroy_model_parallel() first")
+    parallel.check_world_size(dist.get_world_size())
+    enable_megatron_on_cpu()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # The schedules and the embedding groups ask this global state; core reads 1 as "interleaved".
+        virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if parallel.chunks_per_stage > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    global _replica_group
+    _replica_group = _new_replica_group()
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The ranks that hold one copy of the dense weights between them (TP x PP x CP), this rank included.
+
+    They see the same prompts and sequences. Expert-parallel ranks of an MoE policy can lie in several replicas: those
+    replicas hold each other's experts and must run their forward passes at the same time.
+    """
+    if _replica_group is None or not parallel_state.model_parallel_is_initialized():
+        raise RuntimeError("replica_group() needs initialize_model_parallel first")
+    return _replica_group
+
+
+def is_replica_leader() -> bool:
+    """True on one rank of each replica: the first."""
+    return dist.get_group_rank(replica_group(), dist.get_rank()) == 0
+
+
+def _new_replica_group() -> dist.ProcessGroup:
+    """Ranks with the same data-parallel rank. Core has groups for TP x PP and TP x CP, none for all three."""
+    replica_of_rank: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(replica_of_rank, parallel_state.get_data_parallel_rank())
+    members = [
+        [rank for rank, replica in enumerate(replica_of_rank) if replica == this]
+        for this in sorted(set(replica_of_rank))
+    ]
+    group, _ = dist.new_subgroups_by_enumeration(members)
+    return group

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: configuration, names, weights in and out."""

@@ -1,0 +1,280 @@
+"""Training examples, and the tensors of a micro-batch made of some of them.
+
+A micro-batch holds B rows of S tokens: one sequence to a row (padded), or all sequences in one row (packed). Everything per
+token is aligned with the logits: position t predicts token t + 1, so the sampled token, its rollout log-prob, its advantage
+and its mask stand at the position *before* the token. With context parallelism each rank holds its part of every sequence
+(see packing.py), cut after this alignment, so a target may be a token that stands on another rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_dppo.rollout.sample import Sample
+from megatron_dppo.training.data.packing import TokenLayout
+
+PADDING = -1  # in place of an example's index
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """One sequence to learn from: R response tokens after a prompt.
+
+    Attributes:
+        token_ids: prompt and response.
+        prompt_length: tokens of the prompt; at least 1.
+        advantage: of every response token.
+        rollout_log_probs: [R] fp32 log-probs under the policy that the update is anchored on; None in supervised learning.
+        topk_ids: [R, K] int64, topk_log_probs: [R, K] fp32, both from the rollout policy, or None.
+        ref_log_probs: [R] fp32 log-probs under the reference policy, or None.
+        routed_experts: [prompt + R - 1, layers, experts per token] int32, where the engine routed each token, or None.
+        trainable: False for a sample that must not contribute (the engine gave up on it).
+    """
+
+    token_ids: Sequence[int]
+    prompt_length: int
+    advantage: float = 0.0
+    rollout_log_probs: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    topk_log_probs: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None = None
+    routed_experts: torch.Tensor | None = None
+    trainable: bool = True
+
+    @property
+    def response_slice(self) -> slice:
+        """The positions whose logits predict the response tokens."""
+        return slice(self.prompt_length - 1, len(self.token_ids) - 1)
+
+
+def example_from_sample(sample: Sample, advantage: float) -> TrainingExample:
+    """What a scored sample teaches."""
+    return TrainingExample(
+        token_ids=sample.token_ids,
+        prompt_length=len(sample.prompt.token_ids),
+        advantage=advantage,
+        rollout_log_probs=torch.tensor(sample.rollout_log_probs, dtype=torch.float32),
+        topk_ids=sample.topk_ids,
+        topk_log_probs=sample.topk_log_probs,
+        routed_experts=sample.routed_experts,
+        trainable=sample.finish_reason != "abort",
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What this context-parallel rank computes in one forward pass; per-token tensors are [B, S] (+[...]), B = 1 if packed.
+
+    Attributes:
+        example_indices: which example of the step each sequence is; PADDING for one that only fills a slot.
+        layout: where the sequences stand before the cut over context-parallel ranks.
+        positions: [S] int64, where this rank's tokens stand in ``layout``; None without context parallelism.
+        tokens, position_ids, target: int64; the target is the next token, 0 where there is none.
+        loss_mask: bool, True where the target is a response token to learn from.
+        advantages, rollout_log_probs, rollout_topk_log_probs, ref_log_probs: fp32, 0 outside of responses; the last three
+            and ``rollout_topk_ids`` (int64) are None if the examples have none.
+        sequence_ids: int64, the index of the example, PADDING where there is none.
+        sequence_lengths: int64, response tokens to learn from in the whole sequence; given with context parallelism.
+        sequence_starts: bool, True at the first of them; given with context parallelism.
+        routed_experts: [B, S, layers, experts per token] int32, 0 where the engine has not routed; or None.
+        packed_seq_params: where the whole, uncut sequences begin; None if padded.
+    """
+
+    example_indices: tuple[int, ...]
+    layout: TokenLayout
+    positions: torch.Tensor | None
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    target: torch.Tensor
+    loss_mask: torch.Tensor
+    advantages: torch.Tensor
+    rollout_log_probs: torch.Tensor | None
+    rollout_topk_ids: torch.Tensor | None
+    rollout_topk_log_probs: torch.Tensor | None
+    ref_log_probs: torch.Tensor | None
+    sequence_ids: torch.Tensor
+    sequence_lengths: torch.Tensor | None
+    sequence_starts: torch.Tensor | None
+    routed_experts: torch.Tensor | None
+    packed_seq_params: PackedSeqParams | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S) of this rank."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on another device."""
+        moved: dict[str, Any] = {name: _moved(value, device) for name, value in vars(self).items()}
+        if self.packed_seq_params is not None:
+            fields = vars(self.packed_seq_params).items()
+            moved["packed_seq_params"] = replace(
+                self.packed_seq_params, **{name: _moved(value, device) for name, value in fields}
+            )
+        return replace(self, **moved)
+
+    def response_tokens(self) -> dict[str, torch.Tensor | None]:
+        """The n response tokens on this rank, row by row: [n] (+[K]) tensors by the names of the loss's arguments."""
+        fields = (
+            "target",
+            "loss_mask",
+            "advantages",
+            "rollout_log_probs",
+            "rollout_topk_ids",
+            "rollout_topk_log_probs",
+            "ref_log_probs",
+            "sequence_ids",
+            "sequence_lengths",
+            "sequence_starts",
+        )
+        chosen = self.loss_mask.flatten().nonzero()[:, 0]
+        values = {name: getattr(self, name) for name in fields}
+        return {n: None if v is None else v.flatten(0, 1).index_select(0, chosen) for n, v in values.items()}
+
+    def uncut(self, values_n: torch.Tensor) -> torch.Tensor:
+        """[n] values of ``response_tokens`` -> [rows, length] of ``layout``, 0 elsewhere.
+
+        Summed over the context-parallel ranks, these are the values of the whole micro-batch.
+        """
+        local = values_n.new_zeros(self.shape)
+        local[self.loss_mask] = values_n
+        if self.positions is None:
+            return local
+        whole = values_n.new_zeros(self.layout.rows, self.layout.length)
+        whole[:, self.positions] = local
+        return whole
+
+
+def make_micro_batch(
+    examples: Sequence[TrainingExample],
+    indices: Sequence[int],
+    layout: TokenLayout,
+    context_parallel_size: int = 1,
+    context_parallel_rank: int = 0,
+) -> MicroBatch:
+    """Lay out ``examples`` and keep this context-parallel rank's part.
+
+    Args:
+        examples: one for every place of the layout. All or none have log-probs, top-K values, routed experts.
+        indices: their indices in the step; PADDING for one that only fills a slot.
+        layout: see packing.py.
+        context_parallel_size: ranks that share every sequence; the layout's parts are multiples of twice that.
+        context_parallel_rank: this one of them.
+    """
+    tensors = _whole_tensors(examples, indices, layout)
+    positions = None
+    if context_parallel_size > 1:
+        tensors |= _split_sequence_tensors(examples, layout)
+        positions = layout.positions_on_rank(context_parallel_size, context_parallel_rank)
+        tensors = {name: None if t is None else t.index_select(1, positions) for name, t in tensors.items()}
+    return MicroBatch(
+        example_indices=tuple(indices),
+        layout=layout,
+        positions=positions,
+        packed_seq_params=_packed_seq_params(layout) if layout.packed else None,
+        **{"sequence_lengths": None, "sequence_starts": None, **tensors},  # type: ignore[arg-type]
+    )
+
+
+def _whole_tensors(
+    examples: Sequence[TrainingExample], indices: Sequence[int], layout: TokenLayout
+) -> dict[str, torch.Tensor | None]:
+    """The per-token tensors of the uncut micro-batch."""
+    sequences = _Spans(layout, [0] * len(examples), [len(e.token_ids) for e in examples])
+    predicting = _Spans(layout, [0] * len(examples), [len(e.token_ids) - 1 for e in examples])
+    responses = _responses(examples, layout)
+    part_positions = torch.cat([torch.arange(end - start) for start, end in pairwise(layout.bounds)])
+    return {
+        "tokens": sequences.write(torch.tensor([token for e in examples for token in e.token_ids])),
+        "target": predicting.write(torch.tensor([token for e in examples for token in e.token_ids[1:]])),
+        "position_ids": part_positions.expand(layout.rows, -1).contiguous(),
+        "loss_mask": responses.write(responses.repeat(torch.tensor([e.trainable for e in examples]))),
+        "advantages": responses.write(responses.repeat(torch.tensor([e.advantage for e in examples]))),
+        "rollout_log_probs": responses.write_given([e.rollout_log_probs for e in examples]),
+        "rollout_topk_ids": responses.write_given([e.topk_ids for e in examples]),
+        "rollout_topk_log_probs": responses.write_given([e.topk_log_probs for e in examples]),
+        "ref_log_probs": responses.write_given([e.ref_log_probs for e in examples]),
+        "routed_experts": predicting.write_given([e.routed_experts for e in examples]),
+        # Written shifted, because what is not written is 0.
+        "sequence_ids": sequences.write(sequences.repeat(torch.tensor(indices) - PADDING)) + PADDING,
+    }
+
+
+def _split_sequence_tensors(examples: Sequence[TrainingExample], layout: TokenLayout) -> dict[str, torch.Tensor | None]:
+    """What a rank that holds part of a sequence cannot count by itself."""
+    responses = _responses(examples, layout)
+    trainable = torch.tensor([e.trainable for e in examples])
+    first = _Spans(layout, [e.prompt_length - 1 for e in examples], [1] * len(examples))
+    return {
+        "sequence_lengths": responses.write(responses.repeat(responses.lengths * trainable)),
+        "sequence_starts": first.write(trainable),
+    }
+
+
+def _responses(examples: Sequence[TrainingExample], layout: TokenLayout) -> _Spans:
+    return _Spans(
+        layout,
+        [e.response_slice.start for e in examples],
+        [e.response_slice.stop - e.response_slice.start for e in examples],
+    )
+
+
+class _Spans:
+    """A run of consecutive positions in each sequence of a layout, ``offsets`` after its start and ``lengths`` long."""
+
+    def __init__(self, layout: TokenLayout, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        self._shape = (layout.rows, layout.length)
+        self.lengths = torch.tensor(lengths)
+        starts = [row * layout.length + at + offset for (row, at), offset in zip(layout.places, offsets, strict=True)]
+        before = self.lengths.cumsum(0) - self.lengths
+        self._at = torch.arange(int(self.lengths.sum())) + self.repeat(torch.tensor(starts) - before)
+
+    def repeat(self, values: torch.Tensor) -> torch.Tensor:
+        """One value per sequence -> one per position."""
+        return values.repeat_interleave(self.lengths)
+
+    def write(self, values: torch.Tensor) -> torch.Tensor:
+        """[all positions, ...] -> [rows, length, ...], 0 elsewhere."""
+        tensor = values.new_zeros(self._shape[0] * self._shape[1], *values.shape[1:])
+        tensor[self._at] = values
+        return tensor.unflatten(0, self._shape)
+
+    def write_given(self, values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """[run, ...] of each sequence -> [rows, length, ...]; None if no sequence has it."""
+        present = [value for value in values if value is not None]
+        if not present:
+            return None
+        if len(present) != len(values):
+            raise ValueError("a per-token quantity must be given for all examples of a batch or for none")
+        if [len(value) for value in present] != self.lengths.tolist():
+            raise ValueError("a per-token quantity does not have as many rows as its example has tokens for it")
+        return self.write(torch.cat(present))
+
+
+def _packed_seq_params(layout: TokenLayout) -> PackedSeqParams:
+    """Core's description of the packed row, with every sequence's padding counted as part of the sequence.
+
+    Padding stands behind the tokens, where causal attention keeps it from reaching them, so nothing has to know about it;
+    attention kernels that skip it are slower or do not exist.
+    """
+    cu_seqlens = torch.tensor(layout.bounds, dtype=torch.int32)
+    longest = max(end - start for start, end in pairwise(layout.bounds))
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,118 @@
+"""Everything a run reads from disk, read and checked before any model is built or any process group is joined."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.rollout.sample import Prompt
+from megatron_dppo.tasks.build import build_evaluation_set, build_mixture
+from megatron_dppo.tasks.mixture import TaskMixture
+from megatron_dppo.tasks.prompting import PromptEncoder
+from megatron_dppo.tasks.task import Problem
+from megatron_dppo.training.config.check import check_config
+from megatron_dppo.training.config.schema import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run works on.
+
+    Attributes:
+        hf_config: of the policy; its vocab_size is the true one.
+        tokenizer: of the policy.
+        tokenizer_folder: where its files are.
+        stop_token_ids: tokens that end a response; never empty.
+        encoder: problems -> prompts, responses -> text.
+        train_problems: the endless stream of training problems; none of them is held out.
+        eval_prompts: the held-out prompts.
+    """
+
+    hf_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_folder: Path
+    stop_token_ids: tuple[int, ...]
+    encoder: PromptEncoder
+    train_problems: TaskMixture
+    eval_prompts: list[Prompt]
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The problem as the model reads it."""
+        return _prompt(self.encoder, problem)
+
+    def train_prompts(self, first: int, count: int, share: int, shares: int) -> list[Prompt]:
+        """Every ``shares``-th of the ``count`` training prompts from position ``first`` on, beginning at ``share``."""
+        return [self.prompt(self.train_problems.problem(i)) for i in range(first + share, first + count, shares)]
+
+
+def read_run_inputs(config: Config, world_size: int) -> RunInputs:
+    """Read and check model folder, tokenizer and tasks. Raises ConfigError or another ValueError that names the place."""
+    hf_config = load_hf_config(_existing_folder(config.model.path))
+    check_config(config, hf_config, world_size)
+    tokenizer_folder = Path(config.model.tokenizer or config.model.path)
+    tokenizer = _load_tokenizer(tokenizer_folder, hf_config)
+    tasks = [*config.tasks.train, *config.tasks.eval]
+    encoder = PromptEncoder(tokenizer, tasks, config.rollout.max_prompt_tokens, chat=config.model.chat)
+    held_out = build_evaluation_set(config.tasks.eval)
+    eval_problems = [problem for problem in held_out.problems if encoder.fits(problem)][: config.eval.prompts]
+    if len(eval_problems) < config.eval.prompts:
+        raise ConfigError(
+            f"eval.prompts={config.eval.prompts}, but the evaluation tasks have {len(eval_problems)} distinct questions of at"
+            f" most {config.rollout.max_prompt_tokens} tokens: make their `size` larger or eval.prompts smaller"
+        )
+    return RunInputs(
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+        stop_token_ids=_stop_token_ids(Path(config.model.path), hf_config, tokenizer),
+        encoder=encoder,
+        train_problems=build_mixture(config.tasks.train, config.run.seed, held_out, encoder.fits),
+        eval_prompts=[_prompt(encoder, problem) for problem in eval_problems],
+    )
+
+
+def _prompt(encoder: PromptEncoder, problem: Problem) -> Prompt:
+    return Prompt(problem.problem_id, encoder.encode(problem), {"problem": problem})
+
+
+def _existing_folder(path: str) -> Path:
+    if not path:
+        raise ConfigError(
+            "model.path is not set: give a local Hugging Face folder (config.json, safetensors, tokenizer)"
+        )
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: there is no {folder / 'config.json'}; models are read from local folders"
+            " (tools/setup/make_tiny_policy.py and tools/setup/prepare_smollm2.py write two)"
+        )
+    return folder
+
+
+def _load_tokenizer(folder: Path, hf_config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise ConfigError(f"model.tokenizer: {folder} holds no tokenizer that loads ({error})") from error
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {hf_config.vocab_size}: they do not"
+            " belong together"
+        )
+    return tokenizer
+
+
+def _stop_token_ids(folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-sequence tokens of generation_config.json, config.json and the tokenizer."""
+    generation_config = folder / "generation_config.json"
+    named = json.loads(generation_config.read_text(encoding="utf-8")) if generation_config.is_file() else {}
+    ids: set[int] = set()
+    for value in (named.get("eos_token_id"), hf_config.eos_token_id, tokenizer.eos_token_id):
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    if not ids:
+        raise ConfigError(f"{folder}: neither the model nor the tokenizer names an end-of-sequence token")
+    return tuple(sorted(ids))

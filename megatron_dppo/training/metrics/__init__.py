@@ -1,0 +1,1 @@
+"""What a step reports, and where it goes."""

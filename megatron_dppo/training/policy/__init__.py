@@ -1,0 +1,1 @@
+"""The policy in training: wrapped, stepped, its loss, its frozen copies."""

@@ -1,0 +1,187 @@
+"""One optimizer step: forward and backward over the micro-batches, gradient reduction, clipping, Adam, schedule.
+
+The loss is a sum over tokens; Megatron divides the summed gradients by the denominator (``num_tokens`` of the loss
+function) summed over micro-batches, data- and context-parallel ranks, so the split of a batch does not change the update.
+
+The model runs without its output layer: the last stage's chunk gives hidden states, and the loss applies the layer to those
+of response tokens only (models/policy_head.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
+from megatron_dppo.models.routing_replay import RoutingReplay
+from megatron_dppo.training.data.micro_batch import MicroBatch
+from megatron_dppo.training.policy.frozen_weights import FrozenWeights
+from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
+
+# (hidden states) -> (loss sum, denominator, {name: [numerator, denominator]}), Megatron's contract
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+# (micro-batch, [n, V/TP] logits of its response tokens under the rollout weights, or None) -> its loss function
+MakeLoss = Callable[[MicroBatch, torch.Tensor | None], LossFunction]
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient norm is NaN or infinite; the weights were left as they are."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global L2 norm before clipping.
+        lr: the learning rate that was used.
+    """
+
+    grad_norm: float
+    lr: float
+
+
+def optimizer_step(
+    policy: TrainablePolicy,
+    optimizer_state: OptimizerState,
+    micro_batches: Sequence[MicroBatch],
+    make_loss: MakeLoss,
+    rollout_weights: FrozenWeights | None = None,
+    replay: RoutingReplay | None = None,
+) -> StepOutcome:
+    """Update the policy once from this replica's micro-batches (the same number on every replica).
+
+    Args:
+        policy: the policy to update.
+        optimizer_state: its optimizer and schedule.
+        micro_batches: see micro_batching.py; moved to the policy's device one by one.
+        make_loss: the loss function of a micro-batch, called on the last pipeline stage's output.
+        rollout_weights: given for an exact divergence: the rollout policy's logits are recomputed with them.
+        replay: given to route tokens as the micro-batches say.
+    """
+    for chunk in policy.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer_state.optimizer.zero_grad()
+    device = next(policy.chunks[0].parameters()).device
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(batches).to(device)
+        rollout_logits = None
+        if rollout_weights is not None:  # no pipeline then: every chunk is the whole model
+            with rollout_weights.in_place():
+                head = PolicyHead(chunk)
+                rollout_logits = head.logits(head.response_hidden(_forward(chunk, batch, replay), batch.loss_mask))
+        return _forward(chunk, batch, replay), make_loss(batch, rollout_logits)
+
+    _run_schedule(policy, micro_batches, forward_step, forward_only=False)
+    _refuse_non_finite_gradients(policy)
+    lr = optimizer_state.lr
+    _, grad_norm, _ = optimizer_state.optimizer.step()
+    optimizer_state.scheduler.step(increment=1)
+    return StepOutcome(grad_norm=float(grad_norm), lr=lr)
+
+
+def _forward(chunk: torch.nn.Module, batch: MicroBatch, replay: RoutingReplay | None) -> torch.Tensor:
+    """What a chunk passes on; of the last one, hidden states [B, S, h] ([B, S/TP, h] with sequence parallelism)."""
+    with ExitStack() as stack:
+        stack.enter_context(hidden_states_only(chunk))
+        if replay is not None:
+            if batch.routed_experts is None:
+                raise ValueError(
+                    "algorithm.routing_replay: the samples do not say which experts their tokens were routed to"
+                )
+            stack.enter_context(replay.forward_pass(chunk, batch.routed_experts))
+        output: torch.Tensor = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+    return output
+
+
+def _refuse_non_finite_gradients(policy: TrainablePolicy) -> None:
+    """Clipping by a NaN norm would write NaN into every weight, so look before the step is taken."""
+    buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all().to(torch.int32)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite.item():
+        raise NonFiniteGradientError(
+            "a gradient is NaN or infinite: the step was not applied; look at the loss, ratio and log-prob metrics of the"
+            " steps before"
+        )
+
+
+@torch.no_grad()
+def forward_only(
+    policy: TrainablePolicy,
+    micro_batches: Sequence[MicroBatch],
+    consume: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+    replay: RoutingReplay | None = None,
+) -> list[torch.Tensor]:
+    """Run the policy without gradients.
+
+    Args:
+        policy: the policy.
+        micro_batches: see micro_batching.py.
+        consume: (micro-batch, hidden states) -> [n] a value for each response token on this context-parallel rank, called
+            on the last pipeline stage.
+        replay: given to route tokens as the micro-batches say.
+
+    Returns:
+        For each micro-batch, [rows, length] of its layout: the values where the tokens are predicted, 0 elsewhere. On the
+        CPU, and on every rank of the replica.
+    """
+    device = next(policy.chunks[0].parameters()).device
+    training = [chunk.training for chunk in policy.chunks]
+    for chunk in policy.chunks:
+        chunk.eval()
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(batches).to(device)
+
+        def keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return batch.uncut(consume(batch, hidden))
+
+        return _forward(chunk, batch, replay), keep
+
+    kept = _run_schedule(policy, micro_batches, forward_step, forward_only=True)
+    for chunk, was_training in zip(policy.chunks, training, strict=True):
+        chunk.train(was_training)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        for values in kept:
+            dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+    return _from_last_stage(kept)
+
+
+def _run_schedule(
+    policy: TrainablePolicy, micro_batches: Sequence[MicroBatch], forward_step: Any, forward_only: bool
+) -> list[Any]:
+    layout = micro_batches[0].layout  # a pipeline's micro-batches all have this shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in policy.chunks] if len(policy.chunks) > 1 else iter(micro_batches),
+        model=policy.chunks if len(policy.chunks) > 1 else policy.chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=layout.length,
+        micro_batch_size=layout.rows,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _from_last_stage(kept: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Hand the last pipeline stage's results to all stages."""
+    kept = [values.cpu() for values in kept]
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return kept
+    box: list[Any] = [kept]
+    dist.broadcast_object_list(
+        box,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return box[0]

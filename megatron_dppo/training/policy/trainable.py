@@ -1,0 +1,115 @@
+"""The policy as the trainer holds it: wrapped for data parallelism, with its optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from transformers import PretrainedConfig
+
+from megatron_dppo.training.config.schema import OptimizerSection
+
+
+@dataclass
+class OptimizerState:
+    """Megatron's optimizer and the schedule that drives its learning rate."""
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+@dataclass
+class TrainablePolicy:
+    """Model chunks of this rank (one per local pipeline stage), ready for Megatron's forward-backward schedules.
+
+    Attributes:
+        chunks: DistributedDataParallel-wrapped chunks; main gradients are fp32 and summed over data-parallel ranks (with
+            the distributed optimizer each rank has the sum of its part only).
+        hf_config: the configuration the policy was built from; its vocab_size is the true one.
+        dtype: of parameters and activations.
+        uses_distributed_optimizer: gradients are reduce-scattered, and the optimizer's state is sharded over the
+            data-parallel ranks.
+    """
+
+    chunks: list[DistributedDataParallel]
+    hf_config: PretrainedConfig
+    dtype: torch.dtype
+    uses_distributed_optimizer: bool = False
+
+    @property
+    def transformer_config(self) -> Any:
+        """Megatron's TransformerConfig of the policy."""
+        return self.chunks[0].config
+
+    @property
+    def vocab_size(self) -> int:
+        """The true vocabulary size, without Megatron's padding."""
+        return int(self.hf_config.vocab_size)
+
+
+def wrap_for_training(
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    use_distributed_optimizer: bool = False,
+) -> TrainablePolicy:
+    """Wrap built chunks for mixed precision (bf16 parameters, fp32 gradients) and data parallelism."""
+    config: Any = model_chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if dtype is torch.bfloat16 else chunk)
+        for chunk in model_chunks
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    return TrainablePolicy(chunks, hf_config, dtype, use_distributed_optimizer)
+
+
+def build_optimizer(policy: TrainablePolicy, section: OptimizerSection, total_steps: int) -> OptimizerState:
+    """A fresh optimizer and schedule over the policy's parameters; the schedule is in optimizer steps."""
+    bf16 = policy.dtype is torch.bfloat16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=section.min_lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.adam_beta1,
+            adam_beta2=section.adam_beta2,
+            adam_eps=section.adam_eps,
+            clip_grad=section.clip_grad,
+            bf16=bf16,
+            params_dtype=policy.dtype,
+            use_distributed_optimizer=policy.uses_distributed_optimizer,
+        ),
+        policy.chunks,
+    )
+    policy.transformer_config.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.lr_warmup_steps,
+        lr_decay_steps=max(total_steps, section.lr_warmup_steps + 1),
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=max(total_steps, 1),
+        wd_incr_style="constant",
+    )
+    return OptimizerState(optimizer, scheduler)

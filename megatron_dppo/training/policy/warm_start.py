@@ -1,0 +1,67 @@
+"""A short supervised phase: maximum likelihood of the training tasks' reference answers.
+
+Reinforcement learning needs a policy that is sometimes right. A pretrained model is; a small one built from scratch gets
+there here, through the same model, batches and optimizer step as the main phase.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dppo.tasks.task import TaskError
+from megatron_dppo.training.config.schema import Config, TrainConfig
+from megatron_dppo.training.data.batcher import MicroBatcher
+from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample
+from megatron_dppo.training.inputs import RunInputs
+from megatron_dppo.training.metrics.sinks import MetricsLog
+from megatron_dppo.training.policy.head_outputs import response_log_probs
+from megatron_dppo.training.policy.optimizer_step import LossFunction, optimizer_step
+from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
+
+_REPORTS = 4  # lines printed over the whole phase
+
+
+def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: MetricsLog) -> None:
+    """Run ``warm_start.steps`` supervised steps with an optimizer of their own. Collective over all ranks."""
+    section, start = config.warm_start, time.perf_counter()
+    optimizer_state = build_optimizer(policy, section.optimizer, section.steps)
+    batcher = MicroBatcher(config.train, config.parallel, next(policy.chunks[0].parameters()).device)
+    for step in range(section.steps):
+        micro_batches = batcher.micro_batches(_replica_examples(inputs, step * section.batch_size, section.batch_size))
+        outcome = optimizer_step(
+            policy, optimizer_state, micro_batches, lambda batch, _: _likelihood(policy, config.train, batch)
+        )
+        if (step + 1) % max(section.steps // _REPORTS, 1) == 0:
+            log.say(
+                f"warm start {step + 1}/{section.steps}  grad norm {outcome.grad_norm:.2f}"
+                f"  {time.perf_counter() - start:.0f} s"
+            )
+
+
+def _replica_examples(inputs: RunInputs, first: int, count: int) -> list[TrainingExample]:
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return [_reference_example(inputs, index) for index in range(first + replica, first + count, replicas)]
+
+
+def _reference_example(inputs: RunInputs, index: int) -> TrainingExample:
+    problem = inputs.train_problems.problem(index)
+    if problem.answer is None:
+        raise TaskError(f"{problem.problem_id} has no reference answer, which the warm start learns from")
+    prompt = inputs.prompt(problem)
+    answer = inputs.tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
+    return TrainingExample(
+        token_ids=[*prompt.token_ids, *answer, inputs.stop_token_ids[0]], prompt_length=len(prompt.token_ids)
+    )
+
+
+def _likelihood(policy: TrainablePolicy, train: TrainConfig, batch: MicroBatch) -> LossFunction:
+    """Negative log-likelihood of the answer's tokens."""
+
+    def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        loss = -response_log_probs(policy, train, batch, hidden).sum()
+        return loss, batch.loss_mask.sum().int(), {}
+
+    return loss_function

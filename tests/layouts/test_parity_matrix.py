@@ -1,0 +1,174 @@
+"""Every supported layout, way of batching and way of computing the loss makes the same update as a single rank.
+
+All figures are of fp32 on gloo ranks. With MEGATRON_DPPO_PARITY_RESULTS=FILE each comparison adds a line of JSON to FILE,
+from which tools/check/parity_table.py writes docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import __version__ as core_version
+
+from tests.layouts import parity_runs
+from tests.layouts.parity_runs import COLUMNS, QWEN3, QWEN3_MOE, ROWS, Column, Difference, Row, Update
+from tests.rank_pool import RankPools
+
+# A layout changes the order of sums and nothing else. One fp32 rounding is 6e-8; a log-prob has passed some 20 dependent
+# ones and sums of 64 and 250 terms: 1e-6. The loss averages 72 such tokens, whose errors are independent and whose values
+# cancel to no less than a third of their mean size: 1e-6 / sqrt(72) * 3 = 4e-7.
+LOSS_TOLERANCE = 1e-6
+# A gradient element has passed four layers forwards and backwards, and is a sum over up to 103 positions that cancel: some
+# 1e-6 of the largest element. The norm is off by at most the norm of the elements' differences.
+GRADIENT_TOLERANCE = 1e-5
+# What these tolerances have to tell apart is far away: a reduction left out or done twice changes a parameter's gradient by
+# tens of per cent, one token counted too often changes every gradient by 1/72.
+
+PARITY_TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
+
+ReferenceFile = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def reference_file(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFile:
+    """Policy kind -> a file with ``one_rank_updates``, made when first asked for."""
+    folder = tmp_path_factory.mktemp("one_rank")
+
+    def make(policy_kind: str) -> str:
+        file = folder / f"{policy_kind}.pt"
+        if not file.exists():
+            (reference,) = ranks(1).run(parity_runs.one_rank_updates, policy_kind)
+            for update in reference.updates.values():
+                assert 0.1 < update.mask_fraction < 0.9  # the trust region has something to do
+                assert update.grad_norm > 1.0  # and so has clipping
+            torch.save(reference, file)
+        return str(file)
+
+    return make
+
+
+def _assert_same_update(of_column: dict[Column, Difference]) -> None:
+    for column, difference in of_column.items():
+        fine = (
+            difference.loss <= LOSS_TOLERANCE
+            and difference.gradient <= GRADIENT_TOLERANCE
+            and difference.grad_norm <= GRADIENT_TOLERANCE
+            and difference.movement <= GRADIENT_TOLERANCE
+            and difference.mask_fraction == 0.0
+        )
+        assert fine, f"{column.name}: {difference}"
+
+
+def _worst_over_ranks(results: list[dict[Column, Difference]]) -> dict[Column, Difference]:
+    return {column: parity_runs.worst([result[column] for result in results]) for column in results[0]}
+
+
+def _record(row: Row, policy_kind: str, of_column: dict[Column, Difference]) -> None:
+    """Add a line to the results, if they are asked for."""
+    if file := os.environ.get("MEGATRON_DPPO_PARITY_RESULTS"):
+        entry = {
+            "date": datetime.date.today().isoformat(),
+            "megatron_core": core_version,
+            "torch": torch.__version__,
+            "layout": row.name,
+            "ranks": row.ranks,
+            "policy": policy_kind,
+            "columns": [{**vars(column), **vars(of_column[column])} for column in of_column],
+        }
+        with open(file, "a", encoding="utf-8") as results:
+            results.write(json.dumps(entry) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_layout_makes_the_update_of_a_single_rank(
+    row: Row, ranks: RankPools, reference_file: ReferenceFile
+) -> None:
+    for policy_kind in row.policies:
+        results = ranks(row.ranks).run(
+            parity_runs.compare_with_one_rank,
+            policy_kind,
+            row.layout,
+            COLUMNS[policy_kind],
+            reference_file(policy_kind),
+        )
+        of_column = _worst_over_ranks(results)
+        _record(row, policy_kind, of_column)
+        _assert_same_update(of_column)
+
+
+def test_tensor_and_expert_parallel_ranks_make_the_update_of_a_single_rank(
+    ranks: RankPools, reference_file: ReferenceFile
+) -> None:
+    (row,) = (row for row in ROWS if row.name == "TP2 EP2")
+    columns = [
+        Column("padded", "token_mean", False),
+        Column("packed", "seq_mean_token_mean", True),
+        Column("packed", "token_mean", True, routing_replay=True),
+    ]
+    results = ranks(2).run(parity_runs.compare_with_one_rank, QWEN3_MOE, row.layout, columns, reference_file(QWEN3_MOE))
+    _assert_same_update(_worst_over_ranks(results))
+
+
+def _update_without_reduction_of_norms(*args: object) -> dict[Column, Difference]:
+    # The package exports a function by the module's name, which hides the module.
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    reduction = module._allreduce_non_tensor_model_parallel_grads
+    module._allreduce_non_tensor_model_parallel_grads = lambda *args, **kwargs: None
+    try:
+        return parity_runs.compare_with_one_rank(*args)  # type: ignore[arg-type]
+    finally:
+        module._allreduce_non_tensor_model_parallel_grads = reduction
+
+
+@pytest.mark.slow
+def test_a_reduction_left_out_is_seen(ranks: RankPools, reference_file: ReferenceFile) -> None:
+    """The matrix can fail: sequence-parallel ranks must add up the gradients of norms."""
+    columns = COLUMNS[QWEN3][:1]
+    results = ranks(2).run(
+        _update_without_reduction_of_norms,
+        QWEN3,
+        {"tensor_model_parallel_size": 2},
+        columns,
+        reference_file(QWEN3),
+    )
+    difference = _worst_over_ranks(results)[columns[0]]
+    assert "norm" in difference.worst_parameter
+    assert difference.gradient > 1e3 * GRADIENT_TOLERANCE
+    assert difference.loss <= LOSS_TOLERANCE  # the forward pass has nothing to do with it
+
+
+@pytest.mark.parametrize("factor", [1.0001, math.nan])
+@pytest.mark.parametrize("what", ["loss", "grad_norm", "mask_fraction", "gradients", "weights"])
+def test_a_wrong_scale_of_one_quantity_is_seen(what: str, factor: float) -> None:
+    tensors = {"a": torch.linspace(-1, 1, 9), "b": torch.linspace(-1e-4, 2e-4, 9)}
+    start = {name: torch.zeros(9) for name in tensors}
+    column = COLUMNS[QWEN3][0]
+    good = Update(loss=0.5, grad_norm=2.0, mask_fraction=0.4, gradients=tensors, weights=tensors)
+    same = parity_runs.difference(good, good, start)
+    _assert_same_update({column: same})
+    value = getattr(good, what)
+    wrong = {**value, "b": factor * value["b"]} if isinstance(value, dict) else factor * value
+    difference = parity_runs.difference(dataclasses.replace(good, **{what: wrong}), good, start)
+    with pytest.raises(AssertionError):
+        _assert_same_update({column: difference})
+
+
+def test_the_documented_table_has_exactly_the_rows_of_the_matrix() -> None:
+    """Another layout, or one less, and the table has to be made anew."""
+    tables = re.split(r"^## ", PARITY_TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    assert tables
+    for table in tables:
+        names = re.findall(r"^\| ([^|]+?) \| \d+ \|", table, flags=re.MULTILINE)
+        assert names == [row.name for row in ROWS]

@@ -1,0 +1,163 @@
+"""One optimizer step is a function of the batch alone: not of micro-batches, ranks or layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
+from megatron_dppo.loss.config import DPPOConfig
+from megatron_dppo.models.build import build_policy, initialize_randomly
+from megatron_dppo.models.hf.weights import export_hf_weights
+from megatron_dppo.training.config.schema import AlgorithmConfig, Config, OptimizerSection, TrainConfig
+from megatron_dppo.training.data.micro_batch import TrainingExample
+from megatron_dppo.training.policy.dppo_step import DPPOUpdate
+from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
+from tests.models.tiny_policies import tiny_hf_config
+
+# Adam with a huge epsilon moves weights in proportion to the gradient, so comparing weights compares gradients. At the usual
+# epsilon the first step is the sign of the gradient, and rounding decides where it is almost 0.
+GRADIENT_DESCENT = OptimizerSection(lr=1e3, adam_eps=1e3, clip_grad=0.0)
+LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)
+LAYERS = 4  # two stages of two chunks
+METRICS = ("loss", "entropy", "grad_norm", "dppo/mask_fraction", "dppo/divergence_mean", "dppo/divergence_max")
+
+
+def examples() -> list[TrainingExample]:
+    """Eight sequences of different lengths whose rollout policy is a perturbed guess, so that some tokens are masked."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for index in range(8):
+        prompt, response = 3 + index % 3, 2 + 2 * index
+        ids = torch.randint(0, 250, (prompt + response,), generator=generator).tolist()
+        topk_ids = torch.stack([torch.randperm(250, generator=generator)[:5] for _ in range(response)])
+        topk_ids[::2, 0] = torch.tensor(ids[prompt:])[::2]  # every other sampled token is inside the top K
+        log_probs = -5.5 + 0.5 * torch.randn(response, 5, generator=generator)
+        sampled = torch.where((topk_ids == torch.tensor(ids[prompt:])[:, None]).any(-1), log_probs[:, 0], -6.0)
+        made.append(
+            TrainingExample(
+                token_ids=ids,
+                prompt_length=prompt,
+                advantage=float(torch.randn((), generator=generator)),
+                rollout_log_probs=sampled,
+                topk_ids=topk_ids,
+                topk_log_probs=log_probs,
+            )
+        )
+    return made
+
+
+def padded(size: int) -> dict[str, Any]:
+    return {"batching": "padded", "micro_batch_size": size}
+
+
+def packed(tokens: int) -> dict[str, Any]:
+    return {"batching": "packed", "tokens_per_micro_batch": tokens}
+
+
+def _update(
+    layout: dict[str, Any], train: dict[str, Any], loss: dict[str, Any], anchor: str = "rollout"
+) -> tuple[dict, dict]:
+    """On a rank: metrics of one optimizer step and the weights after it."""
+    parallel = ParallelConfig(**layout)
+    initialize_model_parallel(parallel, seed=3)
+    hf_config = tiny_hf_config("qwen3_moe", num_hidden_layers=LAYERS)
+    chunks = build_policy(hf_config, parallel, torch.float32)
+    initialize_randomly(chunks, seed=3)
+    policy = wrap_for_training(chunks, hf_config, torch.float32)
+    config = Config(
+        parallel=parallel,
+        algorithm=AlgorithmConfig(loss=dataclasses.replace(LOSS, **loss), anchor=anchor),
+        train=TrainConfig(updates_per_rollout=1, **train),
+    )
+    optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    metrics = DPPOUpdate(config, policy, optimizer_state).run(examples()[replica::replicas])
+    return {name: metrics[name] for name in METRICS}, {n: t.clone() for n, t in export_hf_weights(policy.chunks)}
+
+
+def assert_same_step(result: tuple[dict, dict], reference: tuple[dict, dict], start: dict[str, torch.Tensor]) -> None:
+    """Metrics to 1e-5 and every parameter's movement to 1e-4 of that parameter's largest.
+
+    A gradient is a sum of ~100 tokens through two fp32 layers; reordering the sums changes it by some 1e-6 of its
+    largest element, and subtracting the starting weights (0.02) from the moved ones adds their rounding.
+    """
+    assert result[0] == pytest.approx(reference[0], rel=1e-5, abs=1e-7)
+    for name, weight in reference[1].items():
+        movement, expected = result[1][name] - start[name], weight - start[name]
+        rounding = 2.0**-23 * float(start[name].abs().max())
+        assert float((movement - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) + rounding, name
+
+
+def _initial_weights() -> dict[str, torch.Tensor]:
+    initialize_model_parallel(ParallelConfig(), seed=3)
+    chunks = build_policy(tiny_hf_config("qwen3_moe", num_hidden_layers=LAYERS), ParallelConfig(), torch.float32)
+    initialize_randomly(chunks, seed=3)
+    return {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
+
+
+def _layout(tp: int = 1, pp: int = 1, chunks: int = 1, cp: int = 1, ep: int = 1) -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": chunks,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+    }
+
+
+# tests/layouts/test_parity_matrix.py has all layouts; these are the ones with something special about their batches.
+BATCHINGS = (
+    (_layout(), packed(30)),  # data parallel 2: the replicas' shares differ in length
+    (_layout(cp=2), packed(40)),  # sequences that are split are counted once
+    (_layout(ep=2), packed(30)),  # replicas hold each other's experts
+    (_layout(ep=2), padded(4)),
+    (_layout(tp=2, ep=2), {**packed(1000), "fused_linear": True}),
+    (_layout(pp=2), packed(40)),  # equal shapes
+    (_layout(cp=2), padded(3)),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("aggregation", "batchings"),
+    [
+        ("token_mean", BATCHINGS),
+        ("seq_mean_token_mean", BATCHINGS[:2]),
+        ("seq_mean_token_sum_norm", BATCHINGS[:2]),
+    ],
+)
+def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregation, batchings):
+    loss = {"aggregation": aggregation, "horizon": 16}
+    (start,) = ranks(1).run(_initial_weights)
+    (reference,) = ranks(1).run(_update, _layout(), padded(8), loss)
+    assert 0.0 < reference[0]["dppo/mask_fraction"] < 1.0  # the trust region has something to do
+    for train in (padded(3), packed(30), {**packed(30), "fused_linear": True}):
+        (split,) = ranks(1).run(_update, _layout(), train, loss)
+        assert_same_step(split, reference, start)
+    for layout, train in batchings:
+        for result in ranks(2).run(_update, layout, train, loss):
+            assert_same_step(result, reference, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [padded(4), packed(30)], ids=["padded", "packed"])
+def test_what_needs_more_forward_passes_does_not_depend_on_layout_either(ranks, train):
+    """Exact divergence (rollout logits), reference policy, recomputed anchor: each finds its tokens again."""
+    (start,) = ranks(1).run(_initial_weights)
+    for loss, anchor, layouts in (
+        ({"divergence": "exact_tv", "direction": "ratio"}, "rollout", (_layout(tp=2), _layout(cp=2))),
+        (
+            {"divergence": "binary_kl", "direction": "ratio", "kl_coef": 0.1},
+            "recomputed",
+            (_layout(pp=2), _layout(cp=2)),
+        ),
+    ):
+        (reference,) = ranks(1).run(_update, _layout(), padded(8), loss, anchor)
+        for layout in layouts:
+            for result in ranks(2).run(_update, layout, train, loss, anchor):
+                assert_same_step(result, reference, start)

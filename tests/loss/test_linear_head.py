@@ -1,0 +1,59 @@
+"""The loss from hidden states is the loss from the logits that the output layer would have made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo.loss.inputs import LossInputError
+from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
+
+HIDDEN = 16
+ENGINE = ("rollout_topk_ids", "rollout_topk_log_probs", "ref_log_probs")
+
+
+def output_layer() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(BATCH, LENGTH, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64) / 2
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"divergence": "topk_kl", "direction": "predictive", "entropy_coef": 0.1, "temperature": 0.8},
+        {"trust_region": "smooth", "aggregation": "seq_mean_token_mean", "kl_coef": 0.1},
+    ],
+)
+def test_it_is_the_loss_of_the_logits(settings: dict[str, Any]) -> None:
+    arguments = make_scenario().arguments(*ENGINE)
+    loss = DPPOLoss(DPPOConfig(**settings), vocab_size=VOCAB)
+    hidden, weight = output_layer()
+    from_logits = loss(hidden @ weight.t(), **arguments)
+    expected = torch.autograd.grad(from_logits.loss, (hidden, weight))
+    from_hidden = loss.from_hidden(hidden, weight, **arguments)
+    got = torch.autograd.grad(from_hidden.loss, (hidden, weight))
+    # float64 throughout: sums of a few hundred terms in another order.
+    torch.testing.assert_close(from_hidden.loss, from_logits.loss, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert from_hidden.metrics.keys() == from_logits.metrics.keys()
+    assert torch.equal(from_hidden.weight != 0, from_logits.weight != 0)
+    assert from_hidden.backend == from_logits.backend == "torch"
+
+
+def test_a_divergence_over_all_logits_is_refused() -> None:
+    hidden, weight = output_layer()
+    with pytest.raises(LossInputError, match="'exact_tv' compares whole distributions and needs logits"):
+        DPPOLoss(DPPOConfig(divergence="exact_tv")).from_hidden(hidden, weight, **make_scenario().arguments())
+
+
+def test_shapes_are_those_of_the_hidden_states() -> None:
+    hidden, weight = output_layer()
+    with pytest.raises(LossInputError, match=r"loss_mask has shape \(3, 8\); the policy's output asks for \(3, 7\)"):
+        DPPOLoss(DPPOConfig()).from_hidden(hidden[:, 1:], weight, **make_scenario().arguments())

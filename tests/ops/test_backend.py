@@ -1,0 +1,40 @@
+"""Choosing a backend: auto always works, a named one is used or is an error that says why."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_dppo.ops import torch_backend
+from megatron_dppo.ops.backend import BackendUnavailableError, choose_backend
+
+LOGITS = torch.zeros(2, 3)
+BUILT = importlib.util.find_spec("megatron_dppo._C") is not None
+
+
+def test_unknown_names_are_refused_with_the_choices() -> None:
+    with pytest.raises(BackendUnavailableError, match="must be one of auto, cuda, cpu, torch, not 'triton'"):
+        choose_backend("triton", LOGITS)
+
+
+def test_a_backend_for_another_device_is_an_error() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' cannot be used: .*(on cpu|_C)"):
+        choose_backend("cuda", LOGITS)
+
+
+def test_what_the_kernels_cannot_do_goes_to_torch_only_if_nobody_insisted() -> None:
+    assert choose_backend("auto", LOGITS.double()) is torch_backend
+    assert choose_backend("torch", LOGITS.double()) is torch_backend
+    with pytest.raises(BackendUnavailableError, match="float64" if BUILT else "not built"):
+        choose_backend("cpu", LOGITS.double())
+
+
+def test_importing_the_package_needs_torch_alone() -> None:
+    """Neither Megatron nor the heavy parts of the stack may be imported by `import megatron_dppo`."""
+    code = "import sys, megatron_dppo; print([m for m in ('megatron', 'transformers', 'sglang') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert answer.stdout.strip() == "[]"

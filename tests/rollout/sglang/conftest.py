@@ -1,0 +1,94 @@
+"""Real SGLang servers for the tests of this folder, started once a session and all at the same time.
+
+MEGATRON_DPPO_SGLANG_PYTHON names the interpreter that has SGLang installed (tools/setup/install_sglang_cpu.sh makes one).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
+from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.transport import Transport
+from tests.models.tiny_policies import tiny_hf_model, write_tiny_hf_model
+
+SERVER_PYTHON = os.environ.get("MEGATRON_DPPO_SGLANG_PYTHON")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("sglang") and not SERVER_PYTHON:
+            item.add_marker(
+                pytest.mark.skip(reason="MEGATRON_DPPO_SGLANG_PYTHON does not name an interpreter that has SGLang")
+            )
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that serves a tiny model, and what an engine needs to attach to it."""
+
+    kind: str
+    config: SGLangConfig
+    model_folder: Path
+    log_folder: Path
+
+    def attach(self, return_routed_experts: bool = False, **options: object) -> SGLangEngine:
+        config = SGLangConfig(**{**vars(self.config), **options})
+        return SGLangEngine(
+            config,
+            self.model_folder,
+            250,
+            torch.float32,
+            self.log_folder,
+            return_routed_experts=return_routed_experts,
+        )
+
+
+def server_config(**options: object) -> SGLangConfig:
+    """Bounds that end a stuck test within minutes, and seeded sampling."""
+    defaults = {"sync_timeout_s": 60.0, "request_timeout_s": 120.0, "generate_timeout_s": 200.0, "deterministic": True}
+    return SGLangConfig(**{"python": SERVER_PYTHON, "startup_timeout_s": 600.0, **defaults, **options})
+
+
+def checkpoint_tensors(hf_model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights under the names of a checkpoint; a state_dict may keep experts under other names."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf_model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def tiny_weights(kind: str, seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    hf_model = tiny_hf_model(kind, seed)
+    return hf_model, checkpoint_tensors(hf_model)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], RunningServer]]:
+    """``servers("qwen3_moe")``: mixture of experts on one rank; ``servers("qwen3_tied")``: dense, on two ranks."""
+    started, running = [], {}
+    transport = Transport()
+    try:
+        for index, (kind, tp_size) in enumerate({"qwen3_moe": 1, "qwen3_tied": 2}.items()):
+            root = tmp_path_factory.mktemp(kind)
+            folder = write_tiny_hf_model(kind, root / "model", seed=0)
+            config = server_config(tensor_model_parallel_size=tp_size)
+            served = prepare_served_folder(folder, root / "served")
+            server = SGLangServer(config, served, "float32", root, index, return_routed_experts=kind == "qwen3_moe")
+            server.start()
+            started.append(server)
+            running[kind] = RunningServer(kind, server_config(urls=[server.url]), folder, root)
+        for server in started:
+            server.wait_until_ready(transport)
+        yield running.__getitem__
+    finally:
+        for server in started:
+            server.close()
+        transport.close()

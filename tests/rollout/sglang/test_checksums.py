@@ -1,0 +1,146 @@
+"""Expected checksums: the hashes themselves, and the faults that a comparison finds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+
+import pytest
+import torch
+
+from megatron_dppo.rollout.engine import WeightSyncError
+from megatron_dppo.rollout.sglang.checksums import CPUTensorHash, ExpectedChecksums, GPUTensorHash
+from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
+from tests.rollout.sglang.conftest import SERVER_PYTHON
+
+SHAPE = ModelShape(num_key_value_heads=2, num_experts=2, tie_word_embeddings=True)
+LAYER = "model.layers.0."
+TENSORS = {
+    f"{LAYER}self_attn.q_proj.weight": (8, 4),
+    f"{LAYER}self_attn.k_proj.weight": (4, 4),
+    f"{LAYER}self_attn.v_proj.weight": (4, 4),
+    f"{LAYER}mlp.experts.0.gate_proj.weight": (32, 4),
+    f"{LAYER}mlp.experts.0.up_proj.weight": (32, 4),
+    f"{LAYER}mlp.experts.0.down_proj.weight": (4, 32),
+    f"{LAYER}mlp.experts.1.gate_proj.weight": (32, 4),
+    f"{LAYER}mlp.experts.1.up_proj.weight": (32, 4),
+    f"{LAYER}mlp.experts.1.down_proj.weight": (4, 32),
+    "model.norm.weight": (4,),
+}
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
+
+
+def _reported(weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What a server with these weights on one rank would report, by concatenation."""
+    experts = [f"{LAYER}mlp.experts.{e}." for e in range(2)]
+    parameters = {
+        f"{LAYER}self_attn.qkv_proj.weight": [f"{LAYER}self_attn.{kind}_proj.weight" for kind in "qkv"],
+        f"{LAYER}mlp.experts.w13_weight": [f"{e}{kind}_proj.weight" for e in experts for kind in ("gate", "up")],
+        f"{LAYER}mlp.experts.w2_weight": [f"{e}down_proj.weight" for e in experts],
+        "model.norm.weight": ["model.norm.weight"],
+    }
+    joined = {p: torch.cat([weights[name].flatten() for name in names]) for p, names in parameters.items()}
+    return {p: hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16] for p, flat in joined.items()}
+
+
+def _expected(weights: dict[str, torch.Tensor]) -> ExpectedChecksums:
+    expected = ExpectedChecksums(SHAPE, tp_size=1, device_type="cpu")
+    for name, tensor in weights.items():
+        expected.add(name, tensor)
+    return expected
+
+
+def test_the_order_of_the_export_does_not_matter():
+    weights = _weights()
+    backwards = dict(reversed(weights.items()))
+    for order in (weights, backwards):
+        assert _expected(order).compare([_reported(weights)]) == []
+
+
+@pytest.mark.parametrize("victim", list(TENSORS))
+def test_every_changed_tensor_is_found_and_named(victim):
+    weights = _weights()
+    held = {**weights, victim: weights[victim] + 1e-6}
+    (fault,) = _expected(weights).compare([_reported(held)])
+    assert victim in fault
+
+
+@pytest.mark.parametrize("victim", list(TENSORS))
+def test_every_missing_tensor_is_found_and_named(victim):
+    weights = _weights()
+    sent = {name: tensor for name, tensor in weights.items() if name != victim}
+    (fault,) = _expected(sent).compare([_reported(weights)])
+    assert victim in fault
+    assert "never sent" in fault
+
+
+def test_a_tensor_that_the_server_does_not_know_is_named():
+    weights = {**_weights(), "model.layers.7.strange.weight": torch.zeros(4)}
+    (fault,) = _expected(weights).compare([_reported(weights)])
+    assert fault == "model.layers.7.strange.weight was sent, but the server has no parameter for it"
+
+
+def test_a_tensor_sent_twice_is_refused():
+    expected = _expected(_weights())
+    with pytest.raises(WeightSyncError, match=r"k_proj\.weight was exported twice"):
+        expected.add(f"{LAYER}self_attn.k_proj.weight", torch.zeros(4, 4))
+
+
+def test_an_output_layer_that_shares_the_embedding_is_not_expected():
+    weights = _weights()
+    sent = {**weights, "lm_head.weight": torch.zeros(64, 4)}
+    assert _expected(sent).compare([_reported(weights)]) == []
+
+
+@pytest.mark.parametrize("hash_class", [CPUTensorHash, GPUTensorHash])
+def test_a_hash_does_not_depend_on_where_the_parameter_was_cut(hash_class):
+    data = torch.randn(3 * 8192 + 100)
+    whole, pieces = hash_class(), hash_class()
+    whole.update(data)
+    for piece in data.split(5000):
+        pieces.update(piece.contiguous())
+    assert whole.hexdigest() == pieces.hexdigest()
+    data[17] += 1
+    changed = hash_class()
+    changed.update(data)
+    assert changed.hexdigest() != whole.hexdigest()
+
+
+# The kernel that a GPU server runs, interpreted on the CPU: the one witness of that hash without a GPU. Its file is loaded
+# by itself, because importing all of SGLang takes far longer.
+_INTERPRET = """
+import importlib.util, sys, torch, triton
+path = importlib.util.find_spec("sglang").submodule_search_locations[0] + "/kernels/ops/memory/gpu_tensor_hash.py"
+spec = importlib.util.spec_from_file_location("gpu_tensor_hash", path)
+m = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(m)
+seed = 0x243F6A88
+for data in torch.load(sys.argv[1]):
+    words = data.view(torch.int32).view(torch.uint32)
+    partials = torch.empty(triton.cdiv(words.numel(), 8192), dtype=torch.uint64)
+    m.hash_tiles32_kernel_blocked[(partials.numel(),)](
+        words, partials, words.numel(), seed1=seed, seed2=((seed * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFFFFFFF,
+        FM_C1=m.FMIX32_C1, FM_C2=m.FMIX32_C2, POS_A=m.POS_C1, POS_B=m.POS_C2, TILE=8192, BLOCK=256, USE_CG=False)
+    print(f"{m._final_splitmix64(sum(partials.tolist())):016x}")
+"""
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_the_gpu_hash_is_that_of_sglangs_kernel(tmp_path):
+    tensors = [torch.randn(numel) for numel in (100, 8192, 2 * 8192 + 777)]
+    torch.save(tensors, tmp_path / "data.pt")
+    command = [SERVER_PYTHON, "-c", _INTERPRET, tmp_path / "data.pt"]
+    run = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    hashes = [GPUTensorHash() for _ in tensors]
+    for hash_, tensor in zip(hashes, tensors, strict=True):
+        hash_.update(tensor)
+    assert run.stdout.split() == [hash_.hexdigest() for hash_ in hashes]

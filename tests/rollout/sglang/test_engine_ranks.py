@@ -1,0 +1,87 @@
+"""The engine on several trainer ranks: one owner of the servers, one leader per replica, the same outcome on every rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_dppo.rollout.engine import RolloutError, WeightSyncError
+from megatron_dppo.rollout.sample import SamplingParams
+from megatron_dppo.rollout.sglang import SGLangEngine
+from tests.rollout.engine_contract import make_prompts
+from tests.rollout.sglang.conftest import RunningServer, tiny_weights
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+
+def _engine(server: RunningServer, **layout: object) -> SGLangEngine:
+    return SGLangEngine(server.config, server.model_folder, 250, torch.float32, server.log_folder, **layout)
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    """Made outside the ranks: transformers saves a checkpoint on the first rank only."""
+    return tiny_weights("qwen3_moe", seed=0)[1]
+
+
+def _collectively(tensors: dict[str, torch.Tensor], fails_on: str = "") -> object:
+    """An export in which every rank takes part in a collective for every tensor, as a sharded model's does."""
+    for name, tensor in tensors.items():
+        dist.barrier()
+        if name != fails_on:
+            yield name, tensor
+
+
+def _generate_as_one_replica(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[list[int]]:
+    engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 0)
+    engine.update_weights(_collectively(tensors), version=1)
+    samples = engine.generate(make_prompts(250, [4, 7]), SamplingParams(max_new_tokens=5, samples_per_prompt=2))
+    engine.health()
+    engine.close()
+    return [sample.response_ids for sample in samples]
+
+
+def test_all_ranks_of_a_replica_get_the_same_samples(ranks, servers):
+    first, second = ranks(2).run(_generate_as_one_replica, servers("qwen3_moe"), _tensors())
+    assert len(first) == 4
+    assert first == second
+
+
+def _generate_as_two_replicas(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    engine = _engine(server, replica_group=groups[dist.get_rank()], is_leader=True)
+    engine.update_weights(_collectively(tensors), version=1)
+    prompts = make_prompts(250, [3 + dist.get_rank()] * 2, seed=dist.get_rank())
+    samples = engine.generate(prompts, SamplingParams(max_new_tokens=5))
+    dist.barrier()
+    engine.close()
+    assert [sample.prompt for sample in samples] == prompts
+    return [sample.prompt.token_ids for sample in samples]
+
+
+def test_each_replica_generates_for_its_own_prompts(ranks, servers):
+    first, second = ranks(2).run(_generate_as_two_replicas, servers("qwen3_moe"), _tensors())
+    assert first != second
+
+
+def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) -> tuple[str, str, str]:
+    engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 1)
+    with pytest.raises(WeightSyncError) as missing:
+        engine.update_weights(_collectively(tensors, fails_on="model.norm.weight"), version=1)
+    with pytest.raises(RolloutError) as unusable:
+        engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
+    engine.close()
+
+    engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 1)
+    engine.update_weights(_collectively(tensors), version=1)
+    with pytest.raises(RolloutError) as refused:  # 400 tokens are more than the model has positions for
+        engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=400))
+    engine.close()
+    return str(missing.value), str(unusable.value), str(refused.value)
+
+
+def test_an_error_on_one_rank_is_raised_on_all(ranks, servers):
+    outcomes = ranks(2).run(_fail_on_all_ranks, servers("qwen3_moe"), _tensors())
+    assert outcomes[0] == outcomes[1]
+    assert "model.norm.weight was never sent" in outcomes[0][0]
+    assert "maximum context length" in outcomes[0][2]

@@ -1,0 +1,139 @@
+"""Servers that do not start, die, or lose their trainer: a clear error in bounded time, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.rollout.sample import SamplingParams
+from megatron_dppo.rollout.sglang import SGLangEngine
+from tests.models.tiny_policies import write_tiny_hf_model
+from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
+from tests.rollout.sglang.conftest import server_config, tiny_weights
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+
+def _engine(folder: Path, **options: object) -> SGLangEngine:
+    model_folder = write_tiny_hf_model("llama", folder / "model", seed=0)
+    return SGLangEngine(server_config(**options), model_folder, 250, torch.float32, folder)
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process that belongs to a server of a model in ``folder``, worker processes included."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        if str(folder) in " ".join(process.info["cmdline"] or []):
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def _assert_all_end(processes: list[psutil.Process], timeout_s: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _kill_one_server_soon(engine: SGLangEngine, indices: list[int]) -> threading.Thread:
+    """From another thread, while ``generate`` runs: SIGKILL the process groups of these servers."""
+
+    def kill() -> None:
+        time.sleep(1.0)
+        for index in indices:
+            os.killpg(engine._servers[index]._process.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
+    broken = tmp_path / "python"  # an interpreter without SGLang, whatever is installed beside this test
+    broken.write_text(f"#!/bin/sh\nexec {sys.executable} -m no_such_module\n")
+    broken.chmod(0o755)
+    with pytest.raises(RolloutError, match="No module named no_such_module") as raised:
+        _engine(tmp_path, python=str(broken))
+    assert str(tmp_path / "sglang_server_0.log") in str(raised.value)
+
+
+def test_a_server_that_is_too_slow_to_start_is_given_up(tmp_path):
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\necho still loading\nsleep 1000\n")
+    sleeper.chmod(0o755)
+    with pytest.raises(RolloutError, match=r"not ready after startup_timeout_s = 3 s(.|\n)*still loading"):
+        _engine(tmp_path, python=str(sleeper), startup_timeout_s=3.0)
+    _assert_all_end(_processes_of(tmp_path), timeout_s=5)
+
+
+def test_a_model_folder_without_a_config_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        SGLangEngine(server_config(), tmp_path, 250, torch.float32, tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
+    """Two servers; one dies mid-generation and is started again by the next update; then both die."""
+    engine = _engine(tmp_path, num_servers=2)
+    try:
+        hf_model, tensors = tiny_weights("llama", seed=1)
+        subject = EngineUnderTest(engine, hf_model, lambda *_: None)
+        # Some 20,000 tokens: seconds of work for two servers, so that they die in the midst of it.
+        prompts, long = make_prompts(250, [4] * 24), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
+        engine.update_weights(iter(tensors.items()), version=1)
+
+        killer = _kill_one_server_soon(engine, [0])
+        samples = engine.generate(prompts, long)
+        killer.join()
+        assert [len(sample.response_ids) for sample in samples] == [100] * 192
+        assert_log_probs_match(subject, samples[::29], 1.0)
+        with pytest.raises(RolloutError, match="cannot be reached"):
+            engine.health()
+
+        engine.update_weights(iter(tensors.items()), version=2)
+        engine.health()
+        samples = engine.generate(prompts, SamplingParams(max_new_tokens=4))
+        assert {sample.weight_versions[0] for sample in samples} == {(2, 4)}
+        assert_log_probs_match(subject, samples, 1.0)
+
+        killer = _kill_one_server_soon(engine, [0, 1])
+        started = time.monotonic()
+        with pytest.raises(RolloutError, match="no SGLang server is left"):
+            engine.generate(prompts, long)
+        killer.join()
+        assert time.monotonic() - started < 60
+    finally:
+        engine.close()
+    _assert_all_end(_processes_of(tmp_path), timeout_s=5)
+
+
+_TRAINER = """
+import sys, time, torch
+from megatron_dppo.rollout.sglang import SGLangEngine
+from tests.rollout.sglang.conftest import server_config
+engine = SGLangEngine(server_config(), sys.argv[1] + "/model", 250, torch.float32, sys.argv[1])
+print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_server_ends_with_a_trainer_that_is_killed(tmp_path):
+    write_tiny_hf_model("llama", tmp_path / "model", seed=0)
+    root = Path(__file__).parents[3]
+    trainer = subprocess.Popen([sys.executable, "-c", _TRAINER, str(tmp_path)], stdout=subprocess.PIPE, cwd=root)
+    try:
+        assert trainer.stdout.readline() == b"ready\n"
+        processes = [process for process in _processes_of(tmp_path) if process.pid != trainer.pid]
+        assert len(processes) >= 3, "the server and its workers were expected"
+    finally:
+        trainer.kill()
+        trainer.wait()
+    _assert_all_end(processes, timeout_s=20)

@@ -1,0 +1,140 @@
+"""Micro-batches: per-token values stand where their token is predicted, padded or packed, on every context-parallel rank."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dppo.rollout.sample import Prompt, Sample
+from megatron_dppo.training.data.micro_batch import (
+    PADDING,
+    MicroBatch,
+    TrainingExample,
+    example_from_sample,
+    make_micro_batch,
+)
+from megatron_dppo.training.data.packing import TokenLayout, packed_layout, padded_layout, round_up
+
+CPU = torch.device("cpu")
+
+
+def example(prompt: int, response: int, first_token: int = 1, **fields) -> TrainingExample:
+    ids = list(range(first_token, first_token + prompt + response))
+    return TrainingExample(ids, prompt, rollout_log_probs=-torch.arange(1.0, response + 1), **fields)
+
+
+def layout_of(examples: list[TrainingExample], packed: bool, context_parallel_size: int = 1) -> TokenLayout:
+    multiple = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    lengths = [len(e.token_ids) for e in examples]
+    if packed:
+        return packed_layout(lengths, multiple, sum(round_up(n, multiple) for n in lengths) + 2 * multiple)
+    return padded_layout(lengths, round_up(max(lengths), multiple))
+
+
+def test_values_stand_at_the_position_that_predicts_their_token():
+    batch = make_micro_batch([example(3, 2, advantage=0.5)], [7], padded_layout([5], 6))
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 0]]
+    assert batch.target.tolist() == [[2, 3, 4, 5, 0, 0]]
+    assert batch.loss_mask.tolist() == [[False, False, True, True, False, False]]
+    assert batch.rollout_log_probs.tolist() == [[0, 0, -1, -2, 0, 0]]
+    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.5, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert batch.sequence_ids.tolist() == [[7, 7, 7, 7, 7, PADDING]]
+    assert batch.packed_seq_params is None
+
+
+def test_a_packed_row_holds_whole_sequences_whose_positions_begin_anew():
+    examples = [example(1, 2), example(2, 2, first_token=11)]
+    batch = make_micro_batch(examples, [4, 2], packed_layout([3, 4], 1, 8))
+    assert batch.tokens.tolist() == [[1, 2, 3, 11, 12, 13, 14, 0]]
+    assert batch.target.tolist() == [[2, 3, 0, 12, 13, 14, 0, 0]]  # the last token of one does not predict the next
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert batch.loss_mask.tolist() == [[True, True, False, False, True, True, False, False]]
+    assert batch.sequence_ids.tolist() == [[4, 4, 4, 2, 2, 2, 2, PADDING]]
+    assert batch.packed_seq_params.cu_seqlens_q.tolist() == [0, 3, 7, 8]
+    assert batch.packed_seq_params.max_seqlen_q == 4
+
+
+def test_topk_values_and_routed_experts_follow_their_tokens():
+    ids, experts = torch.tensor([[5, 6], [7, 8]]), torch.arange(1, 25, dtype=torch.int32).view(3, 4, 2)
+    examples = [
+        example(2, 2, topk_ids=ids, topk_log_probs=-ids.float(), routed_experts=experts),
+        example(1, 1, topk_ids=ids[:1], topk_log_probs=-ids[:1].float(), routed_experts=experts[:1]),
+    ]
+    batch = make_micro_batch(examples, [0, 1], padded_layout([4, 2], 4))
+    assert batch.rollout_topk_ids.tolist() == [[[0, 0], [5, 6], [7, 8], [0, 0]], [[5, 6], [0, 0], [0, 0], [0, 0]]]
+    assert torch.equal(batch.rollout_topk_log_probs, -batch.rollout_topk_ids.float())
+    assert torch.equal(batch.routed_experts[0, :3], experts)
+    assert torch.equal(batch.routed_experts[1, :1], experts[:1])
+    assert batch.routed_experts[0, 3:].sum() == batch.routed_experts[1, 1:].sum() == 0
+    tokens = batch.response_tokens()
+    assert tokens["rollout_topk_ids"].tolist() == [[5, 6], [7, 8], [5, 6]]
+    assert tokens["target"].tolist() == [3, 4, 2]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=5),
+    packed=st.booleans(),
+    ranks=st.sampled_from([1, 2, 3]),
+)
+def test_the_ranks_parts_put_together_are_the_whole(sizes, packed, ranks):
+    """Results of response tokens go back to their examples, whatever the layout and however many ranks share it."""
+    examples = [example(p, r, first_token=100 * i, advantage=float(i)) for i, (p, r) in enumerate(sizes)]
+    layout = layout_of(examples, packed, ranks)
+    parts = [make_micro_batch(examples, range(len(examples)), layout, ranks, rank) for rank in range(ranks)]
+    whole = sum(part.uncut(part.response_tokens()["target"].float()) for part in parts)
+    for item, (row, start) in zip(examples, layout.places, strict=True):
+        values = whole[row, start:][item.response_slice]
+        assert values.tolist() == [float(token) for token in item.token_ids[item.prompt_length :]]
+    assert whole.count_nonzero() == sum(response for _, response in sizes)
+    if ranks > 1:
+        _check_split_sequences(examples, parts)
+
+
+def _check_split_sequences(examples: list[TrainingExample], parts: list[MicroBatch]) -> None:
+    """Every sequence is begun on one rank, and its tokens say how long it is on all of them."""
+    tokens = [part.response_tokens() for part in parts]
+    ids, lengths, starts = (
+        torch.cat([t[name] for t in tokens]) for name in ("sequence_ids", "sequence_lengths", "sequence_starts")
+    )
+    responses = torch.tensor([len(e.token_ids) - e.prompt_length for e in examples])
+    assert torch.equal(lengths, responses[ids])
+    assert sorted(ids[starts].tolist()) == list(range(len(examples)))
+
+
+def test_padding_inside_a_packed_row_counts_as_part_of_its_sequence():
+    """Core has to see every sequence cut into 2 CP equal chunks, and attention kernels no gaps."""
+    examples = [example(2, 3), example(1, 1)]
+    batch = make_micro_batch(examples, [0, 1], packed_layout([5, 2], 4, 12), 2, 1)
+    assert batch.shape == (1, 6)
+    params = batch.packed_seq_params
+    assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv_padded.tolist() == [0, 8, 12]
+    assert all((end - start) % 4 == 0 for start, end in pairwise(params.cu_seqlens_q.tolist()))
+    assert batch.tokens.tolist() == [[3, 4, 5, 0, 2, 0]]  # chunks 1 and 2 of four of each sequence
+
+
+def test_an_aborted_sample_keeps_its_place_but_teaches_nothing():
+    sample = Sample(Prompt("p/0", (1, 2)), [3, 4], [-0.5, -0.25], "abort", [(1, 2)])
+    batch = make_micro_batch([example_from_sample(sample, 1.0)], [0], padded_layout([4], 4), 1, 0)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4]]
+    assert not batch.loss_mask.any()
+    assert batch.response_tokens()["target"].shape == (0,)
+
+
+def test_a_per_token_value_for_some_examples_only_or_of_the_wrong_length_is_refused():
+    layout = padded_layout([2, 2], 2)
+    with pytest.raises(ValueError, match="for all examples of a batch or for none"):
+        make_micro_batch([example(1, 1), example(1, 1, ref_log_probs=torch.zeros(1))], [0, 1], layout)
+    with pytest.raises(ValueError, match="as many rows"):
+        make_micro_batch([example(1, 1, ref_log_probs=torch.zeros(2))] * 2, [0, 1], layout)
+
+
+def test_all_of_a_micro_batch_moves_to_a_device():
+    batch = make_micro_batch([example(1, 2)], [0], packed_layout([3], 1, 3)).to(torch.device("meta"))
+    assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
+    assert batch.packed_seq_params.cu_seqlens_kv.device.type == "meta"

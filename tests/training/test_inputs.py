@@ -1,0 +1,76 @@
+"""What a run reads from disk is checked before anything is built."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_dppo.tasks.held_out import question_key
+from megatron_dppo.tasks.task import TaskError
+from megatron_dppo.training.config.load import load_config
+from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.inputs import read_run_inputs
+from megatron_dppo.training.run import check_run_folder
+from tests.training.tiny_runs import QUICKSTART, write_tiny_policy
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return write_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def quickstart(policy, *overrides: str) -> Config:
+    return load_config(QUICKSTART, [f"model.path={policy}", *overrides])
+
+
+def test_training_never_sees_a_held_out_question(policy):
+    inputs = read_run_inputs(quickstart(policy, "eval.prompts=64"), world_size=2)
+    held_out = {question_key(prompt.metadata["problem"].question) for prompt in inputs.eval_prompts}
+    trained = {question_key(inputs.train_problems.problem(i).question) for i in range(500)}
+    assert len(held_out) == 64
+    assert not held_out & trained
+
+
+def test_replicas_share_out_the_prompts_of_a_step(policy):
+    inputs = read_run_inputs(quickstart(policy), world_size=2)
+    whole = [prompt.prompt_id for prompt in inputs.train_prompts(8, 8, 0, 1)]
+    parts = [[prompt.prompt_id for prompt in inputs.train_prompts(8, 8, share, 2)] for share in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(policy, tmp_path):
+    config_json = json.loads((policy / "config.json").read_text())
+    config_json["vocab_size"] = 100
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    with pytest.raises(ConfigError, match=r"tokens, the model only 100: they do not belong together"):
+        read_run_inputs(quickstart(policy, f"model.path={tmp_path}", f"model.tokenizer={policy}"), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["model.path=''"], ConfigError, "model.path is not set"),
+        (["model.tokenizer=nowhere"], ConfigError, "no tokenizer that loads"),
+        (["eval.prompts=100000"], ConfigError, "distinct questions"),
+        (["rollout.max_prompt_tokens=3"], ConfigError, "eval.prompts"),
+        (["tasks.train=[{name: mine, kind: jsonl, path: empty.jsonl}]"], TaskError, "empty.jsonl"),
+        (["tasks.train=[{name: chain_sums}]"], TaskError, "chain_sum"),
+        (["tasks.train=[{name: mine, reward: 'no.such:function'}]"], TaskError, "no"),
+    ],
+)
+def test_bad_input_is_named(policy, tmp_path, monkeypatch, overrides, error, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(error, match=message):
+        read_run_inputs(quickstart(policy, *overrides), world_size=2)
+
+
+def test_a_used_run_folder_is_refused_where_resuming_is_not_wanted(tmp_path):
+    config = Config()
+    config.run.root, config.run.name, config.run.resume = str(tmp_path), "used", "never"
+    check_run_folder(config)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        check_run_folder(config)
