@@ -24,8 +24,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 from megatron_dppo.distributed.ranks import choose_device, rank, world_size
-from megatron_dppo.rollout.engine import RolloutError
-from megatron_dppo.training.checkpoint.storage import CheckpointError
+from megatron_dppo.errors import CheckpointError, RolloutError
 from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs, read_run_inputs

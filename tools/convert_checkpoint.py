@@ -26,13 +26,13 @@ from transformers.utils import logging
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.distributed.ranks import joined_ranks
+from megatron_dppo.errors import CheckpointError
 from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.weights import load_hf_weights, save_hf_checkpoint
 from megatron_dppo.training.checkpoint.info import CheckpointInfo
 from megatron_dppo.training.checkpoint.load import TrainerState, load_weights
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
-from megatron_dppo.training.checkpoint.storage import CheckpointError
 from megatron_dppo.training.policy.trainable import TrainablePolicy
 
 VERIFIED_TOKENS = 32

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.training.config.schema import ConfigError
+from megatron_dppo.errors import ConfigError
 
 
 def world_size() -> int:

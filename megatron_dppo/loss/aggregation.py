@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import DPPOConfig
-from megatron_dppo.loss.inputs import LossInputError, TokenBatch
+from megatron_dppo.loss.inputs import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_dppo.errors import ConfigError
+
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl")
 DIRECTIONS = ("ratio", "predictive")
 PREDICTIVE_ESTIMATORS = ("exact_collision", "aggregated_tail", "uniform_tail")
@@ -15,10 +17,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 # Thresholds live on their divergence's scale; total variation and KL differ three- to fourfold.
 _DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
 _DEFAULT_SMOOTH_DELTA = 12.5
-
-
-class ConfigError(ValueError):
-    """A field of the configuration is wrong; the message names it and what it may be."""
 
 
 @dataclass(frozen=True)

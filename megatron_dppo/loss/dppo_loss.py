@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss import metrics
 from megatron_dppo.loss.aggregation import Aggregation, aggregation_of
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.divergences import sampled_slot_valid
 from megatron_dppo.loss.fused_objective import fused_token_update
-from megatron_dppo.loss.inputs import LossInputError, TokenBatch, select_tokens
+from megatron_dppo.loss.inputs import TokenBatch, select_tokens
 from megatron_dppo.loss.objective import token_update
 from megatron_dppo.loss.regularisers import differentiable_zero, reference_kl
 from megatron_dppo.ops.backend import backend_in_use

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dppo.errors import LossInputError
+
 # Rounding in a serving engine's softmax; more than this is another distribution.
 TOPK_MASS_TOLERANCE = 1e-3
 # Rounding can put a log-prob slightly above 0; more than this is not rounding.
 _LOG_PROB_TOLERANCE = 1e-3
-
-
-class LossInputError(ValueError):
-    """An input of the loss is wrong; the message names it, the position and what is wrong."""
 
 
 @dataclass(frozen=True)

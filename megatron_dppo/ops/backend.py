@@ -14,13 +14,10 @@ from types import ModuleType
 
 import torch
 
+from megatron_dppo.errors import BackendUnavailableError
 from megatron_dppo.ops import torch_backend
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
-
-
-class BackendUnavailableError(ValueError):
-    """A backend was asked for by name and cannot be used; the message says why."""
 
 
 def choose_backend(name: str, logits: torch.Tensor) -> ModuleType:

@@ -16,14 +16,6 @@ from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
-class RolloutError(RuntimeError):
-    """The engine cannot go on: no server is left, a request kept failing, or a timeout passed."""
-
-
-class WeightSyncError(RolloutError):
-    """The engine does not serve the weights that it was sent; the message names the tensor."""
-
-
 class RolloutEngine(Protocol):
     """Generates samples with the newest weights it was given."""
 

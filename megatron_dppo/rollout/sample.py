@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_dppo.errors import InvalidSampleError
+
 FinishReason = Literal["stop", "length", "abort"]
-
-
-class InvalidSampleError(ValueError):
-    """A sample breaks the contract; the message names the sample, the token and what is wrong with it."""
 
 
 @dataclass(frozen=True)

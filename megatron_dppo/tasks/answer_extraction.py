@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_dppo.tasks.task import TaskError
+from megatron_dppo.errors import TaskError
 
 ANSWER_EXTRACTIONS = ("none", "last_line", "last_number", "boxed", "tag")
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import MISSING
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.custom_reward import CustomRewardTask
 from megatron_dppo.tasks.dotted_path import load_object
 from megatron_dppo.tasks.held_out import EvaluationSet
 from megatron_dppo.tasks.mixture import TaskMixture
-from megatron_dppo.tasks.task import Problem, Task, TaskError
+from megatron_dppo.tasks.task import Problem, Task
 
 # What two tasks of one name (for training and evaluation, say) may differ in: which problems, not how they are graded.
 _PROBLEM_FIELDS = ("size", "seed", "weight", "path")

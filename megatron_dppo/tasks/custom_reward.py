@@ -6,9 +6,10 @@ import inspect
 import math
 from collections.abc import Callable
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import check_answer_extraction, extract_answer
 from megatron_dppo.tasks.dotted_path import load_object
-from megatron_dppo.tasks.task import Problem, Task, TaskError
+from megatron_dppo.tasks.task import Problem, Task
 
 RewardFunction = Callable[..., float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from megatron_dppo.tasks.task import TaskError
+from megatron_dppo.errors import TaskError
 
 
 def load_object(path: str, purpose: str) -> Any:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dppo.tasks.task import Problem, Task, TaskError
+from megatron_dppo.errors import TaskError
+from megatron_dppo.tasks.task import Problem, Task
 
 
 def question_key(question: str) -> str:

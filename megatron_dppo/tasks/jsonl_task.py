@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import check_answer_extraction, extract_answer
 from megatron_dppo.tasks.math_scoring import score_math
-from megatron_dppo.tasks.task import Problem, TaskError
+from megatron_dppo.tasks.task import Problem
 
 _QUESTION_FIELDS = "question or prompt"
 _ANSWER_FIELDS = "reward_model.ground_truth, answer or solution"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from megatron_dppo.tasks.task import Problem, Task, TaskError
+from megatron_dppo.errors import TaskError
+from megatron_dppo.tasks.task import Problem, Task
 
 _BLOCK = 1000  # positions after which every task has had its exact share; also the resolution of the weights
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_dppo.errors import PromptTooLongError, TaskError
 from megatron_dppo.tasks.build import tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.task import Problem, TaskError
-
-
-class PromptTooLongError(TaskError):
-    """A prompt has more tokens than is allowed; the message names the problem and both numbers."""
+from megatron_dppo.tasks.task import Problem
 
 
 class PromptEncoder:

@@ -9,8 +9,9 @@ from typing import Any
 
 from reasoning_gym.factory import DATASETS, create_dataset
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import check_answer_extraction, extract_answer
-from megatron_dppo.tasks.task import Problem, TaskError
+from megatron_dppo.tasks.task import Problem
 
 
 class ReasoningGymTask:

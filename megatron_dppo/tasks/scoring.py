@@ -22,18 +22,15 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
+from megatron_dppo.errors import ScoringError, TaskError
 from megatron_dppo.tasks.build import tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.task import Problem, TaskError
+from megatron_dppo.tasks.task import Problem
 
 ScoringFailure = Literal["error", "invalid", "timeout", "crash"]
 
 _STARTUP_TIMEOUT_S = 180.0  # importing the package on a busy node with a slow file system
 _CHUNK = 32  # responses per message to a worker: few enough to keep all workers busy, enough to make messages cheap
-
-
-class ScoringError(RuntimeError):
-    """No scoring worker can be started; the message has the worker's own reason."""
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.build import build_task, tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.custom_reward import check_reward
-from megatron_dppo.tasks.task import Problem, Task, TaskError
+from megatron_dppo.tasks.task import Problem, Task
 
 
 def main(connection: Connection) -> None:

@@ -6,10 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
-class TaskError(ValueError):
-    """A task cannot be built or read; the message names the task, the place and the remedy."""
-
-
 @dataclass(frozen=True)
 class Problem:
     """One problem.

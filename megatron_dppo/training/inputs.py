@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.rollout.sample import Prompt
 from megatron_dppo.tasks.build import build_evaluation_set, build_mixture
@@ -15,7 +16,7 @@ from megatron_dppo.tasks.mixture import TaskMixture
 from megatron_dppo.tasks.prompting import PromptEncoder
 from megatron_dppo.tasks.task import Problem
 from megatron_dppo.training.config.check import check_config
-from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.config.schema import Config
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transformer_engine
 from megatron_dppo.distributed.layout import initialize_model_parallel, is_replica_leader, replica_group
 from megatron_dppo.distributed.ranks import joined_ranks
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.weights import load_hf_weights
 from megatron_dppo.ops.backend import backend_report
@@ -21,7 +22,7 @@ from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
-from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.metrics.sinks import MetricsLog

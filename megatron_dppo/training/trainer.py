@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from megatron_dppo.errors import RolloutError
 from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf.weights import export_hf_weights, save_hf_checkpoint
-from megatron_dppo.rollout.engine import RolloutError
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.training.checkpoint.info import TrainerState
 from megatron_dppo.training.checkpoint.load import last_checkpoint, load_checkpoint

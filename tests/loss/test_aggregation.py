@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import AGGREGATIONS
 from megatron_dppo.loss.dppo_loss import LossOutput
-from megatron_dppo.loss.inputs import LossInputError
 from tests.loss.scenario import BATCH, LENGTH, VOCAB, Scenario, make_scenario
 
 OPTIONAL = ("rollout_topk_ids", "rollout_topk_log_probs")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import DIVERGENCES, TRUST_REGIONS
 from megatron_dppo.loss.dppo_loss import LossOutput
-from megatron_dppo.loss.inputs import LossInputError
 from megatron_dppo.ops.backend import backend_report
 from tests.loss.scenario import VOCAB, make_scenario
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dppo import DPPOConfig, DPPOLoss
-from megatron_dppo.loss.inputs import LossInputError
+from megatron_dppo.errors import LossInputError
 from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
 
 HIDDEN = 16

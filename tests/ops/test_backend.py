@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from megatron_dppo.errors import BackendUnavailableError
 from megatron_dppo.ops import torch_backend
-from megatron_dppo.ops.backend import BackendUnavailableError, choose_backend
+from megatron_dppo.ops.backend import choose_backend
 
 LOGITS = torch.zeros(2, 3)
 BUILT = importlib.util.find_spec("megatron_dppo._C") is not None

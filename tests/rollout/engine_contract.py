@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_dppo.rollout.engine import RolloutEngine, RolloutError
+from megatron_dppo.errors import RolloutError
+from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, Sample, SamplingParams
+from megatron_dppo.errors import InvalidSampleError
+from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 
 
 def sample(**changes) -> Sample:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import extract_answer
-from megatron_dppo.tasks.task import TaskError
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.build import build_task, tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.custom_reward import CustomRewardTask
 from megatron_dppo.tasks.reasoning_gym_task import ReasoningGymTask
-from megatron_dppo.tasks.task import Task, TaskError
+from megatron_dppo.tasks.task import Task
 
 
 def make_sums(config: TaskConfig) -> Task:

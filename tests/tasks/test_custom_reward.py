@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.custom_reward import CustomRewardTask, check_reward, load_reward_function
 from megatron_dppo.tasks.reasoning_gym_task import ReasoningGymTask
-from megatron_dppo.tasks.task import Problem, TaskError
+from megatron_dppo.tasks.task import Problem
 
 HERE = "tests.tasks.rewards_for_tests"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.jsonl_task import JsonlTask
-from megatron_dppo.tasks.task import TaskError
 
 GSM8K = {"question": "How many?", "answer": "6 times 7 is <<6*7=42>>42\n#### 42"}
 DAPO = {

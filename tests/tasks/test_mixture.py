@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.build import build_evaluation_set, build_mixture
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.held_out import question_key
-from megatron_dppo.tasks.task import TaskError
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # a space of 200 questions
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from megatron_dppo.errors import PromptTooLongError, TaskError
 from megatron_dppo.tasks.build import build_mixture, build_task
 from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.prompting import PromptEncoder, PromptTooLongError
-from megatron_dppo.tasks.task import Problem, TaskError
+from megatron_dppo.tasks.prompting import PromptEncoder
+from megatron_dppo.tasks.task import Problem
 from tools.setup.tokenizer_training import train_tokenizer
 
 SUMS = TaskConfig(name="chain_sum", size=50)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.reasoning_gym_task import ReasoningGymTask
-from megatron_dppo.tasks.task import TaskError
 
 TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dppo.errors import ScoringError, TaskError
 from megatron_dppo.tasks.build import build_task
 from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.scoring import Scorer, ScoringError
-from megatron_dppo.tasks.task import Problem, TaskError
+from megatron_dppo.tasks.scoring import Scorer
+from megatron_dppo.tasks.task import Problem
 
 ORDERS = TaskConfig(name="orders", dataset="chain_sum", size=1, reward="tests.tasks.rewards_for_tests:follow_orders")
 FACTORS = TaskConfig(name="factors", dataset="prime_factorization", size=4)

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from megatron_dppo.errors import ConfigError, TaskError
 from megatron_dppo.tasks.held_out import question_key
-from megatron_dppo.tasks.task import TaskError
 from megatron_dppo.training.config.load import load_config
-from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import read_run_inputs
 from megatron_dppo.training.run import check_run_folder
 from tests.training.tiny_runs import QUICKSTART, write_tiny_policy

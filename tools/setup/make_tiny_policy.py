@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.build import build_task
 from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.task import TaskError
 from tools.setup.tokenizer_training import train_tokenizer
 
 FAMILIES = ("qwen3_moe", "qwen3", "llama")

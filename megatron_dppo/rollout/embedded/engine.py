@@ -22,10 +22,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
 from megatron_dppo.distributed.layout import replica_group
+from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
 from megatron_dppo.rollout.embedded.routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.embedded.sampling import Draw, draw_tokens
-from megatron_dppo.rollout.engine import NamedTensors, RolloutError
+from megatron_dppo.rollout.engine import NamedTensors
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 
 

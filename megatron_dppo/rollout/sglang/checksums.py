@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_dppo.rollout.engine import WeightSyncError
+from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerRank, part_name, placement, shard
 
 

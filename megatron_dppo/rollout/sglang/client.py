@@ -8,11 +8,11 @@ from typing import Any
 
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.errors import RolloutError, TransientServerError
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
-from megatron_dppo.rollout.sglang.transport import TransientServerError, Transport
+from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.wire_format import (
     build_request,
     check_prompt,

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.rollout.engine import NamedTensors, RolloutError, WeightSyncError
-from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, Sample, SamplingParams
+from megatron_dppo.errors import InvalidSampleError, RolloutError, WeightSyncError
+from megatron_dppo.rollout.engine import NamedTensors
+from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape

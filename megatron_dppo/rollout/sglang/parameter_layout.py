@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dppo.rollout.engine import WeightSyncError
+from megatron_dppo.errors import WeightSyncError
 
 KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _VOCABULARY_PADDING = 64

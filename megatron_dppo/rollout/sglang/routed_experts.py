@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sample import Prompt
 
 # SGLang ends at start-up for a dense model with this flag, and ignores requests for choices without it.

@@ -17,10 +17,10 @@ from typing import IO
 
 import torch
 
-from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.errors import RolloutError, TransientServerError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.routed_experts import SERVER_FLAG
-from megatron_dppo.rollout.sglang.transport import TransientServerError, Transport
+from megatron_dppo.rollout.sglang.transport import Transport
 
 _HERE = Path(__file__).parent
 _LOG_TAIL_BYTES = 4000

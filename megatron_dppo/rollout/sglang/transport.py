@@ -11,17 +11,9 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.errors import RefusedRequestError, TransientServerError
 
 T = TypeVar("T")
-
-
-class TransientServerError(RolloutError):
-    """The server could not be reached, was too slow, or failed on its side: another try may work."""
-
-
-class RefusedRequestError(RolloutError):
-    """The server understood the request and refused it (4xx): the same request will fail again."""
 
 
 class Transport:

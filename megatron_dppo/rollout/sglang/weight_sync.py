@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from megatron_dppo.rollout.engine import NamedTensors, RolloutError, WeightSyncError
+from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
+from megatron_dppo.rollout.engine import NamedTensors
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, placement
-from megatron_dppo.rollout.sglang.transport import RefusedRequestError, Transport
+from megatron_dppo.rollout.sglang.transport import Transport
 
 _POLL_S = 0.002
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sample import FinishReason, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape, parse_routed_experts
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
+from megatron_dppo.errors import CheckpointError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_steps
-from megatron_dppo.training.checkpoint.storage import CheckpointError
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 _FILE = "checkpoint.json"

@@ -21,10 +21,11 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.errors import CheckpointError
 from megatron_dppo.training.checkpoint.info import CheckpointInfo, TrainerState, describe
 from megatron_dppo.training.checkpoint.load import checkpoint_path, complete_checkpoints
 from megatron_dppo.training.checkpoint.pieces import Piece, optimizer_pieces, random_state_pieces, weight_pieces
-from megatron_dppo.training.checkpoint.storage import CheckpointError, write_pieces
+from megatron_dppo.training.checkpoint.storage import write_pieces
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 _INCOMPLETE = ".incomplete"

@@ -27,11 +27,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_dppo.errors import CheckpointError
 from megatron_dppo.training.checkpoint.pieces import Piece
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message names the folder and the remedy."""
 
 
 def write_pieces(pieces: Sequence[Piece], folder: Path, group: dist.ProcessGroup | None) -> None:

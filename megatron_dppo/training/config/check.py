@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
-from megatron_dppo.training.config.schema import Config, ConfigError, OptimizerSection
+from megatron_dppo.training.config.schema import Config, OptimizerSection
 
 
 def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -> None:

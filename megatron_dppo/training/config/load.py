@@ -16,7 +16,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.errors import ConfigError
+from megatron_dppo.training.config.schema import Config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

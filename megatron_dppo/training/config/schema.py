@@ -15,10 +15,6 @@ from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.tasks.config import TaskConfig
 
 
-class ConfigError(ValueError):
-    """The configuration cannot work as given. The message names the key and the remedy; the exit code is 2."""
-
-
 @dataclass
 class RunConfig:
     """Where the run lives and how it is repeated."""

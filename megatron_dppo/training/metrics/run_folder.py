@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.load import save_config
-from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.config.schema import Config
 
 
 class RunFolder:

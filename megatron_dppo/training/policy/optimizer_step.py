@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_dppo.errors import NonFiniteGradientError
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.training.data.micro_batch import MicroBatch
@@ -29,10 +30,6 @@ from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePol
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 # (micro-batch, [n, V/TP] logits of its response tokens under the rollout weights, or None) -> its loss function
 MakeLoss = Callable[[MicroBatch, torch.Tensor | None], LossFunction]
-
-
-class NonFiniteGradientError(RuntimeError):
-    """The gradient norm is NaN or infinite; the weights were left as they are."""
 
 
 @dataclass(frozen=True)

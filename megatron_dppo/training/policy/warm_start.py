@@ -11,7 +11,7 @@ import time
 import torch
 from megatron.core import parallel_state
 
-from megatron_dppo.tasks.task import TaskError
+from megatron_dppo.errors import TaskError
 from megatron_dppo.training.config.schema import Config, TrainConfig
 from megatron_dppo.training.data.batcher import MicroBatcher
 from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from megatron_dppo.rollout.engine import WeightSyncError
+from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.rollout.sglang.checksums import CPUTensorHash, ExpectedChecksums, GPUTensorHash
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from tests.rollout.sglang.conftest import SERVER_PYTHON

@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 
-from megatron_dppo.rollout.engine import RolloutError
-from megatron_dppo.rollout.sample import InvalidSampleError, Prompt, SamplingParams
+from megatron_dppo.errors import InvalidSampleError, RolloutError
+from megatron_dppo.rollout.sample import Prompt, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape

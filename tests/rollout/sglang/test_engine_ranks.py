@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.rollout.engine import RolloutError, WeightSyncError
+from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
 from tests.rollout.engine_contract import make_prompts

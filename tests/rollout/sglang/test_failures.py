@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_dppo.rollout.engine import RolloutError
+from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
 from tests.models.tiny_policies import write_tiny_hf_model

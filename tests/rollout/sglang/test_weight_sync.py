@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dppo.rollout.engine import RolloutError, WeightSyncError
+from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.rollout.sglang import weight_sync
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 
+from megatron_dppo.errors import CheckpointError
 from megatron_dppo.training.checkpoint.load import TrainerState, last_checkpoint, load_checkpoint
 from megatron_dppo.training.checkpoint.pieces import _rectangles
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
-from megatron_dppo.training.checkpoint.storage import CheckpointError
 from tests.training.checkpoint.checkpoint_runs import exported, save, start, train
 
 DISTRIBUTED = {"use_distributed_optimizer": True}

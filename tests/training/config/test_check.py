@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.training.config.check import check_config
 from megatron_dppo.training.config.load import load_config
-from megatron_dppo.training.config.schema import ConfigError
 from tests.models.test_build import QWEN3_30B_A3B
 from tests.models.tiny_policies import tiny_hf_config
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.load import load_config, save_config
-from megatron_dppo.training.config.schema import Config, ConfigError
+from megatron_dppo.training.config.schema import Config
 
 CONF = Path(__file__).parents[2] / "examples" / "conf"
 

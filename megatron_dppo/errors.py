@@ -1,0 +1,58 @@
+"""Every error that this package raises on purpose. A message names what is wrong and, where there is one, the remedy.
+
+``ValueError`` means that something given is wrong, ``RuntimeError`` that something failed.
+"""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work as given. The message names the field or key and what it may be."""
+
+
+class BackendUnavailableError(ValueError):
+    """A backend was asked for by name and cannot be used; the message says why."""
+
+
+class LossInputError(ValueError):
+    """An input of the loss is wrong; the message names it, the position and what is wrong."""
+
+
+class TaskError(ValueError):
+    """A task cannot be built or read; the message names the task, the place and the remedy."""
+
+
+class PromptTooLongError(TaskError):
+    """A prompt has more tokens than is allowed; the message names the problem and both numbers."""
+
+
+class InvalidSampleError(ValueError):
+    """A sample breaks the contract; the message names the sample, the token and what is wrong with it."""
+
+
+class ScoringError(RuntimeError):
+    """No scoring worker can be started; the message has the worker's own reason."""
+
+
+class RolloutError(RuntimeError):
+    """The engine cannot go on: no server is left, a request kept failing, or a timeout passed."""
+
+
+class WeightSyncError(RolloutError):
+    """The engine does not serve the weights that it was sent; the message names the tensor."""
+
+
+class TransientServerError(RolloutError):
+    """The server could not be reached, was too slow, or failed on its side: another try may work."""
+
+
+class RefusedRequestError(RolloutError):
+    """The server understood the request and refused it (4xx): the same request will fail again."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the folder and the remedy."""
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient norm is NaN or infinite; the weights were left as they are."""
