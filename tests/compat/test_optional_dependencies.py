@@ -26,7 +26,7 @@ for name in sys.argv[3:]:
         print("ImportError", name)
 assert getattr(module, sys.argv[2])().usable == availability.usable, "the answer changed by hiding"
 """
-_SOURCE = Path(__file__).parents[2] / "megatron_dppo" / "models" / "optional_dependencies.py"
+_SOURCE = Path(__file__).parents[2] / "megatron_dppo" / "compat" / "optional_dependencies.py"
 _TRANSFORMER_ENGINE = "LayerNormLinear = Linear = DotProductAttention = RMSNorm = object\n"
 
 

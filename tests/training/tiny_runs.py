@@ -22,7 +22,7 @@ TIMED = ("time/", "throughput/", "memory/")
 
 def write_tiny_policy(folder: Path) -> Path:
     """The quick start's policy, as its script makes it."""
-    make = runpy.run_path(str(ROOT / "tools" / "make_tiny_policy.py"))["make_tiny_policy"]
+    make = runpy.run_path(str(ROOT / "tools" / "setup" / "make_tiny_policy.py"))["make_tiny_policy"]
     make(folder, [TaskConfig(name="spell_backward")])
     return folder
 

@@ -15,7 +15,7 @@ from megatron_dppo.training.config.load import load_config
 from tests.models.test_build import QWEN3_30B_A3B
 from tests.models.tiny_policies import tiny_hf_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")
 INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")

@@ -10,7 +10,7 @@ from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.load import load_config, save_config
 from megatron_dppo.training.config.schema import Config
 
-CONF = Path(__file__).parents[2] / "examples" / "conf"
+CONF = Path(__file__).parents[3] / "examples" / "conf"
 
 
 def write(path: Path, text: str) -> Path:
