@@ -8,7 +8,7 @@ ADVANTAGE_KINDS = ("mean_baseline", "rloo", "grpo")
 _GRPO_EPSILON = 1e-6  # as in GRPO's implementations; keeps a group of nearly equal rewards from blowing up
 
 
-def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, kind: str = "mean_baseline") -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, kind: str = "mean_baseline") -> torch.Tensor:
     """Advantage of each response over its group.
 
     Args:

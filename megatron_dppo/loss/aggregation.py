@@ -22,76 +22,71 @@ import torch
 
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import DPPOConfig
-from megatron_dppo.loss.inputs import TokenBatch
+from megatron_dppo.loss.inputs import FlatTokens, LossInputs, Sequences, masked
+
+_NO_SEQUENCE = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How to sum n tokens: ``(weights * per_token).sum()`` over the global sum of ``num_tokens`` (scalar int64)."""
+    """How to sum N tokens: ``(token_weights * per_token).sum()`` over the global sum of ``num_tokens``.
 
-    weights: torch.Tensor
+    Attributes:
+        token_weights: [N], or None: 1 for every token.
+        num_tokens: scalar int64, on the device.
+        local_lengths: [N] masked-in tokens of each token's sequence on this rank; None if they were not needed.
+    """
+
+    token_weights: torch.Tensor | None
     num_tokens: torch.Tensor
+    local_lengths: torch.Tensor | None = None
+
+    def sum(self, per_token: torch.Tensor) -> torch.Tensor:
+        """Scalar, from [N] losses that are 0 outside the mask."""
+        return per_token.sum() if self.token_weights is None else (self.token_weights * per_token).sum()
 
 
-def aggregation_of(
-    config: DPPOConfig,
-    tokens: TokenBatch,
-    sequence_ids: torch.Tensor | None,
-    sequence_lengths: torch.Tensor | None,
-    sequence_starts: torch.Tensor | None,
-) -> Aggregation:
+def aggregation_of(config: DPPOConfig, inputs: LossInputs, tokens: FlatTokens) -> Aggregation:
     """Weights of the tokens and the local denominator.
 
-    Without ``sequence_ids``, each row of a [b, s] batch is one sequence.
-
     A sequence whose tokens are spread over ranks (context parallelism) is counted once, by the rank that holds its
-    first masked-in token: give ``sequence_lengths`` (whole length, at each token) and ``sequence_starts`` (bool, True
-    at that first token). Without ``sequence_starts`` every sequence must be whole on this rank; if ``sequence_lengths``
-    says otherwise, that is an error rather than a wrong denominator.
+    first masked-in token: ``Sequences.lengths`` and ``starts`` say which that is. Without ``starts`` every sequence must be
+    whole on this rank.
 
     Raises:
-        LossInputError: sequence_ids are missing or have the wrong shape, or the lengths contradict the mask.
+        LossInputError: ``sequences.ids`` are missing.
     """
-    ones = torch.ones_like(tokens.advantages)
     if config.aggregation == "token_mean":
-        return Aggregation(ones, tokens.rows.new_tensor(tokens.rows.shape[0]))
-    ids = _sequence_ids(tokens, sequence_ids)
-    sequence, counts = torch.unique(ids, return_inverse=True, return_counts=True)[1:]
-    local_lengths = counts[sequence]
-    lengths = local_lengths if sequence_lengths is None else _select("sequence_lengths", tokens, sequence_lengths)
-    _check_lengths(lengths, local_lengths, split_allowed=sequence_starts is not None)
-    if sequence_starts is None:
-        num_sequences = tokens.rows.new_tensor(counts.shape[0])
-    else:
-        num_sequences = _select("sequence_starts", tokens, sequence_starts).bool().sum()
-    if config.horizon is not None and config.aggregation == "seq_mean_token_sum_norm":
-        return Aggregation(ones / config.horizon, num_sequences)
-    return Aggregation(1.0 / lengths.to(ones.dtype), num_sequences)
+        return Aggregation(None, tokens.count())
+    sequences = inputs.sequences or Sequences()
+    local_lengths, num_sequences = _count_sequences(inputs, sequences, tokens.mask)
+    if sequences.starts is not None:
+        num_sequences = masked(sequences.starts.reshape(-1).bool(), tokens.mask).sum()
+    if config.aggregation == "seq_mean_token_sum_norm":
+        assert config.horizon is not None
+        return Aggregation(torch.full_like(tokens.advantages, 1.0 / config.horizon), num_sequences, local_lengths)
+    lengths = local_lengths if sequences.lengths is None else sequences.lengths.reshape(-1)
+    # Outside the mask a length may be 0 or anything; the loss is 0 there and must not meet a weight that is not finite.
+    weights = 1.0 / lengths.clamp(min=1).to(tokens.advantages.dtype)
+    return Aggregation(weights, num_sequences, local_lengths)
 
 
-def _sequence_ids(tokens: TokenBatch, sequence_ids: torch.Tensor | None) -> torch.Tensor:
-    if sequence_ids is not None:
-        return _select("sequence_ids", tokens, sequence_ids)
-    if tokens.mask.dim() != 2:
-        raise LossInputError(
-            "packed tokens: a per-sequence aggregation needs sequence_ids [n], the sequence of each token"
-        )
-    return tokens.rows // tokens.mask.shape[1]
-
-
-def _select(name: str, tokens: TokenBatch, values: torch.Tensor) -> torch.Tensor:
-    if values.shape != tokens.mask.shape:
-        raise LossInputError(f"{name} has shape {tuple(values.shape)}, the loss mask {tuple(tokens.mask.shape)}")
-    return tokens.select(values)
-
-
-def _check_lengths(lengths: torch.Tensor, local_lengths: torch.Tensor, split_allowed: bool) -> None:
-    if lengths is local_lengths:
-        return
-    if bool((lengths < local_lengths).any()):
-        raise LossInputError("sequence_lengths is smaller than the number of a sequence's masked-in tokens")
-    if not split_allowed and bool((lengths != local_lengths).any()):
-        raise LossInputError(
-            "sequence_lengths says that a sequence is spread over ranks: pass sequence_starts too (True at the first "
-            "masked-in token of each sequence), so that exactly one rank counts it"
-        )
+def _count_sequences(
+    inputs: LossInputs, sequences: Sequences, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] length of each token's sequence on this rank, and the number of sequences with a masked-in token."""
+    if sequences.ids is None:
+        if inputs.target.dim() != 2:
+            raise LossInputError(
+                "packed tokens: a per-sequence aggregation needs sequences.ids [n], the sequence of each token"
+            )
+        mask_bs = inputs.target.new_ones(inputs.target.shape) if mask is None else mask.view(inputs.target.shape)
+        lengths_b = mask_bs.sum(dim=1)
+        return lengths_b[:, None].expand(inputs.target.shape).reshape(-1), (lengths_b > 0).sum()
+    # torch.unique would wait for the device to tell how many there are; in sorted order equal ids stand together.
+    ids = masked(sequences.ids.reshape(-1), mask, _NO_SEQUENCE)
+    ordered = ids.sort().values
+    lengths = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    return lengths, (is_first & (ordered != _NO_SEQUENCE)).sum()

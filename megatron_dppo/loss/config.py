@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_dppo.errors import ConfigError
 
@@ -18,12 +18,27 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 _DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
 _DEFAULT_SMOOTH_DELTA = 12.5
 
+# field -> (the field that decides whether it is read, the values with which it is)
+_READ_BY = {
+    "delta_low": ("trust_region", ("mask", "smooth")),
+    "delta_high": ("trust_region", ("mask", "smooth")),
+    "direction": ("trust_region", ("mask", "smooth")),
+    "predictive_estimator": ("direction", ("predictive",)),
+    "horizon": ("aggregation", ("seq_mean_token_sum_norm",)),
+    "ppo_clip_low": ("trust_region", ("ppo_clip",)),
+    "ppo_clip_high": ("trust_region", ("ppo_clip",)),
+    "ppo_dual_clip": ("trust_region", ("ppo_clip",)),
+    "cispo_ratio_min": ("trust_region", ("cispo",)),
+    "cispo_ratio_max": ("trust_region", ("cispo",)),
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class DPPOConfig:
     """The DPPO objective (arXiv 2602.04879, Eq. 11-12), its variants and the baselines to compare with.
 
-    Usable as an OmegaConf structured config.
+    Usable as an OmegaConf structured config. A field that the chosen rule does not read is refused when it is set: it would
+    promise something that does not happen.
 
     Attributes:
         divergence: D(mu || pi) per token: binary_tv | binary_kl | topk_tv | topk_kl | exact_tv | exact_kl. ``topk_*``
@@ -35,7 +50,7 @@ class DPPOConfig:
             from 1 (2602.04879); predictive: it raises KL(mu || pi) to first order (2607.10848). Read by mask and
             smooth.
         predictive_estimator: how ``predictive`` fills in what the engine did not report: exact_collision |
-            aggregated_tail | uniform_tail (see ``loss/direction.py``).
+            aggregated_tail | uniform_tail (see ``loss/trust_region.py``).
         trust_region: mask (DPPO) | smooth (DRPO, 2606.09821) | ppo_clip | cispo | none. The last three are baselines
             and read no delta and no direction; the divergence is still measured.
         aggregation: token_mean | seq_mean_token_mean | seq_mean_token_sum_norm (divides by ``horizon``).
@@ -92,6 +107,42 @@ class DPPOConfig:
         _check_range("kl_coef", self.kl_coef, at_least=0.0)
         if self.aggregation == "seq_mean_token_sum_norm" and self.horizon is None:
             raise ConfigError("DPPOConfig.horizon must be set for aggregation='seq_mean_token_sum_norm'")
+        self._refuse_unread_fields()
+
+    def _refuse_unread_fields(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, (chooser, readers) in _READ_BY.items():
+            chosen = getattr(self, chooser)
+            if chosen not in readers and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"DPPOConfig.{name}={getattr(self, name)!r} is not read with {chooser}={chosen!r}, only with "
+                    f"{' or '.join(map(repr, readers))}: leave it at {defaults[name]!r}, or choose one of those"
+                )
+
+    @property
+    def partition(self) -> str:
+        """How finely the divergence sees the vocabulary: binary | topk | exact."""
+        return self.divergence.partition("_")[0]
+
+    @property
+    def kind(self) -> str:
+        """Which distance: tv | kl."""
+        return self.divergence.partition("_")[2]
+
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the engine has to return top-K log-probs. (predictive works without, on the sampled token alone.)"""
+        return self.partition == "topk" or self.direction == "predictive"
+
+    @property
+    def reads_topk(self) -> bool:
+        """Whether top-K log-probs make a difference, if there are any."""
+        return self.needs_topk or self.partition == "exact"
+
+    @property
+    def needs_rollout_logits(self) -> bool:
+        """Whether the rollout policy's logits have to be recomputed."""
+        return self.partition == "exact"
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -99,7 +150,7 @@ class DPPOConfig:
         if self.trust_region == "smooth":
             default = _DEFAULT_SMOOTH_DELTA
         else:
-            default = _DEFAULT_DELTA[self.divergence.rpartition("_")[2]]
+            default = _DEFAULT_DELTA[self.kind]
         low, high = self.delta_low, self.delta_high
         return (default if low is None else low, default if high is None else high)
 

@@ -57,14 +57,17 @@ def known_tokens(
     log_mu: torch.Tensor,
     log_pi: torch.Tensor,
     target: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_log_mu: torch.Tensor,
-    topk_log_pi: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    topk_log_mu: torch.Tensor | None,
+    topk_log_pi: torch.Tensor | None,
 ) -> KnownTokens:
-    """[n] values of the sampled token and [n, K] of the top K (K may be 0) -> KnownTokens."""
-    valid = sampled_slot_valid(topk_ids, target)
-    all_log_mu = torch.cat([topk_log_mu, log_mu[:, None]], dim=1)
-    all_log_pi = torch.cat([topk_log_pi, log_pi[:, None]], dim=1)
+    """[n] values of the sampled token and [n, K] of the top K (None: nothing is known of it) -> KnownTokens."""
+    all_log_mu, all_log_pi = log_mu[:, None], log_pi[:, None]
+    valid = torch.ones_like(all_log_mu, dtype=torch.bool)
+    if topk_ids is not None and topk_log_mu is not None and topk_log_pi is not None:
+        valid = sampled_slot_valid(topk_ids, target)
+        all_log_mu = torch.cat([topk_log_mu, all_log_mu], dim=1)
+        all_log_pi = torch.cat([topk_log_pi, all_log_pi], dim=1)
     return KnownTokens(
         all_log_mu, all_log_pi, valid, remaining_mass(all_log_mu, valid), remaining_mass(all_log_pi, valid)
     )

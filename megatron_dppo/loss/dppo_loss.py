@@ -7,292 +7,259 @@ policy being trained, and r = pi / mu (2602.04879, Eq. 11-12):
 
 where the weight w is 0 for updates that leave the trust region, i.e. that lead outward although D(mu || pi) > delta
 already. ``loss/objective.py`` computes w r A.
+
+Nothing waits for the device, however many tokens the mask leaves: all of them are computed, those outside count 0. The one
+exception is ``checks="now"``, which looks at the record of impossible inputs before it returns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_dppo.errors import LossInputError
-from megatron_dppo.loss import metrics
-from megatron_dppo.loss.aggregation import Aggregation, aggregation_of
+from megatron_dppo.loss.aggregation import aggregation_of
+from megatron_dppo.loss.checks import CHECKS, InputChecks, check_values
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.divergences import sampled_slot_valid
-from megatron_dppo.loss.fused_objective import fused_token_update
-from megatron_dppo.loss.inputs import TokenBatch, select_tokens
-from megatron_dppo.loss.objective import token_update
+from megatron_dppo.loss.fused_objective import fused_token_objective
+from megatron_dppo.loss.inputs import FlatTokens, LossInputs, check_fields, flatten
+from megatron_dppo.loss.metrics import MetricSums
+from megatron_dppo.loss.objective import TokenObjective, token_objective
 from megatron_dppo.loss.regularisers import differentiable_zero, reference_kl
-from megatron_dppo.ops.backend import backend_in_use
+from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
-from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
-from megatron_dppo.ops.policy_stats import PolicyStats, locate_shard, vocab_parallel_policy_stats
+from megatron_dppo.ops.fused_linear import CHUNK_BYTES, fused_linear_policy_stats
+from megatron_dppo.ops.policy_stats import PolicyStats, vocab_parallel_policy_stats
 from megatron_dppo.ops.torch_backend import compute_dtype
 
 
 @dataclass(frozen=True)
+class LinearHead:
+    """In place of logits: what the output layer would make them of. They then never exist as a whole.
+
+    Attributes:
+        hidden: [..., h]; with ``sequence_parallel`` this rank's [s/TP, ..., h] of tokens [s, ...].
+        weight: [V/TP, h] this rank's rows of the output layer, in the dtype of ``hidden``.
+        sequence_parallel: ``hidden`` is sharded along its first dimension over the tensor-parallel group.
+        reduce_hidden_grad: sum the gradient of ``hidden`` over that group. False: the caller does.
+        accumulate_into_main_grad: add the weight's gradient to its ``main_grad`` (see ``ops/fused_linear.py``).
+        chunk_bytes: largest tile of logits.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    _: KW_ONLY
+    sequence_parallel: bool = False
+    reduce_hidden_grad: bool = True
+    accumulate_into_main_grad: bool = False
+    chunk_bytes: int = CHUNK_BYTES
+
+
+@dataclass(frozen=True)
 class LossOutput:
-    """What one call of the loss returns.
+    """What one call of the loss returns. Everything is on the device; reading a value waits for it.
 
     Attributes:
         loss: scalar with gradient, summed over local tokens; divide by the global sum of ``num_tokens``.
         num_tokens: scalar int64, this call's share of the denominator (see ``loss/aggregation.py``).
-        metrics: {name: (numerator, denominator)}, detached fp64 scalars, to be summed over ranks and micro-batches.
-        extrema: {name: scalar}, to be max-reduced.
-        divergence_histogram: int64 counts, to be summed.
+        metrics: to be added up over micro-batches and ranks, then finalised.
         weight: [...] fp32 trust-region weight per token, 0 outside the mask, detached.
         divergence: [...] fp32 D(mu || pi) per token, 0 outside the mask, detached.
         backend: which kernels ran: cuda | cpu | torch.
+        checks: what is wrong with the inputs, to be looked at later; None with ``checks="off"``.
     """
 
     loss: torch.Tensor
     num_tokens: torch.Tensor
-    metrics: metrics.Metrics
-    extrema: dict[str, torch.Tensor]
-    divergence_histogram: torch.Tensor
+    metrics: MetricSums
     weight: torch.Tensor
     divergence: torch.Tensor
     backend: str
+    checks: InputChecks | None
 
 
 class DPPOLoss:
-    """The loss of ``config``: call it with logits, or ``from_hidden`` with what the output layer would turn into logits.
-
-    Both take the same per-token inputs, [...] standing for the tokens' shape, and raise LossInputError where one is
-    missing, misshapen or holds an impossible value at a masked-in token. All ranks of ``tp_group`` pass the same tokens.
-
-        target: [...] int64 global ids of the sampled tokens, aligned with the logits that predict them.
-        loss_mask: [...] bool or 0/1: response tokens. Nothing outside is read.
-        advantages: [...] fp32.
-        rollout_log_probs: [...] fp32 log-probs that the serving engine reported for ``target`` at
-            ``config.temperature``; up to rounding above 0 is taken as 0.
-        rollout_topk_ids: [..., K] int64 global ids of the engine's top K; for topk_*, and better predictive directions.
-        rollout_topk_log_probs: [..., K] fp32.
-        ref_log_probs: [...] fp32 of a reference policy; needed if ``kl_coef`` is not 0.
-        sequence_ids: [...] int64 sequence of each token; for per-sequence aggregation of packed [n] tokens.
-        sequence_lengths: [...] int64 whole masked-in length of the token's sequence, if split over ranks.
-        sequence_starts: [...] bool, True at a sequence's first masked-in token, if split over ranks.
-        backend: auto | cuda | cpu | torch.
+    """The loss of ``config``: ``loss(logits, inputs)``, or ``loss(LinearHead(hidden, weight), inputs)``.
 
     Args:
         config: what is optimised.
+        vocab_size: true size of the whole vocabulary. Megatron pads it; padded columns never count.
         tp_group: tensor-parallel group that the vocabulary is sharded over; None: logits are whole.
-        vocab_size: true size of the whole vocabulary; None: there are no padded columns.
+        backend: auto | cuda | cpu | torch.
+        inplace_backward: overwrite the logits with their gradient, which saves their size in memory. Nothing else may need
+            them.
+        checks: what happens to impossible values (an id outside the vocabulary, a log-prob that is NaN or above 0, ...).
+            now: LossInputError before the call returns, for which it waits for the device. That is the default, because
+            otherwise somebody has to look. deferred: they are found, and raised by ``LossOutput.checks.raise_errors()``.
+            off: not looked for.
     """
 
     def __init__(
-        self, config: DPPOConfig, tp_group: dist.ProcessGroup | None = None, vocab_size: int | None = None
-    ) -> None:
-        self.config = config
-        self.tp_group = tp_group
-        self.vocab_size = vocab_size
-
-    def __call__(
         self,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        loss_mask: torch.Tensor,
-        advantages: torch.Tensor,
-        rollout_log_probs: torch.Tensor,
-        rollout_topk_ids: torch.Tensor | None = None,
-        rollout_topk_log_probs: torch.Tensor | None = None,
-        rollout_logits: torch.Tensor | None = None,
-        ref_log_probs: torch.Tensor | None = None,
-        sequence_ids: torch.Tensor | None = None,
-        sequence_lengths: torch.Tensor | None = None,
-        sequence_starts: torch.Tensor | None = None,
+        config: DPPOConfig,
+        *,
+        vocab_size: int,
+        tp_group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
         inplace_backward: bool = False,
-        backend: str = "auto",
-    ) -> LossOutput:
-        """Loss, metrics and per-token weights from logits; the class describes the inputs that are not listed here.
+        checks: Literal["now", "deferred", "off"] = "now",
+    ) -> None:
+        if checks not in CHECKS:
+            raise ValueError(f"checks must be one of {', '.join(CHECKS)}, not {checks!r}")
+        self.config = config
+        self.vocab_size = vocab_size
+        self.tp_group = tp_group
+        self.backend = backend
+        self.inplace_backward = inplace_backward
+        self.checks = checks
+
+    def __call__(self, policy: torch.Tensor | LinearHead, inputs: LossInputs) -> LossOutput:
+        """Loss, metrics and per-token weights.
 
         Args:
-            logits: [b, s, V/TP] or [n, V/TP], bf16, fp16 or fp32.
-            rollout_logits: [..., V/TP] of the rollout weights, recomputed; for exact_*. With the top K given too, the
-                engine's probabilities are used where it reported them, and the recomputed ones elsewhere.
-            inplace_backward: overwrite the logits with their gradient.
-        """
-        self._check_inputs(rollout_topk_ids, ref_log_probs)
-        topk = (rollout_topk_ids, rollout_topk_log_probs)
-        tokens = select_tokens(
-            logits.shape[:-1],
-            compute_dtype(logits),
-            target,
-            loss_mask,
-            advantages,
-            rollout_log_probs,
-            *topk,
-            ref_log_probs,
-        )
-        aggregation = aggregation_of(self.config, tokens, sequence_ids, sequence_lengths, sequence_starts)
-        exact = self._exact_divergence(tokens, logits, rollout_logits, backend)
-        stats = vocab_parallel_policy_stats(
-            logits,
-            target,
-            topk_ids=rollout_topk_ids if self._reads_topk else None,
-            temperature=self.config.temperature,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            token_mask=tokens.mask,
-            inplace_backward=inplace_backward,
-            backend=backend,
-        )
-        vocab_size = locate_shard(logits, self.vocab_size, self.tp_group).vocab_size
-        return self._from_stats(tokens, aggregation, stats, exact, vocab_size, backend_in_use(backend, logits))
+            policy: [b, s, V/TP] or [n, V/TP] logits, bf16, fp16, fp32 or fp64; or what they would be made of.
+            inputs: one value of each field for every token of ``policy``.
 
-    def from_hidden(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        loss_mask: torch.Tensor,
-        advantages: torch.Tensor,
-        rollout_log_probs: torch.Tensor,
-        rollout_topk_ids: torch.Tensor | None = None,
-        rollout_topk_log_probs: torch.Tensor | None = None,
-        ref_log_probs: torch.Tensor | None = None,
-        sequence_ids: torch.Tensor | None = None,
-        sequence_lengths: torch.Tensor | None = None,
-        sequence_starts: torch.Tensor | None = None,
-        reduce_hidden_grad: bool = True,
-        accumulate_into_main_grad: bool = False,
-        sequence_parallel: bool = False,
-        backend: str = "auto",
-    ) -> LossOutput:
-        """The same from hidden states and the output layer's weight; the logits never exist as a whole.
-
-        Args:
-            hidden: [..., h]; with ``sequence_parallel`` this rank's [s/TP, ..., h] of tokens [s, ...].
-            weight: [V/TP, h] of the output layer.
-            reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``. False: the caller does.
-            accumulate_into_main_grad: add the weight's gradient to its ``main_grad`` (see ``ops/fused_linear.py``).
-            sequence_parallel: ``hidden`` is sharded along its first dimension over ``tp_group``.
+        Raises:
+            LossInputError: a field is missing, misshapen or (``checks="now"``) holds an impossible value.
+            BackendUnavailableError: the backend asked for cannot be used.
         """
-        if self.config.divergence.startswith("exact"):
+        features = policy.hidden if isinstance(policy, LinearHead) else policy
+        backend, dtype = choose_backend(self.backend, features), compute_dtype(features)
+        check_fields(self.config, inputs, self._tokens_shape(policy))
+        tokens = flatten(self.config, inputs, dtype)
+        aggregation = aggregation_of(self.config, inputs, tokens)
+        checks = None
+        if self.checks != "off":
+            checks = check_values(inputs, tokens, self.vocab_size, aggregation.local_lengths)
+        stats = self._policy_stats(policy, tokens)
+        exact_divergence = self._exact_divergence(policy, inputs, tokens)
+
+        decide = _objective_of(backend)
+        objective = decide(self.config, tokens, stats.detach(), exact_divergence, self.vocab_size)
+        # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
+        per_token = -objective.coefficient * (1.0 + differentiable_zero(stats.log_prob))
+        kl = None
+        if tokens.ref_log_probs is not None:
+            kl = reference_kl(stats.log_prob, tokens.ref_log_probs, self.config.kl_estimator)
+        loss = aggregation.sum(self._with_penalties(per_token, stats.entropy, kl))
+        reported = {"loss": (loss, aggregation.num_tokens)}
+        if kl is not None:
+            reported["reference/kl"] = (kl.double().sum(), tokens.count())
+
+        shape = inputs.target.shape
+        output = LossOutput(
+            loss=loss,
+            num_tokens=aggregation.num_tokens,
+            metrics=objective.metrics.with_means(reported),
+            weight=objective.weight.view(shape),
+            divergence=objective.divergence.view(shape),
+            backend=backend.name,
+            checks=checks,
+        )
+        if checks is not None and self.checks == "now":
+            checks.raise_errors()
+        return output
+
+    def _tokens_shape(self, policy: torch.Tensor | LinearHead) -> torch.Size:
+        """[...] of the tokens that ``policy`` stands for."""
+        if not isinstance(policy, LinearHead):
+            return policy.shape[:-1]
+        if self.config.needs_rollout_logits:
             raise LossInputError(
                 f"divergence={self.config.divergence!r} compares whole distributions and needs logits: call the loss with "
                 "logits and rollout_logits, or choose a binary or top-K divergence"
             )
-        self._check_inputs(rollout_topk_ids, ref_log_probs)
-        shards = 1 if self.tp_group is None else dist.get_world_size(self.tp_group)
-        shape = hidden.shape[:-1]
-        if sequence_parallel:
-            shape = torch.Size((shape[0] * shards, *shape[1:]))
-        topk = (rollout_topk_ids, rollout_topk_log_probs)
-        tokens = select_tokens(
-            shape, compute_dtype(hidden), target, loss_mask, advantages, rollout_log_probs, *topk, ref_log_probs
-        )
-        aggregation = aggregation_of(self.config, tokens, sequence_ids, sequence_lengths, sequence_starts)
-        stats = fused_linear_policy_stats(
-            hidden,
-            weight,
-            target,
-            topk_ids=rollout_topk_ids if self._reads_topk else None,
-            temperature=self.config.temperature,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            token_mask=tokens.mask,
-            sequence_parallel=sequence_parallel,
-            reduce_hidden_grad=reduce_hidden_grad,
-            accumulate_into_main_grad=accumulate_into_main_grad,
-            backend=backend,
-        )
-        vocab_size = self.vocab_size or weight.shape[0] * shards
-        return self._from_stats(tokens, aggregation, stats, None, vocab_size, backend_in_use(backend, hidden))
+        shape = policy.hidden.shape[:-1]
+        if policy.sequence_parallel and self.tp_group is not None:
+            shape = torch.Size((shape[0] * dist.get_world_size(self.tp_group), *shape[1:]))
+        return shape
 
-    def _from_stats(
-        self,
-        tokens: TokenBatch,
-        aggregation: Aggregation,
-        stats: PolicyStats,
-        exact_divergence: torch.Tensor | None,
-        vocab_size: int,
-        backend: str,
-    ) -> LossOutput:
-        """What both ways share: from statistics of the policy, however they were come by, to the output."""
-        log_prob, entropy = tokens.select(stats.log_prob), tokens.select(stats.entropy)
-        policy = PolicyStats(
-            log_prob.detach(),
-            entropy.detach(),
-            tokens.select(stats.collision),
-            # Without top-K ids, or where nothing reads them, K columns of anything do.
-            tokens.topk_log_probs if stats.topk_log_prob is None else tokens.select(stats.topk_log_prob),
-        )
-        judge = token_update if backend == "torch" else fused_token_update
-        update = judge(self.config, tokens, policy, exact_divergence, vocab_size)
-        # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
-        per_token = -update.coefficient * (1.0 + differentiable_zero(log_prob))
-        penalty, reported = self._penalty(log_prob, entropy, tokens)
-        loss = (aggregation.weights * (per_token + penalty)).sum()
-        reported["loss"] = (loss.detach().double(), aggregation.num_tokens.double())
-        return LossOutput(
-            loss=loss,
-            num_tokens=aggregation.num_tokens,
-            metrics=reported | update.metrics,
-            extrema=update.extrema,
-            divergence_histogram=update.divergence_histogram,
-            weight=tokens.spread(update.weight),
-            divergence=tokens.spread(update.divergence),
-            backend=backend,
-        )
+    def _policy_stats(self, policy: torch.Tensor | LinearHead, tokens: FlatTokens) -> PolicyStats:
+        """[N] statistics of the policy at the tokens, with gradient."""
+        shape = self._tokens_shape(policy)
+        topk_ids = tokens.topk_ids if self.config.needs_topk else None
 
-    @property
-    def _reads_topk(self) -> bool:
-        return self.config.divergence.startswith("topk") or self.config.direction == "predictive"
+        def shaped(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.view(*shape, *values.shape[1:])
 
-    def _check_inputs(self, rollout_topk_ids: torch.Tensor | None, ref_log_probs: torch.Tensor | None) -> None:
-        if self.config.divergence.startswith("topk") and rollout_topk_ids is None:
-            raise LossInputError(
-                f"divergence={self.config.divergence!r} needs rollout_topk_ids and rollout_topk_log_probs: "
-                "have the engine return top-K log-probs"
+        target, mask = tokens.target.view(shape), shaped(tokens.mask)
+        if isinstance(policy, LinearHead):
+            stats = fused_linear_policy_stats(
+                policy.hidden,
+                policy.weight,
+                target,
+                topk_ids=shaped(topk_ids),
+                temperature=self.config.temperature,
+                vocab_size=self.vocab_size,
+                tp_group=self.tp_group,
+                token_mask=mask,
+                sequence_parallel=policy.sequence_parallel,
+                reduce_hidden_grad=policy.reduce_hidden_grad,
+                accumulate_into_main_grad=policy.accumulate_into_main_grad,
+                chunk_bytes=policy.chunk_bytes,
+                backend=self.backend,
+                checks="off",
             )
-        if self.config.kl_coef != 0.0 and ref_log_probs is None:
-            raise LossInputError("kl_coef is not 0, which needs ref_log_probs")
+        else:
+            stats = vocab_parallel_policy_stats(
+                policy,
+                target,
+                topk_ids=shaped(topk_ids),
+                temperature=self.config.temperature,
+                vocab_size=self.vocab_size,
+                tp_group=self.tp_group,
+                token_mask=mask,
+                inplace_backward=self.inplace_backward,
+                backend=self.backend,
+                checks="off",
+            )
+        return stats.flatten()
 
-    def _penalty(
-        self, log_prob: torch.Tensor, entropy: torch.Tensor, tokens: TokenBatch
-    ) -> tuple[torch.Tensor, metrics.Metrics]:
-        """[n] entropy bonus and reference KL, and what to report of them. Both carry gradient."""
-        penalty = torch.zeros_like(tokens.advantages)
+    def _with_penalties(self, per_token: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None) -> torch.Tensor:
+        """[N] with the entropy bonus and the KL to the reference policy; both are 0 outside the mask."""
         if self.config.entropy_coef != 0.0:
-            penalty = penalty - self.config.entropy_coef * entropy
-        if tokens.ref_log_probs is None:
-            return penalty, {}
-        kl = reference_kl(log_prob, tokens.ref_log_probs, self.config.kl_estimator)
-        if self.config.kl_coef != 0.0:
-            penalty = penalty + self.config.kl_coef * kl
-        return penalty, {"reference/kl": metrics.mean_metric(kl.detach())}
+            per_token = per_token - self.config.entropy_coef * entropy
+        if self.config.kl_coef != 0.0 and kl is not None:
+            per_token = per_token + self.config.kl_coef * kl
+        return per_token
 
     def _exact_divergence(
-        self, tokens: TokenBatch, logits: torch.Tensor, rollout_logits: torch.Tensor | None, backend: str
+        self, policy: torch.Tensor | LinearHead, inputs: LossInputs, tokens: FlatTokens
     ) -> torch.Tensor | None:
-        """[n] D over the whole vocabulary; None if the configured divergence is another."""
-        partition, kind = self.config.divergence.split("_")
-        if partition != "exact":
+        """[N] D over the whole vocabulary; None if the configured divergence is another."""
+        if not self.config.needs_rollout_logits or isinstance(policy, LinearHead):
             return None
-        if rollout_logits is None:
-            raise LossInputError(
-                f"divergence={self.config.divergence!r} needs rollout_logits: "
-                "a forward pass with the weights that generated the tokens"
-            )
+        assert inputs.rollout_logits is not None  # check_fields
         return vocab_parallel_divergence(
-            "tv" if kind == "tv" else "kl",
-            logits.detach(),
-            rollout_logits,
-            tokens.mask,
+            policy.detach(),
+            inputs.rollout_logits,
+            kind="tv" if self.config.kind == "tv" else "kl",
+            token_mask=tokens.mask,
             known=_engine_probabilities(tokens),
             temperature=self.config.temperature,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
-            backend=backend,
+            backend=self.backend,
+            checks="off",
         )
 
 
-def _engine_probabilities(tokens: TokenBatch) -> KnownProbabilities | None:
+def _objective_of(
+    backend: Backend,
+) -> Callable[[DPPOConfig, FlatTokens, PolicyStats, torch.Tensor | None, int], TokenObjective]:
+    """The function that decides about tokens: one kernel where there is one, else its definition."""
+    return token_objective if backend.name == "torch" else fused_token_objective
+
+
+def _engine_probabilities(tokens: FlatTokens) -> KnownProbabilities | None:
     """What the serving engine reported, for the hybrid exact divergence; None without its top K."""
-    if tokens.topk_ids.shape[1] == 0:
+    if tokens.topk_ids is None or tokens.topk_log_probs is None or tokens.topk_ids.shape[1] == 0:
         return None
     return KnownProbabilities(
         ids=torch.cat([tokens.topk_ids, tokens.target[:, None]], dim=1),

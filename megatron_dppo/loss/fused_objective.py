@@ -1,87 +1,125 @@
-"""``loss/objective.py`` as one operator, metrics included: the tokens are read once and one kernel is launched."""
+"""``loss/objective.py`` as one operator, metrics included: the tokens are read once and one kernel is launched.
+
+The kernel and this file agree by name: ``_C.limit_names`` says which thresholds it takes, ``_C.total_names`` what it adds up.
+"""
 
 from __future__ import annotations
 
-import itertools
+import math
+from functools import cache
 
 import torch
 
 from megatron_dppo.loss import metrics
 from megatron_dppo.loss.config import DPPOConfig
-from megatron_dppo.loss.inputs import TokenBatch
-from megatron_dppo.loss.objective import TokenUpdate
+from megatron_dppo.loss.inputs import FlatTokens
+from megatron_dppo.loss.metrics import MetricSums
+from megatron_dppo.loss.objective import TokenObjective
 from megatron_dppo.ops.policy_stats import PolicyStats
 
-_MU_BINS = tuple(f"mu_{low:g}_{high:g}" for low, high in itertools.pairwise(metrics.ROLLOUT_PROBABILITY_BINS))
-# What the operator adds up, in its order (csrc/core/token_update_arguments.h, UpdateTotal): numbers of tokens, ...
-_COUNTS = ("moved", "positive", "negative", *_MU_BINS)
-# ... numerators and the count that each is divided by, ...
-_NUMERATORS = {
-    "dppo/mask_fraction": "moved",
-    "dppo/mask_fraction_pos": "positive",
-    "dppo/mask_fraction_neg": "negative",
-    **{f"dppo/mask_fraction_{mu_bin}": mu_bin for mu_bin in _MU_BINS},
-    "dppo/weight_mean": "moved",
-    "dppo/divergence_mean": "moved",
-    "dppo/ppo_would_clip_fraction": "moved",
-    "dppo/ppo_agreement": "moved",
-    "dppo/bad_update_fraction": "moved",
-    "mismatch/abs_log_ratio": "tokens",
-    "mismatch/kl_k1": "tokens",
-    "mismatch/kl_k3": "tokens",
-    "mismatch/ratio_mean": "tokens",
-    "mismatch/ratio_squared_mean": "tokens",
-    "entropy": "tokens",
+# metric -> (numerator, denominator), by the kernel's names for its totals
+_MEANS = {
+    "dppo/mask_fraction": ("masked", "moved"),
+    "dppo/mask_fraction_pos": ("masked_positive", "positive"),
+    "dppo/mask_fraction_neg": ("masked_negative", "negative"),
+    **{name: (f"masked_in_bin_{i}", f"moved_in_bin_{i}") for i, name in enumerate(metrics.MASK_FRACTION_OF_BIN)},
+    "dppo/weight_mean": ("weight_sum", "moved"),
+    "dppo/divergence_mean": ("divergence_sum", "moved"),
+    "dppo/ppo_would_clip_fraction": ("ppo_clipped", "moved"),
+    "dppo/ppo_agreement": ("ppo_agreeing", "moved"),
+    "dppo/bad_update_fraction": ("bad_updates", "moved"),
+    "mismatch/abs_log_ratio": ("abs_log_ratio_sum", "tokens"),
+    "mismatch/kl_k1": ("kl_k1_sum", "tokens"),
+    "mismatch/kl_k3": ("kl_k3_sum", "tokens"),
+    "mismatch/ratio_mean": ("ratio_sum", "tokens"),
+    "mismatch/ratio_squared_mean": ("ratio_squared_sum", "tokens"),
+    "entropy": ("entropy_sum", "tokens"),
 }
-# ... and, as maxima, metrics.EXTREMA.
+_MAXIMA = dict(
+    zip(metrics.MAXIMA, ("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max"), strict=True)
+)
 
 
-def fused_token_update(
+def fused_token_objective(
     config: DPPOConfig,
-    tokens: TokenBatch,
+    tokens: FlatTokens,
     policy: PolicyStats,
     exact_divergence: torch.Tensor | None,
     vocab_size: int,
-) -> TokenUpdate:
-    """See token_update; for fp32 tensors, where the compiled kernels are in use."""
-    delta_low, delta_high = config.thresholds
-    coefficient, weight, divergence, totals, histogram = torch.ops.megatron_dppo.token_update(
+) -> TokenObjective:
+    """See token_objective; for fp32 tensors, where the compiled kernels are in use."""
+    topk = (tokens.topk_ids, tokens.topk_log_probs, policy.topk_log_prob)
+    coefficient, weight, divergence, totals, histogram = torch.ops.megatron_dppo.token_objective(
         tokens.rollout_log_probs,
         policy.log_prob,
         tokens.advantages,
         policy.entropy,
         policy.collision,
         tokens.target,
-        tokens.topk_ids,
-        tokens.topk_log_probs,
-        policy.topk_log_prob,
+        tokens.mask,
+        *(topk if policy.topk_log_prob is not None else (None, None, None)),
         exact_divergence,
         vocab_size,
         divergence=config.divergence if exact_divergence is None else "given",
         direction=config.predictive_estimator if config.direction == "predictive" else config.direction,
         trust_region=config.trust_region,
-        delta_low=delta_low,
-        delta_high=delta_high,
-        ratio_cap=config.ratio_cap,
-        ppo_clip_low=config.ppo_clip_low,
-        ppo_clip_high=config.ppo_clip_high,
-        ppo_dual_clip=config.ppo_dual_clip,
-        cispo_ratio_min=config.cispo_ratio_min,
-        cispo_ratio_max=config.cispo_ratio_max,
-        reference_clip=metrics.PPO_REFERENCE_CLIP,
-        bad_update_drop=metrics.BAD_UPDATE_DROP,
-        probability_bins=metrics.ROLLOUT_PROBABILITY_BINS,
-        histogram_lowest=metrics.HISTOGRAM_LOWEST,
-        bins_per_decade=metrics.HISTOGRAM_BINS_PER_DECADE,
-        histogram_bins=metrics.HISTOGRAM_BINS,
+        limits=_limits(config),
     )
-    numbers = dict(zip((*_COUNTS, *_NUMERATORS, *metrics.EXTREMA), totals.unbind(), strict=True))
-    numbers["tokens"] = totals.new_full((), weight.shape[0])
-    return TokenUpdate(
+    numerators, denominators, maxima = _places_of_totals(totals.device)
+    return TokenObjective(
         coefficient=coefficient,
         weight=weight,
         divergence=divergence,
-        metrics={name: (numbers[name], numbers[count]) for name, count in _NUMERATORS.items()},
-        extrema={name: numbers[name] for name in metrics.EXTREMA},
-        divergence_histogram=histogram,
+        metrics=MetricSums(
+            mean_names=tuple(_MEANS),
+            means=torch.stack([totals.index_select(0, numerators), totals.index_select(0, denominators)], dim=1),
+            maximum_names=metrics.MAXIMA,
+            maxima=totals.index_select(0, maxima),
+            histogram=histogram,
+        ),
+    )
+
+
+def _limits(config: DPPOConfig) -> list[float]:
+    """The thresholds in the kernel's order."""
+    import megatron_dppo._C as _C  # only where the kernels are in use
+
+    delta_low, delta_high = config.thresholds
+    values = {
+        "delta_low": delta_low,
+        "delta_high": delta_high,
+        "ratio_cap": math.inf if config.ratio_cap is None else config.ratio_cap,
+        "ppo_clip_low": config.ppo_clip_low,
+        "ppo_clip_high": config.ppo_clip_high,
+        "ppo_dual_clip": math.inf if config.ppo_dual_clip is None else config.ppo_dual_clip,
+        "cispo_ratio_min": config.cispo_ratio_min,
+        "cispo_ratio_max": config.cispo_ratio_max,
+    }
+    return [values[name] for name in _C.limit_names]
+
+
+@cache
+def _places_of_totals(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the kernel's totals hold the metrics' numerators, denominators and maxima; refuses a kernel of other metrics."""
+    import megatron_dppo._C as _C
+
+    constants = {
+        "reference_clip": metrics.PPO_REFERENCE_CLIP,
+        "bad_update_drop": metrics.BAD_UPDATE_DROP,
+        "probability_bins": metrics.ROLLOUT_PROBABILITY_BINS,
+        "histogram_lowest": metrics.HISTOGRAM_LOWEST,
+        "histogram_highest": metrics.HISTOGRAM_HIGHEST,
+        "histogram_bins_per_decade": metrics.HISTOGRAM_BINS_PER_DECADE,
+    }
+    for name, value in constants.items():
+        if _C.metric_constants[name] != value:
+            raise RuntimeError(
+                f"megatron_dppo._C has {name}={_C.metric_constants[name]}, loss/metrics.py with {value}: "
+                "it was built from other sources, build it again"
+            )
+    at = {name: place for place, name in enumerate(_C.total_names)}
+    return (
+        torch.tensor([at[numerator] for numerator, _ in _MEANS.values()], device=device),
+        torch.tensor([at[denominator] for _, denominator in _MEANS.values()], device=device),
+        torch.tensor([at[_MAXIMA[name]] for name in metrics.MAXIMA], device=device),
     )

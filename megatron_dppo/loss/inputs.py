@@ -1,145 +1,226 @@
-"""From the caller's padded tensors to the n tokens that count, checked.
+"""What the loss is told about every token: the one list of fields, and the same fields flat and clean for computing.
 
-Everything after this works on [n] vectors of real tokens, so no masked position can reach a sum.
+A token that is masked out may hold anything: NaN, ids of -100. It is replaced by something harmless before anything is
+computed, instead of being picked out: the number of tokens that count is known on the device only, and to ask for it would
+wait for the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from megatron_dppo.errors import LossInputError
+from megatron_dppo.loss.config import DPPOConfig
 
-# Rounding in a serving engine's softmax; more than this is another distribution.
-TOPK_MASS_TOLERANCE = 1e-3
-# Rounding can put a log-prob slightly above 0; more than this is not rounding.
-_LOG_PROB_TOLERANCE = 1e-3
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The engine's K likeliest tokens at every position.
+
+    Attributes:
+        ids: [..., K] int64 global ids, distinct.
+        log_probs: [..., K] fp32, at the sampling temperature.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Which sequence every token is of; read by the per-sequence aggregations only.
+
+    Attributes:
+        ids: [...] int64, the sequence of each token. None: every row of a [b, s] batch is one.
+        lengths: [...] int64, masked-in tokens of the token's whole sequence; needed where sequences are spread over ranks
+            (context parallelism).
+        starts: [...] bool, True at a sequence's first masked-in token; needed there too, so that one rank counts it.
+    """
+
+    ids: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """Everything per token that the loss takes, [...] being the tokens' shape: [b, s] or [n].
+
+    All ranks of the tensor-parallel group pass the same.
+
+    Attributes:
+        target: [...] int64 global ids of the sampled tokens, aligned with the logits that predict them.
+        loss_mask: [...] bool or 0/1: response tokens. Nothing outside is read. None: every token counts.
+        advantages: [...] fp32.
+        rollout_log_probs: [...] fp32 log-probs that the serving engine reported for ``target`` at
+            ``DPPOConfig.temperature``; up to rounding above 0 is taken as 0.
+        rollout_topk: the engine's top K; for topk_*, better predictive directions, and the hybrid exact divergence.
+        rollout_logits: [..., V/TP] under the rollout weights, recomputed; for exact_*.
+        ref_log_probs: [...] fp32 of a reference policy; needed if ``kl_coef`` is not 0.
+        sequences: for the per-sequence aggregations of packed or split sequences.
+    """
+
+    target: torch.Tensor
+    loss_mask: torch.Tensor | None
+    advantages: torch.Tensor
+    rollout_log_probs: torch.Tensor
+    rollout_topk: TopK | None = None
+    rollout_logits: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None = None
+    sequences: Sequences | None = None
+
+    @classmethod
+    def from_fields(cls, batch: Mapping[str, Any] | Any) -> LossInputs:
+        """The fields of a mapping or an object by their names here; others are not looked at.
+
+        Raises:
+            LossInputError: one that is always needed is missing.
+        """
+        get = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
+        found: dict[str, Any] = {field.name: get(field.name) for field in fields(cls)}
+        missing = [name for name in ("target", "loss_mask", "advantages", "rollout_log_probs") if found[name] is None]
+        if missing:
+            raise LossInputError(f"the batch lacks {', '.join(missing)}")
+        return cls(**found)
+
+    def take(self, rows: torch.Tensor) -> LossInputs:
+        """The tokens at ``rows`` [n] of the flattened [...] only: compact fields, [n] (and [n, K], [n, V/TP])."""
+        dims = self.target.dim()
+
+        def taken(value: Any) -> Any:
+            if value is None:
+                return None
+            if isinstance(value, torch.Tensor):
+                return value.flatten(0, dims - 1).index_select(0, rows)
+            return type(value)(**{field.name: taken(getattr(value, field.name)) for field in fields(value)})
+
+        return LossInputs(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
+
+    def to(self, device: torch.device) -> LossInputs:
+        """The same on another device."""
+
+        def moved(value: Any) -> Any:
+            if value is None or isinstance(value, torch.Tensor):
+                return None if value is None else value.to(device, non_blocking=True)
+            return type(value)(**{field.name: moved(getattr(value, field.name)) for field in fields(value)})
+
+        return LossInputs(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """The n tokens inside the loss mask.
+class FlatTokens:
+    """The N tokens of a call in the dtype of its arithmetic; outside the mask everything is harmless and finite.
 
     Attributes:
-        mask: [...] bool, the loss mask.
-        rows: [n] int64, where the tokens sit in the flattened mask.
-        target: [n] int64 sampled token ids.
-        advantages: [n].
-        rollout_log_probs: [n] <= 0.
-        topk_ids: [n, K] int64; K = 0 if the engine's top K was not given.
-        topk_log_probs: [n, K] <= 0.
-        ref_log_probs: [n] or None.
+        mask: [N] bool, or None: every token counts.
+        target: [N] int64.
+        advantages: [N].
+        rollout_log_probs: [N] <= 0.
+        topk_ids: [N, K] int64, or None if nothing reads the top K.
+        topk_log_probs: [N, K] <= 0, or None.
+        ref_log_probs: [N], or None.
     """
 
-    mask: torch.Tensor
-    rows: torch.Tensor
+    mask: torch.Tensor | None
     target: torch.Tensor
     advantages: torch.Tensor
     rollout_log_probs: torch.Tensor
-    topk_ids: torch.Tensor
-    topk_log_probs: torch.Tensor
+    topk_ids: torch.Tensor | None
+    topk_log_probs: torch.Tensor | None
     ref_log_probs: torch.Tensor | None
 
-    def select(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., *] -> [n, *]."""
-        return values.reshape(self.mask.numel(), *values.shape[self.mask.dim() :]).index_select(0, self.rows)
+    def masked(self, values: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
+        """[N, ...] with ``outside`` where the mask is False."""
+        return masked(values, self.mask, outside)
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """[n] -> [...] with 0 outside the mask."""
-        return values.new_zeros(self.mask.numel()).index_copy_(0, self.rows, values).view(self.mask.shape)
+    def count(self) -> torch.Tensor:
+        """Scalar int64: how many tokens count. It stays on the device."""
+        if self.mask is None:
+            return torch.full((), self.target.shape[0], dtype=torch.int64, device=self.target.device)
+        return self.mask.sum()
 
 
-def select_tokens(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    target: torch.Tensor,
-    loss_mask: torch.Tensor,
-    advantages: torch.Tensor,
-    rollout_log_probs: torch.Tensor,
-    rollout_topk_ids: torch.Tensor | None = None,
-    rollout_topk_log_probs: torch.Tensor | None = None,
-    ref_log_probs: torch.Tensor | None = None,
-) -> TokenBatch:
-    """Check shapes, dtypes and values (of masked-in tokens only) and pick the tokens.
+def masked(values: torch.Tensor, mask: torch.Tensor | None, outside: float = 0.0) -> torch.Tensor:
+    """[N, ...] with ``outside`` where the mask [N] is False; None is all True."""
+    if mask is None:
+        return values
+    return values.masked_fill(~mask.view(-1, *(1,) * (values.dim() - 1)), outside)
+
+
+def check_fields(config: DPPOConfig, inputs: LossInputs, shape: torch.Size) -> None:
+    """Raise LossInputError where a field is missing or its shape or dtype is wrong; values are not looked at.
 
     Args:
-        shape: [...], what the policy's output asks for.
-        dtype: of the floating-point results.
-        target, loss_mask, ...: as in ``DPPOLoss``.
-
-    Raises:
-        LossInputError: names the input, and the position for a bad value.
+        config: what is needed.
+        inputs: the fields.
+        shape: [...] of the tokens that the policy's output stands for.
     """
-    if (rollout_topk_ids is None) != (rollout_topk_log_probs is None):
-        raise LossInputError("rollout_topk_ids and rollout_topk_log_probs must be given together")
-    if loss_mask.shape != shape:
+    if config.partition == "topk" and inputs.rollout_topk is None:
         raise LossInputError(
-            f"loss_mask has shape {tuple(loss_mask.shape)}; the policy's output asks for {tuple(shape)}"
+            f"divergence={config.divergence!r} needs rollout_topk: have the engine return top-K log-probs"
         )
-    mask = loss_mask.bool()
-    rows = mask.reshape(-1).nonzero()[:, 0]
-
-    def select(name: str, values: torch.Tensor, trailing: int = 0) -> torch.Tensor:
-        if values.shape[: values.dim() - trailing] != shape:
+    if config.needs_rollout_logits and inputs.rollout_logits is None:
+        raise LossInputError(
+            f"divergence={config.divergence!r} needs rollout_logits: a forward pass with the weights that drew the tokens"
+        )
+    if config.kl_coef != 0.0 and inputs.ref_log_probs is None:
+        raise LossInputError("kl_coef is not 0, which needs ref_log_probs")
+    topk, sequences = inputs.rollout_topk, inputs.sequences or Sequences()
+    if topk is not None and topk.ids.shape != topk.log_probs.shape:
+        raise LossInputError(
+            f"rollout_topk: ids {tuple(topk.ids.shape)} and log_probs {tuple(topk.log_probs.shape)} differ"
+        )
+    for name, values in (
+        ("loss_mask", inputs.loss_mask),
+        ("target", inputs.target),
+        ("advantages", inputs.advantages),
+        ("rollout_log_probs", inputs.rollout_log_probs),
+        ("ref_log_probs", inputs.ref_log_probs),
+        ("rollout_topk.ids", None if topk is None else topk.ids),
+        ("rollout_topk.log_probs", None if topk is None else topk.log_probs),
+        ("sequences.ids", sequences.ids),
+        ("sequences.lengths", sequences.lengths),
+        ("sequences.starts", sequences.starts),
+    ):
+        if values is None:
+            continue
+        found = values.shape[:-1] if name.startswith("rollout_topk") else values.shape
+        if found != shape:
             raise LossInputError(
-                f"{name} has shape {tuple(values.shape)}; the policy's output asks for {tuple(shape)} first"
+                f"{name} has shape {tuple(values.shape)}; the policy's output asks for {tuple(shape)}"
+                + (" first" if name.startswith("rollout_topk") else "")
             )
-        return values.reshape(mask.numel(), *values.shape[len(shape) :]).index_select(0, rows)
-
-    def select_fp32(name: str, values: torch.Tensor, trailing: int = 0) -> torch.Tensor:
-        if values.dtype not in (torch.float32, torch.float64):
+        if name in ("target", "rollout_topk.ids") and values.dtype != torch.int64:
+            raise LossInputError(f"{name} must be torch.int64, not {values.dtype}")
+        fp32 = name == "advantages" or name.endswith("log_probs")
+        if fp32 and values.dtype not in (torch.float32, torch.float64):
             raise LossInputError(
                 f"{name} must be float32, not {values.dtype}: half precision has lost the ratio already"
             )
-        return select(name, values, trailing).to(dtype)
 
-    log_mu = select_fp32("rollout_log_probs", rollout_log_probs)
-    ids = rows.new_zeros(rows.shape[0], 0)
-    topk_log_mu = log_mu.new_zeros(rows.shape[0], 0)
-    if rollout_topk_ids is not None and rollout_topk_log_probs is not None:
-        ids = select("rollout_topk_ids", rollout_topk_ids, trailing=1)
-        topk_log_mu = select_fp32("rollout_topk_log_probs", rollout_topk_log_probs, trailing=1)
-        if ids.shape != topk_log_mu.shape:
-            raise LossInputError("rollout_topk_ids and rollout_topk_log_probs differ in K")
-    selected_target, advantages = select("target", target), select_fp32("advantages", advantages)
-    ref = None if ref_log_probs is None else select_fp32("ref_log_probs", ref_log_probs)
-    tokens = TokenBatch(
-        mask, rows, selected_target, advantages, log_mu.clamp(max=0.0), ids, topk_log_mu.clamp(max=0.0), ref
+
+def flatten(config: DPPOConfig, inputs: LossInputs, dtype: torch.dtype) -> FlatTokens:
+    """The fields that ``config`` reads, flat, as ``dtype``, clean outside the mask. Values are not checked."""
+    mask = None if inputs.loss_mask is None else inputs.loss_mask.reshape(-1).bool()
+
+    def per_token(values: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
+        return masked(values.reshape(-1).to(dtype), mask, outside)
+
+    topk_ids = topk_log_probs = None
+    if inputs.rollout_topk is not None and config.reads_topk:
+        topk, n = inputs.rollout_topk, inputs.target.numel()
+        topk_ids = masked(topk.ids.reshape(n, topk.ids.shape[-1]), mask, 0)
+        topk_log_probs = masked(topk.log_probs.reshape(topk_ids.shape).to(dtype), mask, -torch.inf).clamp(max=0.0)
+    return FlatTokens(
+        mask=mask,
+        target=masked(inputs.target.reshape(-1), mask, 0),
+        advantages=per_token(inputs.advantages),
+        rollout_log_probs=per_token(inputs.rollout_log_probs).clamp(max=0.0),
+        topk_ids=topk_ids,
+        topk_log_probs=topk_log_probs,
+        ref_log_probs=None if inputs.ref_log_probs is None else per_token(inputs.ref_log_probs),
     )
-    _check_values(tokens, loss_mask=select("loss_mask", loss_mask), log_mu=log_mu, topk_log_mu=topk_log_mu)
-    return tokens
-
-
-def _check_values(tokens: TokenBatch, loss_mask: torch.Tensor, log_mu: torch.Tensor, topk_log_mu: torch.Tensor) -> None:
-    """Raise for the first bad token. ``log_mu`` and ``topk_log_mu`` are the engine's, before clamping."""
-    mass = topk_log_mu.double().exp().sum(dim=1)
-    checks = [
-        ("loss_mask must be 0 or 1", loss_mask, loss_mask == 1),
-        ("advantages must be finite", tokens.advantages, tokens.advantages.isfinite()),
-        (
-            "rollout_log_probs must be finite and, but for rounding, not above 0",
-            log_mu,
-            log_mu.isfinite() & (log_mu <= _LOG_PROB_TOLERANCE),
-        ),
-        (
-            "rollout_topk_log_probs must not be NaN nor, but for rounding, above 0",
-            topk_log_mu,
-            (topk_log_mu <= _LOG_PROB_TOLERANCE).all(dim=1),
-        ),
-        ("the rollout top-K probabilities must not sum to more than 1", mass, mass <= 1.0 + TOPK_MASS_TOLERANCE),
-    ]
-    if tokens.ref_log_probs is not None:
-        checks.append(("ref_log_probs must be finite", tokens.ref_log_probs, tokens.ref_log_probs.isfinite()))
-    # One transfer from the device for all checks together.
-    passed = torch.stack([fine.all() for _, _, fine in checks]).tolist()
-    for (text, values, fine), is_fine in zip(checks, passed, strict=True):
-        if not is_fine:
-            first = int((~fine).nonzero()[0, 0])
-            raise LossInputError(f"{text}: {values[first].tolist()} at {_position(tokens, first)}")
-
-
-def _position(tokens: TokenBatch, index: int) -> str:
-    place = [int(i) for i in torch.unravel_index(tokens.rows[index].cpu(), tokens.mask.shape)]
-    where = f"batch index {place[0]}, position {place[1]}" if len(place) == 2 else f"token {', '.join(map(str, place))}"
-    return f"{where} (token id {int(tokens.target[index])})"

@@ -1,6 +1,8 @@
-"""What every token's update is worth: divergence, direction and trust region put together.
+"""What every token is worth: divergence, direction and trust region put together.
 
 D = D(mu || pi);  outward: where the update would lead;  w = w(D, outward, ...);  the gradient is w r A grad(log pi)
+
+This is the definition; ``loss/fused_objective.py`` is the same in one kernel.
 """
 
 from __future__ import annotations
@@ -9,51 +11,47 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dppo.loss import divergences, metrics
+from megatron_dppo.loss import divergences
 from megatron_dppo.loss.config import DPPOConfig
-from megatron_dppo.loss.direction import predictive_direction, ratio_direction
-from megatron_dppo.loss.inputs import TokenBatch
-from megatron_dppo.loss.trust_region import token_weight
+from megatron_dppo.loss.inputs import FlatTokens
+from megatron_dppo.loss.metrics import MetricSums, token_metrics
+from megatron_dppo.loss.trust_region import predictive_direction, ratio_direction, token_weight
 from megatron_dppo.ops.policy_stats import PolicyStats
 
 _LOG_RATIO_CLAMP = 20.0  # exp() must not overflow; not a trust region
 
 
 @dataclass(frozen=True)
-class TokenUpdate:
-    """Of n tokens; nothing here carries gradient.
+class TokenObjective:
+    """Of N tokens; 0 outside the mask. Nothing here carries gradient.
 
     Attributes:
-        coefficient: [n] w r A.
-        weight: [n] w.
-        divergence: [n] D(mu || pi).
-        metrics: {name: (numerator, denominator)}, fp64 scalars.
-        extrema: {name: scalar}, fp64.
-        divergence_histogram: int64 counts.
+        coefficient: [N] w r A.
+        weight: [N] w.
+        divergence: [N] D(mu || pi).
+        metrics: sums over the tokens of the mask.
     """
 
     coefficient: torch.Tensor
     weight: torch.Tensor
     divergence: torch.Tensor
-    metrics: metrics.Metrics
-    extrema: dict[str, torch.Tensor]
-    divergence_histogram: torch.Tensor
+    metrics: MetricSums
 
 
-def token_update(
+def token_objective(
     config: DPPOConfig,
-    tokens: TokenBatch,
+    tokens: FlatTokens,
     policy: PolicyStats,
     exact_divergence: torch.Tensor | None,
     vocab_size: int,
-) -> TokenUpdate:
-    """Judge every token's update.
+) -> TokenObjective:
+    """Decide about every token.
 
     Args:
         config: divergence, direction, trust region.
         tokens: what the rollout engine reported.
-        policy: [n] statistics of the policy at these tokens, detached; ``topk_log_prob`` [n, K] as ``tokens.topk_ids``.
-        exact_divergence: [n] D for exact_*, else None.
+        policy: [N] statistics of the policy at these tokens, detached; ``topk_log_prob`` [N, K] as ``tokens.topk_ids``.
+        exact_divergence: [N] D for exact_*, else None.
         vocab_size: true size of the vocabulary.
     """
     log_mu, log_pi = tokens.rollout_log_probs, policy.log_prob
@@ -64,28 +62,25 @@ def token_update(
     divergence = _divergence(config, tokens, policy) if exact_divergence is None else exact_divergence
     outward = _outward(config, tokens, policy, vocab_size)
     weight = token_weight(config, tokens.advantages, log_ratio, capped_ratio, pi - mu, divergence, outward)
-    reported = metrics.trust_region_metrics(tokens.advantages, log_ratio, mu, pi, divergence, weight)
-    reported |= metrics.policy_metrics(log_ratio, ratio, policy.entropy)
-    return TokenUpdate(
-        coefficient=weight * capped_ratio * tokens.advantages,
-        weight=weight,
-        divergence=divergence,
-        metrics=reported,
-        extrema=metrics.extrema_of(tokens.advantages, ratio, pi - mu, divergence),
-        divergence_histogram=metrics.divergence_histogram(tokens.advantages, divergence),
+    return TokenObjective(
+        coefficient=tokens.masked(weight * capped_ratio * tokens.advantages),
+        weight=tokens.masked(weight),
+        divergence=tokens.masked(divergence),
+        metrics=token_metrics(
+            tokens.advantages, log_ratio, ratio, mu, pi, divergence, weight, policy.entropy, tokens.mask
+        ),
     )
 
 
-def _divergence(config: DPPOConfig, tokens: TokenBatch, policy: PolicyStats) -> torch.Tensor:
-    partition, kind = config.divergence.split("_")
-    if partition == "binary":
-        binary = divergences.binary_tv if kind == "tv" else divergences.binary_kl
+def _divergence(config: DPPOConfig, tokens: FlatTokens, policy: PolicyStats) -> torch.Tensor:
+    if config.partition == "binary":
+        binary = divergences.binary_tv if config.kind == "tv" else divergences.binary_kl
         return binary(tokens.rollout_log_probs, policy.log_prob)
     known = _known_tokens(tokens, policy)
-    return divergences.topk_tv(known) if kind == "tv" else divergences.topk_kl(known)
+    return divergences.topk_tv(known) if config.kind == "tv" else divergences.topk_kl(known)
 
 
-def _outward(config: DPPOConfig, tokens: TokenBatch, policy: PolicyStats, vocab_size: int) -> torch.Tensor:
+def _outward(config: DPPOConfig, tokens: FlatTokens, policy: PolicyStats, vocab_size: int) -> torch.Tensor:
     log_mu, log_pi = tokens.rollout_log_probs, policy.log_prob
     if config.direction == "ratio":
         return ratio_direction(tokens.advantages, log_pi - log_mu)
@@ -95,8 +90,7 @@ def _outward(config: DPPOConfig, tokens: TokenBatch, policy: PolicyStats, vocab_
     )
 
 
-def _known_tokens(tokens: TokenBatch, policy: PolicyStats) -> divergences.KnownTokens:
-    assert policy.topk_log_prob is not None
+def _known_tokens(tokens: FlatTokens, policy: PolicyStats) -> divergences.KnownTokens:
     return divergences.known_tokens(
         tokens.rollout_log_probs,
         policy.log_prob,

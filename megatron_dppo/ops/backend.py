@@ -1,8 +1,6 @@
-"""Which implementation reads a shard's logits.
+"""Which implementation reads a shard's logits: the interface that all of them have, and the choice.
 
-A backend is a module with four functions: ``shard_partials`` (forward: one read of the logits), ``merge_shards`` (what
-the shards found, combined), ``shard_gradient`` (backward: one read, one write) and ``shard_divergence`` (of two policies:
-one read of both). ``ops/torch_backend.py`` defines what they mean; ``ops/native_backend.py`` has the compiled ones.
+``ops/torch_backend.py`` defines what the functions mean; ``ops/native_backend.py`` has the compiled ones.
 """
 
 from __future__ import annotations
@@ -11,17 +9,69 @@ import importlib
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Literal, Protocol
 
 import torch
 
 from megatron_dppo.errors import BackendUnavailableError
 from megatron_dppo.ops import torch_backend
+from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
+from megatron_dppo.ops.shard_merge import MergedRows
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 
 
-def choose_backend(name: str, logits: torch.Tensor) -> ModuleType:
-    """Return the module that implements ``name`` for ``logits``.
+class Backend(Protocol):
+    """What reads and writes logits. Nothing in it waits for the device."""
+
+    @property
+    def name(self) -> str:
+        """``cuda``, ``cpu`` (compiled kernels) or ``torch``."""
+        ...
+
+    def shard_partials(
+        self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
+    ) -> torch.Tensor:
+        """Forward: one read of a shard gives the 5 + K numbers per row that the shards exchange."""
+        ...
+
+    def merge_shards(self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None) -> MergedRows:
+        """What the shards found, combined."""
+        ...
+
+    def shard_gradient(
+        self,
+        logits_NV: torch.Tensor,
+        grad_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        mask_N: torch.Tensor | None,
+        state: RowState,
+        grad_log_prob_N: torch.Tensor | None,
+        grad_entropy_N: torch.Tensor | None,
+        shard: VocabShard,
+        temperature: float,
+    ) -> None:
+        """Backward: one read and one write of a shard; ``grad_NV`` may be ``logits_NV`` itself."""
+        ...
+
+    def shard_divergence(
+        self,
+        kind: Literal["tv", "kl"],
+        policy_NV: torch.Tensor,
+        policy: Normaliser,
+        rollout_NV: torch.Tensor,
+        rollout: Normaliser,
+        selection: RowSelection,
+        known: KnownColumns | None,
+        shard: VocabShard,
+        temperature: float,
+    ) -> torch.Tensor:
+        """This shard's share of D(mu || pi): one read of two policies' logits."""
+        ...
+
+
+def choose_backend(name: str, logits: torch.Tensor) -> Backend:
+    """Return the implementation of ``name`` for ``logits``, which may be anything of their device and dtype.
 
     ``auto`` takes the compiled kernels where they can be used, else plain torch. Naming a backend is a demand: there is
     no silent fallback.
@@ -33,26 +83,22 @@ def choose_backend(name: str, logits: torch.Tensor) -> ModuleType:
         raise BackendUnavailableError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
     if name == "torch":
         return torch_backend
-    native, reason = _native_backend()
+    native, reason = _native_module()
     if native is not None:
         reason = _why_not(native, logits)
     if name != "auto" and logits.device.type != name:
         reason = f"the logits are on {logits.device}"
     if native is not None and reason is None:
-        return native
+        backend: Backend = native.NativeBackend(logits.device.type)
+        return backend
     if name == "auto":
         return torch_backend
     raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}. Use 'torch' or 'auto'")
 
 
-def backend_in_use(name: str, logits: torch.Tensor) -> str:
-    """Which of cuda, cpu and torch ``choose_backend`` takes. ``logits`` may be anything of their device and dtype."""
-    return "torch" if choose_backend(name, logits) is torch_backend else logits.device.type
-
-
 def backend_report() -> dict[str, str]:
     """Every backend and whether it can be used here: ``"available"``, or the reason why not."""
-    native, reason = _native_backend()
+    native, reason = _native_module()
     report = {"torch": "available"}
     for device in ("cpu", "cuda"):
         if native is None:
@@ -67,14 +113,15 @@ def backend_report() -> dict[str, str]:
 
 
 @cache
-def _native_backend() -> tuple[ModuleType | None, str | None]:
-    """The compiled backend, or why there is none."""
+def _native_module() -> tuple[ModuleType | None, str | None]:
+    """ops/native_backend.py, or why it cannot be used."""
     try:
         return importlib.import_module("megatron_dppo.ops.native_backend"), None
     except ModuleNotFoundError:
         return None, "the extension megatron_dppo._C is not built (pip install --no-build-isolation . builds it)"
     except ImportError as error:
-        # Built, but for another torch or interpreter: falling back in silence would cost a factor of many.
+        # Built, but for another torch, interpreter or version of this package: falling back in silence would cost a
+        # factor of many.
         reason = f"the extension megatron_dppo._C does not load ({error})"
         warnings.warn(f"{reason}; the slower plain-torch kernels are used", RuntimeWarning, stacklevel=3)
         return None, reason

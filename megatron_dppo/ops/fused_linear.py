@@ -11,7 +11,8 @@ every tile is made again, overwritten with its gradient and used in two products
   the weight's size in fp32, or lose digits in bf16; only the [n, h] gradient of the hidden states has to be accumulated;
 * the weight, the largest tensor here, is read once by each product. Chunks of tokens would read all of it for each chunk.
 
-It costs one matrix product more than the logits that it replaces, four instead of three, but only for tokens of the mask.
+It costs one matrix product more than the logits that it replaces, four instead of three. With ``rows`` only the selected
+tokens enter the products; a mask, whose length nobody on the host knows, saves the reductions but not the products.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_dppo.ops.backend import choose_backend
-from megatron_dppo.ops.policy_stats import (
-    PolicyStats,
+from megatron_dppo.ops.arguments import (
+    RowSelection,
+    RowState,
+    TokenIds,
     VocabShard,
     as_matrix,
-    check_arguments,
-    locate_shard,
-    select_tokens,
-    spread_rows,
-    take_rows,
+    check_ids,
+    check_temperature,
+    select,
 )
+from megatron_dppo.ops.backend import Backend, choose_backend
+from megatron_dppo.ops.policy_stats import PolicyStats, shaped_stats
 from megatron_dppo.ops.shard_merge import STATE_COLUMNS, all_gather_rows, gather_shards
 from megatron_dppo.ops.torch_backend import compute_dtype
 
@@ -50,16 +51,19 @@ def fused_linear_policy_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
+    *,
     topk_ids: torch.Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     token_mask: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     sequence_parallel: bool = False,
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
+    checks: Literal["now", "off"] = "now",
 ) -> PolicyStats:
     """``vocab_parallel_policy_stats(hidden @ weight.T, ...)`` in the memory of one tile of those logits.
 
@@ -73,7 +77,9 @@ def fused_linear_policy_stats(
         temperature: divides the logits.
         vocab_size: true size of the whole vocabulary; rows of the weight beyond it are padding and get gradient 0.
         tp_group: process group of the shards; None: the weight is whole.
-        token_mask: [...] bool; only these tokens are computed. Results and gradients of the others are 0.
+        token_mask: [...] bool; results and gradients of the other tokens are 0.
+        rows: [n] int64 distinct positions in the flattened tokens: nothing is computed for the others, all results are [n]
+            and so is what belongs to a token above.
         sequence_parallel: all-gather ``hidden`` along its first dimension, reduce-scatter its gradient.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``. False: each rank gets the part of its own
             columns, and something before sums them (``PolicyHead.response_hidden`` does).
@@ -82,6 +88,8 @@ def fused_linear_policy_stats(
             gradient that autograd sees is then 0.
         chunk_bytes: largest tile of logits.
         backend: auto | cuda | cpu | torch; it works on the tiles.
+        checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
+            the caller's promise, and nothing is waited for.
 
     Returns:
         PolicyStats. log_prob and entropy carry gradient to ``hidden`` and ``weight``.
@@ -100,23 +108,23 @@ def fused_linear_policy_stats(
     shape = hidden.shape[:-1]
     if sequence_parallel:
         shape = torch.Size((shape[0] * world_size, *shape[1:]))
-    check_arguments("hidden", hidden, shape, target, topk_ids, temperature, token_mask)
-    shard = locate_shard(weight.t(), vocab_size, tp_group)
-    rows, target_n, topk_ids_nK = select_tokens(target, topk_ids, token_mask, shard.vocab_size)
+    selection, ids, result_shape = select("hidden", hidden, shape, target, topk_ids, token_mask, rows)
+    check_temperature(temperature)
+    shard = VocabShard.locate(weight.shape[0], vocab_size, tp_group)
+    if checks == "now":
+        check_ids(ids, selection, result_shape, shard.vocab_size)
     plan = _Plan(
-        shard,
-        world_size,
-        float(temperature),
-        _Tiling.within(chunk_bytes, target_n.shape[0], weight),
-        choose_backend(backend, hidden),
-        sequence_parallel and world_size > 1,
-        reduce_hidden_grad and world_size > 1,
-        accumulate_into_main_grad,
+        shard=shard,
+        world_size=world_size,
+        temperature=float(temperature),
+        tiling=_Tiling.within(chunk_bytes, ids.target.shape[0], weight),
+        backend=choose_backend(backend, hidden),
+        sequence_parallel=sequence_parallel and world_size > 1,
+        reduce_hidden_grad=reduce_hidden_grad and world_size > 1,
+        accumulate_into_main_grad=accumulate_into_main_grad,
     )
-    log_prob, entropy, collision, topk_log_prob = _FusedLinearFunction.apply(
-        hidden, weight, target_n, topk_ids_nK, rows, shape, plan
-    )
-    return PolicyStats(log_prob, entropy, collision, None if topk_ids is None else topk_log_prob)
+    results = _FusedLinearFunction.apply(hidden, weight, *ids, *selection, plan)
+    return shaped_stats(results, result_shape, has_topk=topk_ids is not None)
 
 
 @dataclass(frozen=True)
@@ -156,15 +164,10 @@ class _Plan:
     world_size: int
     temperature: float
     tiling: _Tiling
-    backend: ModuleType
+    backend: Backend
     sequence_parallel: bool
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
-
-    def place(self, chunk: slice) -> tuple[int, int]:
-        """Global id of a chunk's first column, and how many of its columns are true vocabulary."""
-        true_columns = min(chunk.stop, self.shard.num_columns) - chunk.start
-        return self.shard.first_column + chunk.start, max(0, true_columns)
 
 
 class _FusedLinearFunction(torch.autograd.Function):
@@ -176,27 +179,25 @@ class _FusedLinearFunction(torch.autograd.Function):
         target_n: torch.Tensor,
         topk_ids_nK: torch.Tensor | None,
         rows: torch.Tensor | None,
-        shape: torch.Size,
+        mask: torch.Tensor | None,
         plan: _Plan,
     ) -> tuple[torch.Tensor, ...]:
         whole = _gather_sequence(hidden, plan) if plan.sequence_parallel else hidden
-        # Kept for backward: the mask's tokens only, already gathered.
-        hidden_nh = take_rows(as_matrix(whole), rows)
-        partials_cnC = _chunk_partials(hidden_nh, weight, target_n, topk_ids_nK, plan)
+        # Kept for backward: the selected tokens only, already gathered.
+        hidden_nh = RowSelection(rows, mask).take(as_matrix(whole))
+        if mask is not None:
+            # What is outside may be anything; times a gradient of 0 it would be NaN in the weight's gradient.
+            hidden_nh = hidden_nh.masked_fill(~mask[:, None], 0.0)
+        partials_cnC = _chunk_partials(hidden_nh, weight, TokenIds(target_n, topk_ids_nK), mask, plan)
         chunks, n, _ = partials_cnC.shape
         gathered = gather_shards(partials_cnC.flatten(0, 1), plan.shard.group)
-        merged = plan.backend.merge_shards(gathered.unflatten(1, (chunks, n)).flatten(0, 1))
+        merged = plan.backend.merge_shards(gathered.unflatten(1, (chunks, n)).flatten(0, 1), mask)
 
-        ctx.save_for_backward(
-            hidden_nh, weight, target_n, rows, merged.max, merged.log_sum, merged.log_prob, merged.entropy
-        )
+        ctx.save_for_backward(hidden_nh, weight, target_n, rows, mask, *merged.state)
         ctx.plan, ctx.hidden_shape = plan, hidden.shape
-        results = tuple(
-            spread_rows(values, rows, shape.numel()).view(*shape, *values.shape[1:]) for values in merged[:4]
-        )
-        ctx.mark_non_differentiable(*results[2:])
+        ctx.mark_non_differentiable(merged.collision, merged.topk_log_prob)
         ctx.set_materialize_grads(False)
-        return results
+        return merged.log_prob, merged.entropy, merged.collision, merged.topk_log_prob
 
     @staticmethod
     @once_differentiable
@@ -204,17 +205,15 @@ class _FusedLinearFunction(torch.autograd.Function):
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 7
         plan: _Plan = ctx.plan
-        hidden_nh, weight, target_n, rows, *row_state = ctx.saved_tensors
-        incoming = [
-            None if grad is None else take_rows(grad.reshape(-1), rows) for grad in (grad_log_prob, grad_entropy)
-        ]
+        hidden_nh, weight, target_n, rows, mask, *state_n = ctx.saved_tensors
+        tokens = _Tokens(target_n, mask, RowState(*state_n), grad_log_prob, grad_entropy)
         grad_hidden_nh, weight_sums_Vh = None, None
         if ctx.needs_input_grad[0]:
             grad_hidden_nh = torch.zeros_like(hidden_nh, dtype=compute_dtype(hidden_nh))
         if ctx.needs_input_grad[1]:
             weight_sums_Vh = weight.main_grad if plan.accumulate_into_main_grad else torch.zeros_like(weight)
         for chunk in plan.tiling.column_chunks():
-            tiles = _gradient_tiles(hidden_nh, weight[chunk], chunk, target_n, [*row_state, *incoming], plan)
+            tiles = _gradient_tiles(hidden_nh, weight[chunk], chunk, tokens, plan)
             sums_Ch = None if weight_sums_Vh is None else weight_sums_Vh[chunk]
             _use_gradient_tiles(tiles, hidden_nh, weight[chunk], grad_hidden_nh, sums_Ch, plan)
 
@@ -227,38 +226,54 @@ class _FusedLinearFunction(torch.autograd.Function):
         return grad_hidden, grad_weight, *(None,) * 5
 
 
+class _Tokens(NamedTuple):
+    """What a backward knows of every token."""
+
+    target: torch.Tensor
+    mask: torch.Tensor | None
+    state: RowState
+    grad_log_prob: torch.Tensor | None
+    grad_entropy: torch.Tensor | None
+
+    def part(self, block: slice) -> _Tokens:
+        return _Tokens(
+            self.target[block],
+            None if self.mask is None else self.mask[block],
+            RowState(*(values[block] for values in self.state)),
+            None if self.grad_log_prob is None else self.grad_log_prob[block],
+            None if self.grad_entropy is None else self.grad_entropy[block],
+        )
+
+
 def _chunk_partials(
-    hidden_nh: torch.Tensor, weight: torch.Tensor, target_n: torch.Tensor, topk_ids_nK: torch.Tensor | None, plan: _Plan
+    hidden_nh: torch.Tensor, weight: torch.Tensor, ids: TokenIds, mask: torch.Tensor | None, plan: _Plan
 ) -> torch.Tensor:
     """[chunks, n, 5 + K]: what each column chunk says about each token (``ops/torch_backend.py``)."""
     chunks = plan.tiling.column_chunks()
-    columns = STATE_COLUMNS + 1 + (0 if topk_ids_nK is None else topk_ids_nK.shape[1])
+    columns = STATE_COLUMNS + 1 + (0 if ids.topk is None else ids.topk.shape[1])
     partials = hidden_nh.new_empty(len(chunks), hidden_nh.shape[0], columns, dtype=compute_dtype(hidden_nh))
     buffer = _tile_buffer(hidden_nh, plan)
     for index, chunk in enumerate(chunks):
         for block in plan.tiling.row_blocks():
             tile = _logits_tile(buffer, hidden_nh[block], weight[chunk])
-            topk = None if topk_ids_nK is None else topk_ids_nK[block]
             partials[index, block] = plan.backend.shard_partials(
-                tile, None, target_n[block], topk, plan.temperature, *plan.place(chunk)
+                tile,
+                TokenIds(ids.target[block], None if ids.topk is None else ids.topk[block]),
+                RowSelection(mask=None if mask is None else mask[block]),
+                plan.shard.part(chunk),
+                plan.temperature,
             )
     return partials
 
 
 def _gradient_tiles(
-    hidden_nh: torch.Tensor,
-    weight_Ch: torch.Tensor,
-    chunk: slice,
-    target_n: torch.Tensor,
-    row_values: list[torch.Tensor | None],
-    plan: _Plan,
+    hidden_nh: torch.Tensor, weight_Ch: torch.Tensor, chunk: slice, tokens: _Tokens, plan: _Plan
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """For each block of tokens: (block, gradient of its logits in this chunk). All of them are in one buffer, in turn."""
     buffer = _tile_buffer(hidden_nh, plan)
     for block in plan.tiling.row_blocks():
         tile = _logits_tile(buffer, hidden_nh[block], weight_Ch)
-        values = [None if value_n is None else value_n[block] for value_n in row_values]
-        plan.backend.shard_gradient(tile, tile, None, target_n[block], *values, plan.temperature, *plan.place(chunk))
+        plan.backend.shard_gradient(tile, tile, *tokens.part(block), plan.shard.part(chunk), plan.temperature)
         yield block, tile
 
 
@@ -316,7 +331,7 @@ def _finish_hidden_gradient(
     if plan.reduce_hidden_grad and not plan.sequence_parallel:
         dist.all_reduce(grad_nh, group=plan.shard.group)
     places = math.prod(hidden_shape[:-1]) * (plan.world_size if plan.sequence_parallel else 1)
-    grad_Nh = spread_rows(grad_nh, rows, places)
+    grad_Nh = RowSelection(rows).spread(grad_nh, places)
     if not plan.sequence_parallel:
         return grad_Nh.view(hidden_shape)
     grad_local = grad_Nh.new_empty(hidden_shape)

@@ -1,20 +1,25 @@
 """The compiled backend, CPU and CUDA: one read of the logits forward, one read and one write backward, nothing else kept.
 
 The operators are ``torch.ops.megatron_dppo.*`` (csrc/binding.cpp, which checks every argument). They compute what
-``ops/torch_backend.py`` and ``ops/shard_merge.py`` define, in fp32; here they get those modules' signatures, and the
-shapes that torch.compile and torch.export ask for. Importing this module fails with ImportError where the extension is
+``ops/torch_backend.py`` and ``ops/shard_merge.py`` define, in fp32; here they get the interface of ``ops/backend.py``, and
+the shapes that torch.compile and torch.export ask for. Importing this module fails with ImportError where the extension is
 not built.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-# Not `from megatron_dppo import _C`: backends.py tells a missing extension by ModuleNotFoundError.
+# Not `from megatron_dppo import _C`: backend.py tells a missing extension by ModuleNotFoundError.
 import megatron_dppo._C as _C
+from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.shard_merge import MergedRows
+
+if not hasattr(_C, "limit_names"):
+    raise ImportError("it was built by an older version of this package: build it again")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if _C.cuda_archs else ("cpu",)
@@ -22,95 +27,93 @@ DEVICES = ("cpu", "cuda") if _C.cuda_archs else ("cpu",)
 _operators = torch.ops.megatron_dppo
 
 
-def shard_partials(
-    logits_NV: torch.Tensor,
-    rows: torch.Tensor | None,
-    target_n: torch.Tensor,
-    topk_ids_nK: torch.Tensor | None,
-    temperature: float,
-    first_column: int,
-    num_columns: int,
-) -> torch.Tensor:
-    """See torch_backend.shard_partials."""
-    topk_ids_nK = None if topk_ids_nK is None else topk_ids_nK.contiguous()
-    return _operators.row_partials(
-        logits_NV, rows, target_n.contiguous(), topk_ids_nK, temperature, first_column, num_columns
-    )
+@dataclass(frozen=True)
+class NativeBackend:
+    """The compiled kernels of one kind of device; ``name`` is ``cpu`` or ``cuda``. The methods are those of ``Backend``."""
 
+    name: str
 
-def merge_shards(partials_RnC: torch.Tensor) -> MergedRows:
-    """See shard_merge.merge_shards."""
-    return MergedRows(*_operators.merge_partials(partials_RnC))
+    def shard_partials(
+        self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
+    ) -> torch.Tensor:
+        """See torch_backend.shard_partials."""
+        return _operators.row_partials(
+            logits_NV,
+            selection.rows,
+            selection.mask,
+            ids.target.contiguous(),
+            None if ids.topk is None else ids.topk.contiguous(),
+            temperature,
+            shard.first_column,
+            shard.num_columns,
+        )
 
+    def merge_shards(self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None) -> MergedRows:
+        """See shard_merge.merge_shards."""
+        return MergedRows(*_operators.merge_partials(partials_RnC, mask_n))
 
-def shard_gradient(
-    logits_NV: torch.Tensor,
-    grad_NV: torch.Tensor,
-    rows: torch.Tensor | None,
-    target_n: torch.Tensor,
-    max_n: torch.Tensor,
-    log_sum_n: torch.Tensor,
-    log_prob_n: torch.Tensor,
-    entropy_n: torch.Tensor,
-    grad_log_prob_n: torch.Tensor | None,
-    grad_entropy_n: torch.Tensor | None,
-    temperature: float,
-    first_column: int,
-    num_columns: int,
-) -> None:
-    """See torch_backend.shard_gradient. A row whose incoming gradients are both 0 is zero-filled without being read."""
-    coefficients = [
-        None if values is None else values.contiguous()
-        for values in (max_n, log_sum_n, log_prob_n, entropy_n, grad_log_prob_n, grad_entropy_n)
-    ]
-    arguments = (rows, target_n.contiguous(), *coefficients, temperature, first_column, num_columns)
-    if grad_NV is logits_NV:  # an operator must not get one tensor both to read and, under another name, to write
-        _operators.policy_backward_(logits_NV, *arguments)
-    else:
-        _operators.policy_backward(logits_NV, grad_NV, *arguments)
+    def shard_gradient(
+        self,
+        logits_NV: torch.Tensor,
+        grad_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        mask_N: torch.Tensor | None,
+        state: RowState,
+        grad_log_prob_N: torch.Tensor | None,
+        grad_entropy_N: torch.Tensor | None,
+        shard: VocabShard,
+        temperature: float,
+    ) -> None:
+        """See torch_backend.shard_gradient. A row whose incoming gradients are both 0 is zero-filled without being read."""
+        per_row = (state.max, state.log_sum, state.log_prob, state.entropy, grad_log_prob_N, grad_entropy_N)
+        arguments = (
+            mask_N,
+            target_N.contiguous(),
+            *(None if values is None else values.contiguous() for values in per_row),
+            temperature,
+            shard.first_column,
+            shard.num_columns,
+        )
+        if grad_NV is logits_NV:  # an operator must not get one tensor both to read and, under another name, to write
+            _operators.policy_backward_(logits_NV, *arguments)
+        else:
+            _operators.policy_backward(logits_NV, grad_NV, *arguments)
 
-
-def shard_divergence(
-    kind: Literal["tv", "kl"],
-    policy_logits_NV: torch.Tensor,
-    rollout_logits_NV: torch.Tensor,
-    rows: torch.Tensor | None,
-    policy: MergedRows,
-    rollout: MergedRows,
-    known_ids_nS: torch.Tensor | None,
-    known_log_prob_nS: torch.Tensor | None,
-    log_rescale_n: torch.Tensor | None,
-    temperature: float,
-    first_column: int,
-    num_columns: int,
-) -> torch.Tensor:
-    """See torch_backend.shard_divergence."""
-    return _operators.shard_divergence(
-        policy_logits_NV,
-        rollout_logits_NV,
-        rows,
-        policy.max,
-        policy.log_sum,
-        rollout.max,
-        rollout.log_sum,
-        None if known_ids_nS is None else known_ids_nS.contiguous(),
-        None if known_log_prob_nS is None else known_log_prob_nS.contiguous(),
-        log_rescale_n,
-        kind,
-        temperature,
-        first_column,
-        num_columns,
-    )
+    def shard_divergence(
+        self,
+        kind: Literal["tv", "kl"],
+        policy_NV: torch.Tensor,
+        policy: Normaliser,
+        rollout_NV: torch.Tensor,
+        rollout: Normaliser,
+        selection: RowSelection,
+        known: KnownColumns | None,
+        shard: VocabShard,
+        temperature: float,
+    ) -> torch.Tensor:
+        """See torch_backend.shard_divergence."""
+        return _operators.shard_divergence(
+            policy_NV,
+            rollout_NV,
+            *selection,
+            *policy,
+            *rollout,
+            *((None, None, None) if known is None else (values.contiguous() for values in known)),
+            kind,
+            temperature,
+            shard.first_column,
+            shard.num_columns,
+        )
 
 
 @torch.library.register_fake("megatron_dppo::row_partials")
-def _(logits, rows, target, topk_ids, temperature, first_column, num_columns):  # type: ignore[no-untyped-def]
+def _(logits, rows, mask, target, topk_ids, *others):  # type: ignore[no-untyped-def]
     topk = 0 if topk_ids is None else topk_ids.shape[1]
     return logits.new_empty(target.shape[0], 5 + topk, dtype=torch.float32)
 
 
 @torch.library.register_fake("megatron_dppo::merge_partials")
-def _(partials):  # type: ignore[no-untyped-def]
+def _(partials, mask):  # type: ignore[no-untyped-def]
     n = partials.shape[1]
     log_prob, entropy, collision, maximum, log_sum = (partials.new_empty(n) for _ in range(5))
     return log_prob, entropy, collision, partials.new_empty(n, partials.shape[2] - 5), maximum, log_sum
@@ -127,12 +130,15 @@ def _(logits, *others):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("megatron_dppo::shard_divergence")
-def _(logits, rollout_logits, rows, max, *others):  # type: ignore[no-untyped-def]
+def _(logits, rollout_logits, rows, mask, max, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(max)
 
 
-@torch.library.register_fake("megatron_dppo::token_update")
-def _(log_mu, *others, histogram_bins, **settings):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("megatron_dppo::token_objective")
+def _(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
     coefficient, weight, divergence = (torch.empty_like(log_mu) for _ in range(3))
-    totals = log_mu.new_empty(_C.num_totals, dtype=torch.float64)
-    return coefficient, weight, divergence, totals, log_mu.new_empty(histogram_bins + 2, dtype=torch.int64)
+    constants = _C.metric_constants
+    decades = constants["histogram_highest"] - constants["histogram_lowest"]
+    bins = constants["histogram_bins_per_decade"] * decades + 2
+    totals = log_mu.new_empty(len(_C.total_names), dtype=torch.float64)
+    return coefficient, weight, divergence, totals, log_mu.new_empty(bins, dtype=torch.int64)

@@ -7,15 +7,23 @@ K`` numbers per token in one all-gather; backward needs no communication.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_dppo.ops.backend import choose_backend
+from megatron_dppo.ops.arguments import (
+    RowSelection,
+    RowState,
+    TokenIds,
+    VocabShard,
+    as_matrix,
+    check_ids,
+    check_temperature,
+    select,
+)
+from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.shard_merge import gather_shards
 
 
@@ -36,66 +44,56 @@ class PolicyStats(NamedTuple):
     collision: torch.Tensor
     topk_log_prob: torch.Tensor | None
 
+    def detach(self) -> PolicyStats:
+        """The same values without gradient."""
+        return PolicyStats(self.log_prob.detach(), self.entropy.detach(), self.collision, self.topk_log_prob)
 
-@dataclass(frozen=True)
-class VocabShard:
-    """Which part of the vocabulary this rank's logits are.
-
-    Attributes:
-        group: the tensor-parallel group, or None if the logits are whole.
-        vocab_size: true size of the whole vocabulary.
-        first_column: global id of column 0 of the shard.
-        num_columns: columns of the shard that are true vocabulary; padding follows.
-    """
-
-    group: dist.ProcessGroup | None
-    vocab_size: int
-    first_column: int
-    num_columns: int
-
-
-def locate_shard(logits: torch.Tensor, vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> VocabShard:
-    """Shard r of the group owns the global columns [r V/TP, (r + 1) V/TP); those from ``vocab_size`` on are padding."""
-    rank, world_size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
-    width = logits.shape[-1]
-    if vocab_size is None:
-        vocab_size = width * world_size
-    if not 0 < vocab_size <= width * world_size:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but {world_size} shard(s) of {width} columns hold {width * world_size}. "
-            "Pass the true vocabulary size and, if the logits are sharded, tp_group"
+    def flatten(self) -> PolicyStats:
+        """[N] (and [N, K])."""
+        topk = self.topk_log_prob
+        return PolicyStats(
+            self.log_prob.reshape(-1),
+            self.entropy.reshape(-1),
+            self.collision.reshape(-1),
+            None if topk is None else topk.reshape(self.log_prob.numel(), topk.shape[-1]),
         )
-    first_column = rank * width
-    return VocabShard(tp_group, vocab_size, first_column, max(0, min(width, vocab_size - first_column)))
 
 
 def vocab_parallel_policy_stats(
     logits: torch.Tensor,
     target: torch.Tensor,
+    *,
     topk_ids: torch.Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     token_mask: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
+    checks: Literal["now", "off"] = "now",
 ) -> PolicyStats:
     """Statistics of ``softmax(logits / temperature)`` over a vocabulary that may be sharded.
+
+    Which tokens matter is said by ``token_mask`` or, where the caller knows their positions, by ``rows``; the others are
+    neither read nor do they get a gradient other than 0.
 
     Args:
         logits: [..., V/TP] this rank's shard; bf16, fp16, fp32 or fp64. A non-contiguous tensor may be copied.
         target: [...] int64 global token ids, already shifted to align with ``logits``; the same on all ranks of the
-            group.
-        topk_ids: [..., K] int64 global ids whose log-probs are wanted too; the same on all ranks.
+            group. [n] with ``rows``.
+        topk_ids: [..., K] int64 global ids whose log-probs are wanted too; the same on all ranks. [n, K] with ``rows``.
         temperature: divides the logits.
         vocab_size: true size of the whole vocabulary; columns beyond it are padding and get gradient 0. None: all
             count.
         tp_group: process group of the shards; None: the logits are whole.
-        token_mask: [...] bool, the same on all ranks. Other rows are neither read nor exchanged; results and gradient
-            are 0.
+        token_mask: [...] bool, the same on all ranks. The results of the other tokens are 0.
+        rows: [n] int64 distinct positions in the flattened [...], the same on all ranks. All results are [n].
         inplace_backward: write the gradient over the logits. Only where nothing else needs the logits' values in
             backward (autograd raises an error if something does).
         backend: auto | cuda | cpu | torch.
+        checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
+            the caller's promise, and nothing is waited for.
 
     Returns:
         PolicyStats. A row without any finite logit has log-prob NaN.
@@ -104,20 +102,21 @@ def vocab_parallel_policy_stats(
         ValueError: shapes, dtypes or the shard's place do not fit; a target or top-K id lies outside [0, vocab_size).
         BackendUnavailableError: the backend asked for cannot be used.
     """
-    check_arguments("logits", logits, logits.shape[:-1], target, topk_ids, temperature, token_mask)
-    shard = locate_shard(logits, vocab_size, tp_group)
-    rows, target_n, topk_ids_nK = select_tokens(target, topk_ids, token_mask, shard.vocab_size)
-    log_prob, entropy, collision, topk_log_prob = _PolicyStatsFunction.apply(
-        logits,
-        target_n,
-        topk_ids_nK,
-        rows,
-        shard,
-        float(temperature),
-        inplace_backward,
-        choose_backend(backend, logits),
+    selection, ids, shape = select("logits", logits, logits.shape[:-1], target, topk_ids, token_mask, rows)
+    check_temperature(temperature)
+    shard = VocabShard.locate(logits.shape[-1], vocab_size, tp_group)
+    if checks == "now":
+        check_ids(ids, selection, shape, shard.vocab_size)
+    results = _PolicyStatsFunction.apply(
+        logits, *ids, *selection, shard, float(temperature), inplace_backward, choose_backend(backend, logits)
     )
-    return PolicyStats(log_prob, entropy, collision, None if topk_ids is None else topk_log_prob)
+    return shaped_stats(results, shape, has_topk=topk_ids is not None)
+
+
+def shaped_stats(results_n: tuple[torch.Tensor, ...], shape: torch.Size, has_topk: bool) -> PolicyStats:
+    """[n] log-prob, entropy, collision and [n, K] top-K log-probs -> PolicyStats of the tokens' shape."""
+    log_prob, entropy, collision, topk_log_prob = (values.view(*shape, *values.shape[1:]) for values in results_n)
+    return PolicyStats(log_prob, entropy, collision, topk_log_prob if has_topk else None)
 
 
 class _PolicyStatsFunction(torch.autograd.Function):
@@ -128,135 +127,44 @@ class _PolicyStatsFunction(torch.autograd.Function):
         target_n: torch.Tensor,
         topk_ids_nK: torch.Tensor | None,
         rows: torch.Tensor | None,
+        mask: torch.Tensor | None,
         shard: VocabShard,
         temperature: float,
         inplace: bool,
-        backend: ModuleType,
+        backend: Backend,
     ) -> tuple[torch.Tensor, ...]:
-        logits_NV, shape = as_matrix(logits), logits.shape[:-1]
-        partials = backend.shard_partials(
-            logits_NV, rows, target_n, topk_ids_nK, temperature, shard.first_column, shard.num_columns
-        )
-        merged = backend.merge_shards(gather_shards(partials, shard.group))
+        logits_NV, selection = as_matrix(logits), RowSelection(rows, mask)
+        partials_nC = backend.shard_partials(logits_NV, TokenIds(target_n, topk_ids_nK), selection, shard, temperature)
+        merged = backend.merge_shards(gather_shards(partials_nC, shard.group), mask)
 
-        log_prob, entropy, collision, topk_log_prob = (
-            spread_rows(values, rows, logits_NV.shape[0]).view(*shape, *values.shape[1:]) for values in merged[:4]
-        )
         # If the logits could not be viewed as a matrix, keep the copy: it is what an in-place gradient may overwrite.
         kept = logits if logits_NV.data_ptr() == logits.data_ptr() else logits_NV
-        ctx.save_for_backward(kept, target_n, rows, merged.max, merged.log_sum, log_prob, entropy)
+        ctx.save_for_backward(kept, target_n, rows, mask, *merged.state)
         ctx.logits_shape = logits.shape
         ctx.shard, ctx.temperature, ctx.inplace, ctx.backend = shard, temperature, inplace, backend
-        ctx.mark_non_differentiable(collision, topk_log_prob)
+        ctx.mark_non_differentiable(merged.collision, merged.topk_log_prob)
         ctx.set_materialize_grads(False)
-        return log_prob, entropy, collision, topk_log_prob
+        return merged.log_prob, merged.entropy, merged.collision, merged.topk_log_prob
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any) -> Any:
         if grad_log_prob is None and grad_entropy is None:
-            return (None,) * 8
-        kept, target_n, rows, max_n, log_sum_n, log_prob, entropy = ctx.saved_tensors
-        logits_NV = kept.detach().view(-1, kept.shape[-1])
+            return (None,) * 9
+        kept, target_n, rows, mask, *state_n = ctx.saved_tensors
+        logits_NV, selection = kept.detach().view(-1, kept.shape[-1]), RowSelection(rows, mask)
+        num_rows = logits_NV.shape[0]
         grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
-        if rows is not None:
-            _zero_other_rows(grad_NV, rows)
+        # Every row is written, with 0 where it was not selected: the few numbers of each row are spread out for that.
         ctx.backend.shard_gradient(
             logits_NV,
             grad_NV,
-            rows,
-            target_n,
-            max_n,
-            log_sum_n,
-            take_rows(log_prob.reshape(-1), rows),
-            take_rows(entropy.reshape(-1), rows),
-            None if grad_log_prob is None else take_rows(grad_log_prob.reshape(-1), rows),
-            None if grad_entropy is None else take_rows(grad_entropy.reshape(-1), rows),
+            selection.spread(target_n, num_rows),
+            selection.as_mask(num_rows),
+            RowState(*(selection.spread(values_n, num_rows) for values_n in state_n)),
+            None if grad_log_prob is None else selection.spread(grad_log_prob, num_rows),
+            None if grad_entropy is None else selection.spread(grad_entropy, num_rows),
+            ctx.shard,
             ctx.temperature,
-            ctx.shard.first_column,
-            ctx.shard.num_columns,
         )
-        return (grad_NV.view(ctx.logits_shape), *(None,) * 7)
-
-
-def as_matrix(logits: torch.Tensor) -> torch.Tensor:
-    """[..., V/TP] -> [N, V/TP] with adjacent columns; a view wherever the strides allow it, else a copy."""
-    logits_NV = logits.reshape(-1, logits.shape[-1])
-    return logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
-
-
-def select_rows(token_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[n] int64 flat indices of the rows that matter; None for all of them."""
-    return None if token_mask is None else token_mask.reshape(-1).nonzero()[:, 0]
-
-
-def select_tokens(
-    target: torch.Tensor, topk_ids: torch.Tensor | None, token_mask: torch.Tensor | None, vocab_size: int
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """The mask's rows, their targets [n] and their top-K ids [n, K]; ValueError for an id outside the vocabulary."""
-    rows = select_rows(token_mask)
-    target_n = take_rows(target.reshape(-1), rows)
-    check_ids("target", target_n[:, None], rows, target.shape, vocab_size)
-    if topk_ids is None:
-        return rows, target_n, None
-    topk_ids_nK = take_rows(topk_ids.reshape(target.numel(), topk_ids.shape[-1]), rows)
-    check_ids("topk_ids", topk_ids_nK, rows, target.shape, vocab_size)
-    return rows, target_n, topk_ids_nK
-
-
-def take_rows(values_N: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """[N, ...] -> [n, ...]."""
-    return values_N if rows is None else values_N.index_select(0, rows)
-
-
-def check_ids(name: str, ids_nK: torch.Tensor, rows: torch.Tensor | None, shape: torch.Size, vocab_size: int) -> None:
-    """Raise ValueError for the first of n selected positions (of a tensor of ``shape``) with an id outside the vocabulary."""
-    bad_n = ((ids_nK < 0) | (ids_nK >= vocab_size)).any(dim=1)
-    if not bool(bad_n.any()):
-        return
-    first = int(bad_n.nonzero()[0, 0])
-    flat = torch.tensor(first) if rows is None else rows[first].cpu()
-    position = [int(i) for i in torch.unravel_index(flat, shape)]
-    raise ValueError(f"{name} at {position} is {ids_nK[first].tolist()}: ids must lie in [0, {vocab_size})")
-
-
-def check_arguments(
-    of: str,
-    features: torch.Tensor,
-    expected: torch.Size,
-    target: torch.Tensor,
-    topk_ids: torch.Tensor | None,
-    temperature: float,
-    token_mask: torch.Tensor | None,
-) -> None:
-    """Raise ValueError unless the others fit ``features``: the logits or hidden states (``of``) of ``expected`` tokens."""
-    if features.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"{of} must be bf16, fp16, fp32 or fp64, not {features.dtype}")
-    given = {"target": target, "topk_ids": topk_ids, "token_mask": token_mask}
-    for name, tensor in given.items():
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape[:-1] if name == "topk_ids" else tensor.shape)
-        if shape != tuple(expected):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; {of} {tuple(features.shape)} ask for {tuple(expected)}"
-            )
-        wanted = torch.bool if name == "token_mask" else torch.int64
-        if tensor.dtype != wanted:
-            raise ValueError(f"{name} must be {wanted}, not {tensor.dtype}")
-        if tensor.device != features.device:
-            raise ValueError(f"{name} is on {tensor.device}, {of} on {features.device}")
-    if not (temperature > 0 and temperature < float("inf")):
-        raise ValueError(f"temperature must be positive and finite, not {temperature}")
-
-
-def spread_rows(values_n: torch.Tensor, rows: torch.Tensor | None, total: int) -> torch.Tensor:
-    """[n, ...] -> [N, ...] with 0 in the other rows."""
-    if rows is None:
-        return values_n.contiguous()
-    return values_n.new_zeros(total, *values_n.shape[1:]).index_copy_(0, rows, values_n)
-
-
-def _zero_other_rows(grad_NV: torch.Tensor, rows: torch.Tensor) -> None:
-    other = torch.ones(grad_NV.shape[0], dtype=torch.bool, device=grad_NV.device).index_fill_(0, rows, False)
-    grad_NV.index_fill_(0, other.nonzero()[:, 0], 0.0)
+        return (grad_NV.view(ctx.logits_shape), *(None,) * 8)

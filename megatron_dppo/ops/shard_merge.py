@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.ops.arguments import Normaliser, RowState
+
 MAX, REST, TILT, SQUARES, TARGET = range(5)
 STATE_COLUMNS = 4  # the reduction's state; gathered logits (the target's, then the top-K's) follow
 
@@ -30,8 +32,7 @@ class MergedRows(NamedTuple):
         collision: [n] sum of squared probabilities.
         topk_log_prob: [n, K].
         max: [n] the largest scaled logit.
-        log_sum: [n] log sum exp(z - max). Kept apart from ``max`` because ``(z - max) - log_sum`` keeps the digits that
-            ``z - (max + log_sum)`` loses: at |z| = 1e4 the latter is off by 1e-3.
+        log_sum: [n] log sum exp(z - max).
     """
 
     log_prob: torch.Tensor
@@ -40,6 +41,16 @@ class MergedRows(NamedTuple):
     topk_log_prob: torch.Tensor
     max: torch.Tensor
     log_sum: torch.Tensor
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """``max`` and ``log_sum``."""
+        return Normaliser(self.max, self.log_sum)
+
+    @property
+    def state(self) -> RowState:
+        """What the backward needs."""
+        return RowState(self.log_prob, self.entropy, self.max, self.log_sum)
 
 
 def gather_shards(partials_nC: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -62,8 +73,8 @@ def all_gather_rows(gathered: torch.Tensor, local: torch.Tensor, group: dist.Pro
     collective(gathered, local, group=group)
 
 
-def merge_shards(partials_RnC: torch.Tensor) -> MergedRows:
-    """[TP, n, 5 + K] partials of all shards -> statistics of the rows."""
+def merge_shards(partials_RnC: torch.Tensor, mask_n: torch.Tensor | None = None) -> MergedRows:
+    """[TP, n, 5 + K] partials of all shards -> statistics of the rows; all 0 for rows outside of the mask."""
     state, gathered = partials_RnC[..., :STATE_COLUMNS], partials_RnC[..., STATE_COLUMNS:]
     max_Rn, rest_Rn, tilt_Rn, squares_Rn = state.unbind(-1)
     max_n, leader_n = max_Rn.max(dim=0)
@@ -81,11 +92,16 @@ def merge_shards(partials_RnC: torch.Tensor) -> MergedRows:
     total_n = 1.0 + rest_n
     # Exactly one shard owns each id and the others sent 0, so the sum is a selection.
     log_prob_nC = (gathered.sum(0) - max_n[:, None]) - log_sum_n[:, None]
-    return MergedRows(
+    merged = MergedRows(
         log_prob=log_prob_nC[:, 0],
         entropy=log_sum_n - tilt_n / total_n,
         collision=(1.0 + squares_n) / total_n.square(),
         topk_log_prob=log_prob_nC[:, 1:],
         max=max_n,
         log_sum=log_sum_n,
+    )
+    if mask_n is None:
+        return merged
+    return MergedRows(
+        *(values.masked_fill(~(mask_n[:, None] if values.dim() == 2 else mask_n), 0.0) for values in merged)
     )

@@ -16,7 +16,8 @@ taken as ``log1p(s)``. These ``5 + K`` numbers per row are all that the shards h
 Backward needs no exchange: the probabilities are rebuilt from the logits and each row's maximum and log-sum.
 
 Works through the rows in chunks, so fp32 temporaries stay within ``TEMPORARY_BYTES`` however many rows there are. fp64
-logits are computed in fp64, all others in fp32.
+logits are computed in fp64, all others in fp32. No size depends on a value, so nothing waits for the device: rows outside
+a mask are computed like the others here, and their results thrown away.
 """
 
 from __future__ import annotations
@@ -26,19 +27,13 @@ from typing import Literal
 
 import torch
 
+from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.probability import LOG_ZERO
-from megatron_dppo.ops.shard_merge import (
-    MAX,
-    REST,
-    SQUARES,
-    STATE_COLUMNS,
-    TARGET,
-    TILT,
-    MergedRows,
-    merge_shards,
-)
+from megatron_dppo.ops.shard_merge import MAX, REST, SQUARES, STATE_COLUMNS, TARGET, TILT, merge_shards
 
-__all__ = ["merge_shards", "shard_divergence", "shard_gradient", "shard_partials"]
+__all__ = ["merge_shards", "name", "shard_divergence", "shard_gradient", "shard_partials"]
+
+name = "torch"
 
 TEMPORARY_BYTES = 32 * 2**20
 _TEMPORARIES = 3  # [chunk, V] tensors alive at once, below
@@ -47,143 +42,126 @@ _NO_PROBABILITY = -1e4
 
 
 def shard_partials(
-    logits_NV: torch.Tensor,
-    rows: torch.Tensor | None,
-    target_n: torch.Tensor,
-    topk_ids_nK: torch.Tensor | None,
-    temperature: float,
-    first_column: int,
-    num_columns: int,
+    logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
 ) -> torch.Tensor:
     """One read of the selected rows of a shard.
 
     Args:
         logits_NV: [N, V/TP] logits.
-        rows: [n] int64 rows that matter, or None for all of them (then n = N).
-        target_n: [n] int64 global ids.
-        topk_ids_nK: [n, K] int64 global ids, or None.
+        ids: whose logits to gather, one row for each selected row.
+        selection: which rows matter.
+        shard: which columns these are.
         temperature: divides the logits.
-        first_column: global id of this shard's column 0.
-        num_columns: how many of this shard's columns, from the left, are true vocabulary; the others are padding.
 
     Returns:
-        [n, 5 + K], fp32 (fp64 for fp64 logits); the columns are listed above.
+        [n, 5 + K], fp32 (fp64 for fp64 logits); the columns are listed above. With a mask n = N, and rows outside are 0.
     """
     dtype = compute_dtype(logits_NV)
-    ids_nK = target_n[:, None] if topk_ids_nK is None else torch.cat([target_n[:, None], topk_ids_nK], dim=1)
-    n = target_n.shape[0]
-    partials = torch.zeros(n, STATE_COLUMNS + ids_nK.shape[1], dtype=dtype, device=logits_NV.device)
+    ids_nC = ids.target[:, None] if ids.topk is None else torch.cat([ids.target[:, None], ids.topk], dim=1)
+    n = ids.target.shape[0]
+    partials = torch.zeros(n, STATE_COLUMNS + ids_nC.shape[1], dtype=dtype, device=logits_NV.device)
     partials[:, MAX] = -torch.inf
-    if num_columns == 0:
-        return partials
-    for part in row_chunks(n, logits_NV.shape[1], dtype):
-        z = read_rows(logits_NV, rows, part, num_columns).to(dtype) / temperature
-        local_ids = ids_nK[part] - first_column
-        owned = (local_ids >= 0) & (local_ids < num_columns)
-        gathered = z.gather(1, local_ids.clamp(0, num_columns - 1))
-        partials[part, TARGET:] = torch.where(owned, gathered, 0.0)
+    if shard.num_columns > 0:
+        for part in row_chunks(n, logits_NV.shape[1], dtype):
+            z = read_rows(logits_NV, selection.rows, part, shard.num_columns).to(dtype) / temperature
+            local_ids = ids_nC[part] - shard.first_column
+            owned = (local_ids >= 0) & (local_ids < shard.num_columns)
+            gathered = z.gather(1, local_ids.clamp(0, shard.num_columns - 1))
+            partials[part, TARGET:] = torch.where(owned, gathered, 0.0)
 
-        maximum, at = z.max(dim=1, keepdim=True)
-        # A row of -inf only: subtract 0, not -inf, so that every exp() is 0 and not NaN.
-        z -= maximum.masked_fill(maximum == -torch.inf, 0.0)
-        e = z.exp().scatter_(1, at, 0.0)
-        partials[part, MAX] = maximum[:, 0]
-        partials[part, REST] = e.sum(dim=1)
-        partials[part, TILT] = z.clamp_(min=_NO_PROBABILITY).mul_(e).sum(dim=1)
-        partials[part, SQUARES] = e.square_().sum(dim=1)
-    return partials
+            maximum, at = z.max(dim=1, keepdim=True)
+            # A row of -inf only: subtract 0, not -inf, so that every exp() is 0 and not NaN.
+            z -= maximum.masked_fill(maximum == -torch.inf, 0.0)
+            e = z.exp().scatter_(1, at, 0.0)
+            partials[part, MAX] = maximum[:, 0]
+            partials[part, REST] = e.sum(dim=1)
+            partials[part, TILT] = z.clamp_(min=_NO_PROBABILITY).mul_(e).sum(dim=1)
+            partials[part, SQUARES] = e.square_().sum(dim=1)
+    return partials if selection.mask is None else partials.masked_fill_(~selection.mask[:, None], 0.0)
 
 
 def shard_gradient(
     logits_NV: torch.Tensor,
     grad_NV: torch.Tensor,
-    rows: torch.Tensor | None,
-    target_n: torch.Tensor,
-    max_n: torch.Tensor,
-    log_sum_n: torch.Tensor,
-    log_prob_n: torch.Tensor,
-    entropy_n: torch.Tensor,
-    grad_log_prob_n: torch.Tensor | None,
-    grad_entropy_n: torch.Tensor | None,
+    target_N: torch.Tensor,
+    mask_N: torch.Tensor | None,
+    state: RowState,
+    grad_log_prob_N: torch.Tensor | None,
+    grad_entropy_N: torch.Tensor | None,
+    shard: VocabShard,
     temperature: float,
-    first_column: int,
-    num_columns: int,
 ) -> None:
-    """Write the gradient of the selected rows into ``grad_NV``, which may be ``logits_NV`` itself.
+    """Write the gradient of every row into ``grad_NV``, which may be ``logits_NV`` itself.
 
     With p the softmax of z: d log_prob / d z_j = [j is the target] - p_j and d entropy / d z_j = -p_j (log p_j +
-    entropy). Padded columns of the selected rows are set to exactly 0; rows that are not selected are not touched.
+    entropy). Padded columns, and rows outside of the mask, are set to exactly 0.
     """
-    dtype = compute_dtype(logits_NV)
-    for part in row_chunks(target_n.shape[0], logits_NV.shape[1], dtype):
-        log_p = read_rows(logits_NV, rows, part, num_columns).to(dtype) / temperature
-        log_p -= max_n[part, None]
-        log_p -= log_sum_n[part, None]
+    num_columns, dtype = shard.num_columns, compute_dtype(logits_NV)
+    for part in row_chunks(target_N.shape[0], logits_NV.shape[1], dtype):
+        log_p = logits_NV[part, :num_columns].to(dtype) / temperature
+        log_p -= state.max[part, None]
+        log_p -= state.log_sum[part, None]
         log_p.clamp_(min=_NO_PROBABILITY)
         grad = log_p.exp()
-        if grad_entropy_n is None:
+        if grad_entropy_N is None:
             factor = torch.zeros_like(log_p[:, :1])
         else:
-            factor = log_p.add_(entropy_n[part, None]).mul_(-grad_entropy_n[part, None])
-        if grad_log_prob_n is not None:
-            factor -= grad_log_prob_n[part, None]
+            factor = log_p.add_(state.entropy[part, None]).mul_(-grad_entropy_N[part, None])
+        if grad_log_prob_N is not None:
+            factor -= grad_log_prob_N[part, None]
         grad *= factor
 
         # The target's own column again, from log_prob: 1 - p would lose a near-certain token's digits.
-        local_target = target_n[part] - first_column
-        at = ((local_target >= 0) & (local_target < num_columns)).nonzero()[:, 0]
-        own = torch.zeros_like(log_prob_n[part][at])
-        log_prob = log_prob_n[part][at]
-        if grad_log_prob_n is not None:
-            own -= grad_log_prob_n[part][at] * torch.expm1(log_prob)
-        if grad_entropy_n is not None:
+        log_prob = state.log_prob[part]
+        own = torch.zeros_like(log_prob)
+        if grad_log_prob_N is not None:
+            own -= grad_log_prob_N[part] * torch.expm1(log_prob)
+        if grad_entropy_N is not None:
             finite = log_prob.clamp(min=_NO_PROBABILITY)
-            own -= grad_entropy_n[part][at] * finite.exp() * (finite + entropy_n[part][at])
-        grad[at, local_target[at]] = own
+            own -= grad_entropy_N[part] * finite.exp() * (finite + state.entropy[part])
+        _write_to_owned(grad, target_N[part, None] - shard.first_column, own[:, None])
 
-        _write_rows(grad_NV, rows, part, grad.div_(temperature), num_columns)
+        grad.div_(temperature)
+        if mask_N is not None:
+            grad.masked_fill_(~mask_N[part, None], 0.0)
+        grad_NV[part, :num_columns] = grad.to(grad_NV.dtype)
+        grad_NV[part, num_columns:] = 0.0
 
 
 def shard_divergence(
     kind: Literal["tv", "kl"],
-    policy_logits_NV: torch.Tensor,
-    rollout_logits_NV: torch.Tensor,
-    rows: torch.Tensor | None,
-    policy: MergedRows,
-    rollout: MergedRows,
-    known_ids_nS: torch.Tensor | None,
-    known_log_prob_nS: torch.Tensor | None,
-    log_rescale_n: torch.Tensor | None,
+    policy_NV: torch.Tensor,
+    policy: Normaliser,
+    rollout_NV: torch.Tensor,
+    rollout: Normaliser,
+    selection: RowSelection,
+    known: KnownColumns | None,
+    shard: VocabShard,
     temperature: float,
-    first_column: int,
-    num_columns: int,
 ) -> torch.Tensor:
     """[n] this shard's share of D(mu || pi): ``tv`` is half the L1 distance, ``kl`` is sum mu log(mu / pi).
 
-    mu is the rollout policy. Its log-probs may be known from elsewhere for some tokens (distinct global ids; -1 in slots
-    that do not count); then all others are rescaled by ``exp(log_rescale_n)``.
+    mu is the rollout policy, whose log-probs may be known from elsewhere for some tokens.
     """
     sums_n = torch.zeros_like(policy.max)
-    for part in row_chunks(sums_n.shape[0], policy_logits_NV.shape[1], sums_n.dtype):
+    for part in row_chunks(sums_n.shape[0], policy_NV.shape[1], sums_n.dtype):
 
-        def log_probs(logits_NV: torch.Tensor, merged: MergedRows, part: slice = part) -> torch.Tensor:
-            z = read_rows(logits_NV, rows, part, num_columns).to(merged.max.dtype) / temperature
-            return z.sub_(merged.max[part, None]).sub_(merged.log_sum[part, None])
+        def log_probs(logits_NV: torch.Tensor, normaliser: Normaliser, part: slice = part) -> torch.Tensor:
+            z = read_rows(logits_NV, selection.rows, part, shard.num_columns).to(sums_n.dtype) / temperature
+            return z.sub_(normaliser.max[part, None]).sub_(normaliser.log_sum[part, None])
 
-        log_pi, log_mu = log_probs(policy_logits_NV, policy), log_probs(rollout_logits_NV, rollout)
-        if known_ids_nS is not None and known_log_prob_nS is not None and log_rescale_n is not None:
-            log_mu += log_rescale_n[part, None]
-            local_nS = known_ids_nS[part] - first_column
-            owned_nS = (known_ids_nS[part] >= 0) & (local_nS >= 0) & (local_nS < num_columns)
-            slot_row, slot = owned_nS.nonzero(as_tuple=True)
-            log_mu[slot_row, local_nS[slot_row, slot]] = known_log_prob_nS[part][slot_row, slot].to(log_mu.dtype)
+        log_pi, log_mu = log_probs(policy_NV, policy), log_probs(rollout_NV, rollout)
+        if known is not None:
+            log_mu += known.log_rescale[part, None]
+            local_nS = (known.ids[part] - shard.first_column).masked_fill(known.ids[part] < 0, -1)
+            _write_to_owned(log_mu, local_nS, known.log_prob[part].to(log_mu.dtype))
         log_pi.clamp_(min=LOG_ZERO)
         log_mu.clamp_(min=LOG_ZERO)
         if kind == "tv":
             sums_n[part] = 0.5 * (log_mu.exp_() - log_pi.exp_()).abs_().sum(dim=1)
         else:
             sums_n[part] = (log_mu.exp() * (log_mu - log_pi)).sum(dim=1)
-    return sums_n
+    return sums_n if selection.mask is None else sums_n.masked_fill_(~selection.mask, 0.0)
 
 
 def compute_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -204,12 +182,14 @@ def read_rows(logits_NV: torch.Tensor, rows: torch.Tensor | None, part: slice, n
     return chunk[:, :num_columns]
 
 
-def _write_rows(
-    grad_NV: torch.Tensor, rows: torch.Tensor | None, part: slice, grad: torch.Tensor, num_columns: int
-) -> None:
-    padded = grad_NV.shape[1] - num_columns
-    whole = torch.nn.functional.pad(grad, (0, padded)) if padded else grad
-    if rows is None:
-        grad_NV[part] = whole
-    else:
-        grad_NV.index_copy_(0, rows[part], whole.to(grad_NV.dtype))
+def _write_to_owned(values_nV: torch.Tensor, columns_nS: torch.Tensor, new_nS: torch.Tensor) -> None:
+    """``values[i, columns[i, s]] = new[i, s]``; columns outside of the shard are another's and are skipped.
+
+    Columns of one row that are inside must differ. An index of data-dependent length would say it in a line and wait for
+    the device; here a skipped slot writes into a column that is cut off again.
+    """
+    width = values_nV.shape[1]
+    outside = (columns_nS < 0) | (columns_nS >= width)
+    widened = torch.nn.functional.pad(values_nV, (0, 1))
+    widened.scatter_(1, columns_nS.masked_fill(outside, width), new_nS)
+    values_nV.copy_(widened[:, :width])

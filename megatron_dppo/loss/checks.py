@@ -1,0 +1,149 @@
+"""Impossible values in the loss's inputs: found on the device, reported when somebody looks.
+
+Every check is a predicate over the tokens. What it finds is one small record, [checks, 3]: the first bad token's position, or
+-1, its value, and its target. Reading the record waits for the device; making it does not, so that a training loop can queue
+a whole optimizer step and look once, before it applies the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dppo.errors import LossInputError
+from megatron_dppo.loss.inputs import FlatTokens, LossInputs, masked
+
+CHECKS = ("now", "deferred", "off")
+
+# Rounding in a serving engine's softmax; more than this is another distribution.
+TOPK_MASS_TOLERANCE = 1e-3
+# Rounding can put a log-prob slightly above 0; more than this is not rounding.
+LOG_PROB_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class InputChecks:
+    """What was found wrong with the inputs of one call, still on the device.
+
+    Attributes:
+        messages: what each check asks for.
+        record: [checks, 3] fp64: position of the first bad token in the flattened tokens (-1: none), its value, its target.
+        shape: [...] of the tokens.
+    """
+
+    messages: tuple[str, ...]
+    record: torch.Tensor
+    shape: torch.Size
+
+    def failed(self) -> torch.Tensor:
+        """Scalar bool on the device: whether anything is wrong."""
+        return (self.record[:, 0] >= 0).any()
+
+    def raise_errors(self, describe: Callable[[int], str] | None = None) -> None:
+        """Raise LossInputError for the first check that failed. **Waits for the device.**
+
+        Args:
+            describe: flat position -> what the caller calls that token; by default its place in the tokens' shape.
+        """
+        for message, (position, value, target) in zip(self.messages, self.record.tolist(), strict=True):
+            if position >= 0:
+                place = (describe or self._place)(int(position))
+                raise LossInputError(f"{message}: {value:g} at {place} (token id {int(target)})")
+
+    def _place(self, position: int) -> str:
+        place = [int(i) for i in torch.unravel_index(torch.tensor(position), self.shape)]
+        if len(place) == 2:
+            return f"batch index {place[0]}, position {place[1]}"
+        return f"token {', '.join(map(str, place))}"
+
+
+class _Checker:
+    """Collects (message, [N] value, [N] bad) and makes the record of them."""
+
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        self.mask = mask
+        self.messages: list[str] = []
+        self.values: list[torch.Tensor] = []
+        self.bad: list[torch.Tensor] = []
+
+    def require(self, message: str, values: torch.Tensor, fine: torch.Tensor, everywhere: bool = False) -> None:
+        """``fine`` is [N], or [N, K] with ``values``; outside the mask it does not matter, unless ``everywhere``."""
+        bad = ~fine
+        if values.dim() == 2:
+            if values.shape[1] == 0:
+                return
+            values = values.gather(1, bad.int().argmax(dim=1, keepdim=True))[:, 0]
+            bad = bad.any(dim=1)
+        self.messages.append(message)
+        self.values.append(values.double())
+        self.bad.append(bad if everywhere else masked(bad, self.mask))
+
+    def record(self, target: torch.Tensor) -> torch.Tensor:
+        if target.shape[0] == 0:
+            return torch.full((len(self.messages), 3), -1.0, dtype=torch.float64, device=target.device)
+        bad_CN, values_CN = torch.stack(self.bad), torch.stack(self.values)
+        first_C = bad_CN.int().argmax(dim=1)
+        at_C1 = first_C[:, None]
+        positions = torch.where(bad_CN.any(dim=1), first_C, -1)
+        return torch.stack(
+            [positions.double(), values_CN.gather(1, at_C1)[:, 0], target.index_select(0, first_C).double()], dim=1
+        )
+
+
+def check_values(
+    inputs: LossInputs, tokens: FlatTokens, vocab_size: int, sequence_lengths: torch.Tensor | None
+) -> InputChecks:
+    """Look for impossible values of masked-in tokens, without waiting for the answer.
+
+    Args:
+        inputs: as given, before clamping.
+        tokens: the same, flat: says which fields are read.
+        vocab_size: true size of the vocabulary.
+        sequence_lengths: [N] masked-in tokens of each token's sequence on this rank, if the aggregation counted them.
+    """
+    checker, n = _Checker(tokens.mask), tokens.target.shape[0]
+    if inputs.loss_mask is not None and inputs.loss_mask.dtype != torch.bool:
+        loss_mask = inputs.loss_mask.reshape(-1)
+        checker.require("loss_mask must be 0 or 1", loss_mask, (loss_mask == 0) | (loss_mask == 1), everywhere=True)
+    target = inputs.target.reshape(-1)
+    checker.require(f"target must lie in [0, {vocab_size})", target, (target >= 0) & (target < vocab_size))
+    advantages = inputs.advantages.reshape(-1)
+    checker.require("advantages must be finite", advantages, advantages.isfinite())
+    log_mu = inputs.rollout_log_probs.reshape(-1)
+    checker.require(
+        "rollout_log_probs must be finite and, but for rounding, not above 0",
+        log_mu,
+        log_mu.isfinite() & (log_mu <= LOG_PROB_TOLERANCE),
+    )
+    if tokens.topk_ids is not None and inputs.rollout_topk is not None:
+        ids, log_probs = (x.reshape(n, x.shape[-1]) for x in (inputs.rollout_topk.ids, inputs.rollout_topk.log_probs))
+        checker.require(f"rollout_topk.ids must lie in [0, {vocab_size})", ids, (ids >= 0) & (ids < vocab_size))
+        checker.require(
+            "rollout_topk.log_probs must not be NaN nor, but for rounding, above 0",
+            log_probs,
+            log_probs <= LOG_PROB_TOLERANCE,
+        )
+        mass = log_probs.double().exp().sum(dim=1)
+        checker.require(
+            "the rollout top-K probabilities must not sum to more than 1", mass, mass <= 1.0 + TOPK_MASS_TOLERANCE
+        )
+    if inputs.ref_log_probs is not None:
+        ref_log_probs = inputs.ref_log_probs.reshape(-1)
+        checker.require("ref_log_probs must be finite", ref_log_probs, ref_log_probs.isfinite())
+    if sequence_lengths is not None and inputs.sequences is not None and inputs.sequences.lengths is not None:
+        lengths = inputs.sequences.lengths.reshape(-1)
+        checker.require(
+            "sequences.lengths is smaller than the number of the sequence's masked-in tokens",
+            lengths,
+            lengths >= sequence_lengths,
+        )
+        if inputs.sequences.starts is None:
+            checker.require(
+                "sequences.lengths says that a sequence is spread over ranks: give sequences.starts too (True at the first "
+                "masked-in token of each sequence), so that exactly one rank counts it",
+                lengths,
+                lengths <= sequence_lengths,
+            )
+    return InputChecks(tuple(checker.messages), checker.record(target), inputs.target.shape)
