@@ -20,6 +20,7 @@ What packed sequences look like is core's contract as much as ours (its rotary e
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -84,6 +85,18 @@ def attention_scale(config: TransformerConfig) -> float:
     if config.softmax_scale is not None:
         return float(config.softmax_scale)
     return 1.0 / math.sqrt(config.kv_channels)
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Core's description of packed sequences that has their bounds on the host too: to read them from the device would wait
+    for it, in every layer.
+
+    Attributes:
+        bounds: where the sequences begin, and the end of the last, before any cut over context-parallel ranks.
+    """
+
+    bounds: tuple[int, ...] = ()
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -209,7 +222,10 @@ def _in_sequence_order(of_ranks: torch.Tensor) -> torch.Tensor:
 
 def _local_bounds(packed: PackedSeqParams, local_tokens: int, context_parallel_size: int) -> list[int]:
     """Where the sequences begin and end among this rank's tokens. ValueError if they cannot be laid out like this."""
-    bounds = (packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded).tolist()
+    if isinstance(packed, PackedSequences):
+        bounds = list(packed.bounds)
+    else:
+        bounds = (packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded).tolist()
     if bounds[-1] != local_tokens * context_parallel_size:
         raise ValueError(
             f"packed_seq_params end at token {bounds[-1]}, but there are {local_tokens * context_parallel_size} tokens: "

@@ -81,36 +81,36 @@ class PolicyHead:
         self.sequence_parallel = layer.sequence_parallel
         self._gradient_accumulation_fusion = layer.gradient_accumulation_fusion
 
-    def response_hidden(self, output: torch.Tensor, loss_mask_BS: torch.Tensor) -> torch.Tensor:
-        """Select the hidden states of the tokens that count.
+    def response_hidden(self, output: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Select the hidden states of the tokens that count. This is where rows are chosen, and the only place.
 
         The backward sums the incoming gradient over the tensor-parallel ranks: each rank gives the part that comes from its
         own rows of ``weight`` (``fused_linear_policy_stats(..., reduce_hidden_grad=False)`` does).
 
         Args:
             output: [B, S, h] what the model returned within ``hidden_states_only``; [B, S/TP, h] with sequence parallelism.
-            loss_mask_BS: [B, S] bool, the same on all ranks of ``tp_group``.
+            rows: [n] int64 positions in the flattened [B, S], the same on all ranks of ``tp_group``.
+            shape: (B, S) of the tokens.
 
         Returns:
-            [n, h], row-major in [B, S]: the order of ``target_BS[loss_mask_BS]``. n may be 0.
+            [n, h], in the order of ``rows``. n may be 0.
 
         Raises:
-            ValueError: ``output`` is not the hidden states of the mask's tokens.
+            ValueError: ``output`` is not the hidden states of these tokens.
         """
         size = dist.get_world_size(self.tp_group) if self.sequence_parallel else 1
-        batch, length = loss_mask_BS.shape
+        batch, length = shape
         expected = (batch, length // size, self.weight.shape[1])
         if tuple(output.shape) != expected:
             raise ValueError(
-                f"the model's output has shape {tuple(output.shape)}, a loss mask of {tuple(loss_mask_BS.shape)} asks for "
-                f"hidden states {expected}: run the model within hidden_states_only, on the tokens of this mask"
+                f"the model's output has shape {tuple(output.shape)}, tokens of {tuple(shape)} ask for hidden states "
+                f"{expected}: run the model within hidden_states_only, on these tokens"
             )
-        row, position = loss_mask_BS.nonzero(as_tuple=True)
         if not self.sequence_parallel:
-            hidden_nh = output.flatten(0, 1).index_select(0, row * length + position)
+            hidden_nh = output.flatten(0, 1).index_select(0, rows)
             return copy_to_tensor_model_parallel_region(hidden_nh, group=self.tp_group)
         hidden_SBh = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), group=self.tp_group)
-        return hidden_SBh.flatten(0, 1).index_select(0, position * batch + row)
+        return hidden_SBh.flatten(0, 1).index_select(0, rows % length * batch + rows // length)
 
     def logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
         """[n, h] -> [n, V/TP]: this rank's shard of the logits of ``response_hidden``'s tokens.

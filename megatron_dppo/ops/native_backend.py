@@ -9,7 +9,7 @@ not built.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -137,7 +137,7 @@ def _(logits, rollout_logits, rows, mask, max, *others):  # type: ignore[no-unty
 @torch.library.register_fake("megatron_dppo::token_objective")
 def _(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
     coefficient, weight, divergence = (torch.empty_like(log_mu) for _ in range(3))
-    constants = _C.metric_constants
+    constants: dict[str, Any] = _C.metric_constants
     decades = constants["histogram_highest"] - constants["histogram_lowest"]
     bins = constants["histogram_bins_per_decade"] * decades + 2
     totals = log_mu.new_empty(len(_C.total_names), dtype=torch.float64)

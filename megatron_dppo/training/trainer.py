@@ -27,7 +27,7 @@ from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
-from megatron_dppo.training.policy.dppo_step import DPPOUpdate
+from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
 from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase, ScoredRollouts
@@ -98,7 +98,7 @@ class Trainer:
             warm_start(self.policy, self.config, self.inputs, self.log)
         train = self.config.train
         self.optimizer_state = build_optimizer(self.policy, train.optimizer, train.steps * train.updates_per_rollout)
-        self.update = DPPOUpdate(self.config, self.policy, self.optimizer_state)
+        self.update = DPPOStep(self.config, self.policy, self.optimizer_state)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
             self.log.say(f"resuming from {checkpoint}")
@@ -135,7 +135,7 @@ class Trainer:
         advantages = group_advantages(
             torch.tensor([float(sample.reward or 0.0) for sample in samples]),
             torch.tensor([sample.group_id for sample in samples]),
-            self.config.algorithm.advantage,
+            kind=self.config.algorithm.advantage,
         )
         return [example_from_sample(s, float(a)) for s, a in zip(samples, advantages, strict=True)]
 

@@ -29,6 +29,10 @@ LOSS_MASK = torch.zeros(TOKENS.shape, dtype=torch.bool)
 LOSS_MASK[0, 5:15], LOSS_MASK[1, 12:14] = True, True
 
 
+def rows_of(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero()[:, 0]
+
+
 def wrapped_policy(
     folder: str, layout: dict[str, Any], dtype: torch.dtype, overlap_grad_reduce: bool = False, **overrides: Any
 ) -> list[Any]:
@@ -60,7 +64,7 @@ def forward_backward(
 
         def loss_of_hidden(output: torch.Tensor) -> Any:
             head = PolicyHead(model)
-            return loss(head.logits(head.response_hidden(output, mask)))
+            return loss(head.logits(head.response_hidden(output, rows_of(mask), mask.shape)))
 
         return output, loss_of_hidden
 
@@ -158,7 +162,9 @@ def _bf16_policy(folder: str) -> None:
     logits = chunk(*arguments)  # as it was before, upcast included
     assert logits.dtype is torch.float32
     head = PolicyHead(chunk)
-    assert torch.equal(head.logits(head.response_hidden(hidden, LOSS_MASK)).float(), logits[LOSS_MASK])
+    assert torch.equal(
+        head.logits(head.response_hidden(hidden, rows_of(LOSS_MASK), LOSS_MASK.shape)).float(), logits[LOSS_MASK]
+    )
 
 
 def _misuse(folder: str) -> list[str]:
@@ -168,7 +174,7 @@ def _misuse(folder: str) -> list[str]:
     logits = chunk(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
     for output, mask in ((logits, LOSS_MASK), (logits[..., :64], LOSS_MASK[:, :-1])):
         with pytest.raises(ValueError, match="hidden_states_only") as error:
-            head.response_hidden(output, mask)
+            head.response_hidden(output, rows_of(mask), mask.shape)
         messages.append(str(error.value))
     with pytest.raises(RuntimeError, match="interrupted"), hidden_states_only(chunk):
         raise RuntimeError("interrupted")
@@ -186,4 +192,4 @@ def test_hidden_states_stay_in_the_models_dtype(ranks: RankPools, tmp_path: Path
 def test_misuse_is_named(ranks: RankPools, tmp_path: Path) -> None:
     (messages,) = ranks(1).run(_misuse, str(write_tiny_hf_model("qwen3", tmp_path)))
     assert "has shape (2, 16, 256)" in messages[0]
-    assert "a loss mask of (2, 15) asks for hidden states (2, 15, 64)" in messages[1]
+    assert "tokens of (2, 15) ask for hidden states (2, 15, 64)" in messages[1]

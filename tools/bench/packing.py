@@ -29,9 +29,9 @@ from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.training.config.schema import OptimizerSection, TrainConfig
 from megatron_dppo.training.data.batcher import MicroBatcher
-from megatron_dppo.training.data.micro_batch import PADDING, MicroBatch, TrainingExample
+from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample
 from megatron_dppo.training.policy.head_outputs import response_log_probs
-from megatron_dppo.training.policy.optimizer_step import LossFunction, optimizer_step
+from megatron_dppo.training.policy.optimizer_step import MicroBatchLoss, optimizer_step
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy, build_optimizer, wrap_for_training
 
 
@@ -115,11 +115,11 @@ def time_step(
 ) -> float:
     """Seconds of one optimizer step: forward, backward, Adam."""
 
-    def likelihood(batch: MicroBatch, _: torch.Tensor | None) -> LossFunction:
-        def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            return -response_log_probs(policy, train, batch, hidden).sum(), batch.loss_mask.sum().int(), {}
-
-        return loss_function
+    def likelihood(batch: MicroBatch, hidden: torch.Tensor, _: torch.Tensor | None) -> MicroBatchLoss:
+        return MicroBatchLoss(
+            -response_log_probs(policy, train, batch, hidden).sum(),
+            torch.full((), len(batch.rows), device=hidden.device),
+        )
 
     start = time.perf_counter()
     optimizer_step(policy, optimizer_state, batches, likelihood)  # reads the gradient norm, so it ends with the device
@@ -147,7 +147,7 @@ def print_report(
     print(f"{'arrival order':14}{len(arrival):>14}{computed:>10}{1 - sum(lengths) / computed:>9.1%}")
     for name, made in batches.items():
         computed = sum(batch.tokens.numel() for batch in made)
-        padding = sum(int((batch.sequence_ids == PADDING).sum()) for batch in made)
+        padding = sum(batch.num_padding for batch in made)
         taken = statistics.median(seconds[name])
         print(
             f"{name:14}{len(made):>14}{computed:>10}{padding / computed:>9.1%}{taken:>10.3f}{sum(lengths) / taken:>12.0f}"

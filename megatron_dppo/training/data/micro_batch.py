@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_dppo.loss.inputs import LossInputs, Sequences, TopK
+from megatron_dppo.models.attention import PackedSequences
 from megatron_dppo.rollout.sample import Sample
 from megatron_dppo.training.data.packing import TokenLayout
 
@@ -69,19 +71,20 @@ def example_from_sample(sample: Sample, advantage: float) -> TrainingExample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What this context-parallel rank computes in one forward pass; per-token tensors are [B, S] (+[...]), B = 1 if packed.
+    """What this context-parallel rank computes in one forward pass.
+
+    The model sees B rows of S tokens, B = 1 if packed. The loss sees the n response tokens among them, whose places are
+    known here, on the host: ``rows``. Nothing after this asks a device how many there are.
 
     Attributes:
         example_indices: which example of the step each sequence is; PADDING for one that only fills a slot.
         layout: where the sequences stand before the cut over context-parallel ranks.
         positions: [S] int64, where this rank's tokens stand in ``layout``; None without context parallelism.
-        tokens, position_ids, target: int64; the target is the next token, 0 where there is none.
-        loss_mask: bool, True where the target is a response token to learn from.
-        advantages, rollout_log_probs, rollout_topk_log_probs, ref_log_probs: fp32, 0 outside of responses; the last three
-            and ``rollout_topk_ids`` (int64) are None if the examples have none.
-        sequence_ids: int64, the index of the example, PADDING where there is none.
-        sequence_lengths: int64, response tokens to learn from in the whole sequence; given with context parallelism.
-        sequence_starts: bool, True at the first of them; given with context parallelism.
+        tokens, position_ids: [B, S] int64.
+        num_padding: how many of the B S tokens belong to no sequence.
+        rows: [n] int64, where in the flattened [B, S] the response tokens to learn from are predicted, in order.
+        target: [n] int64, those tokens.
+        inputs: [n] everything that the loss needs to know of them; None in supervised learning.
         routed_experts: [B, S, layers, experts per token] int32, 0 where the engine has not routed; or None.
         packed_seq_params: where the whole, uncut sequences begin; None if padded.
     """
@@ -91,16 +94,10 @@ class MicroBatch:
     positions: torch.Tensor | None
     tokens: torch.Tensor
     position_ids: torch.Tensor
+    num_padding: int
+    rows: torch.Tensor
     target: torch.Tensor
-    loss_mask: torch.Tensor
-    advantages: torch.Tensor
-    rollout_log_probs: torch.Tensor | None
-    rollout_topk_ids: torch.Tensor | None
-    rollout_topk_log_probs: torch.Tensor | None
-    ref_log_probs: torch.Tensor | None
-    sequence_ids: torch.Tensor
-    sequence_lengths: torch.Tensor | None
-    sequence_starts: torch.Tensor | None
+    inputs: LossInputs | None
     routed_experts: torch.Tensor | None
     packed_seq_params: PackedSeqParams | None
 
@@ -119,36 +116,23 @@ class MicroBatch:
             )
         return replace(self, **moved)
 
-    def response_tokens(self) -> dict[str, torch.Tensor | None]:
-        """The n response tokens on this rank, row by row: [n] (+[K]) tensors by the names of the loss's arguments."""
-        fields = (
-            "target",
-            "loss_mask",
-            "advantages",
-            "rollout_log_probs",
-            "rollout_topk_ids",
-            "rollout_topk_log_probs",
-            "ref_log_probs",
-            "sequence_ids",
-            "sequence_lengths",
-            "sequence_starts",
-        )
-        chosen = self.loss_mask.flatten().nonzero()[:, 0]
-        values = {name: getattr(self, name) for name in fields}
-        return {n: None if v is None else v.flatten(0, 1).index_select(0, chosen) for n, v in values.items()}
-
-    def uncut(self, values_n: torch.Tensor) -> torch.Tensor:
-        """[n] values of ``response_tokens`` -> [rows, length] of ``layout``, 0 elsewhere.
+    def in_layout(self, values_n: torch.Tensor) -> torch.Tensor:
+        """[n] values of the response tokens -> [rows, length] of ``layout``, 0 elsewhere.
 
         Summed over the context-parallel ranks, these are the values of the whole micro-batch.
         """
-        local = values_n.new_zeros(self.shape)
-        local[self.loss_mask] = values_n
+        local = values_n.new_zeros(self.tokens.numel()).index_copy_(0, self.rows, values_n).view(self.shape)
         if self.positions is None:
             return local
         whole = values_n.new_zeros(self.layout.rows, self.layout.length)
-        whole[:, self.positions] = local
-        return whole
+        return whole.index_copy_(1, self.positions, local)
+
+    def describe(self, token: int) -> str:
+        """What a person calls the ``token``-th response token of this rank. Waits for the device."""
+        row, position = divmod(int(self.rows[token]), self.shape[1])
+        if self.inputs is not None and self.inputs.sequences is not None and self.inputs.sequences.ids is not None:
+            return f"example {int(self.inputs.sequences.ids[token])} of this optimizer step (row {row}, position {position})"
+        return f"row {row}, position {position}"
 
 
 def make_micro_batch(
@@ -167,61 +151,91 @@ def make_micro_batch(
         context_parallel_size: ranks that share every sequence; the layout's parts are multiples of twice that.
         context_parallel_rank: this one of them.
     """
-    tensors = _whole_tensors(examples, indices, layout)
-    positions = None
-    if context_parallel_size > 1:
-        tensors |= _split_sequence_tensors(examples, layout)
-        positions = layout.positions_on_rank(context_parallel_size, context_parallel_rank)
-        tensors = {name: None if t is None else t.index_select(1, positions) for name, t in tensors.items()}
+    is_split = context_parallel_size > 1
+    positions = layout.positions_on_rank(context_parallel_size, context_parallel_rank) if is_split else None
+
+    def on_this_rank(values: torch.Tensor | None) -> torch.Tensor | None:
+        """[rows, length, ...] of the layout -> [B, S, ...]."""
+        return values if values is None or positions is None else values.index_select(1, positions)
+
+    sequences = _Spans(layout, [0] * len(examples), [len(e.token_ids) for e in examples])
+    predicting = _Spans(layout, [0] * len(examples), [len(e.token_ids) - 1 for e in examples])
+    part_positions = torch.cat([torch.arange(end - start) for start, end in pairwise(layout.bounds)])
+    whole = {
+        "tokens": sequences.write(torch.tensor([token for e in examples for token in e.token_ids])),
+        "position_ids": part_positions.expand(layout.rows, -1).contiguous(),
+        "routed_experts": predicting.write_given([e.routed_experts for e in examples]),
+    }
+    is_token = on_this_rank(sequences.write(torch.ones(int(sequences.lengths.sum()), dtype=torch.bool)))
+    learned_in_layout, per_token = _response_fields(examples, indices, layout, is_split)
+    is_learned = on_this_rank(learned_in_layout)
+    assert is_token is not None
+    assert is_learned is not None
+    rows = is_learned.flatten().nonzero()[:, 0]
+
+    def of_learned_tokens(name: str) -> torch.Tensor | None:
+        values = on_this_rank(per_token[name])
+        return None if values is None else values.flatten(0, 1).index_select(0, rows)
+
+    target = of_learned_tokens("target")
+    assert target is not None
     return MicroBatch(
         example_indices=tuple(indices),
         layout=layout,
         positions=positions,
+        num_padding=int((~is_token).sum()),
+        rows=rows,
+        target=target,
+        inputs=_loss_inputs({name: of_learned_tokens(name) for name in per_token}),
         packed_seq_params=_packed_seq_params(layout) if layout.packed else None,
-        **{"sequence_lengths": None, "sequence_starts": None, **tensors},  # type: ignore[arg-type]
+        **{name: on_this_rank(values) for name, values in whole.items()},  # type: ignore[arg-type]
     )
 
 
-def _whole_tensors(
-    examples: Sequence[TrainingExample], indices: Sequence[int], layout: TokenLayout
-) -> dict[str, torch.Tensor | None]:
-    """The per-token tensors of the uncut micro-batch."""
-    sequences = _Spans(layout, [0] * len(examples), [len(e.token_ids) for e in examples])
+def _response_fields(
+    examples: Sequence[TrainingExample], indices: Sequence[int], layout: TokenLayout, is_split: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Which positions predict a token to learn from, and what is known of each, [rows, length, ...] of the uncut layout."""
     predicting = _Spans(layout, [0] * len(examples), [len(e.token_ids) - 1 for e in examples])
-    responses = _responses(examples, layout)
-    part_positions = torch.cat([torch.arange(end - start) for start, end in pairwise(layout.bounds)])
-    return {
-        "tokens": sequences.write(torch.tensor([token for e in examples for token in e.token_ids])),
-        "target": predicting.write(torch.tensor([token for e in examples for token in e.token_ids[1:]])),
-        "position_ids": part_positions.expand(layout.rows, -1).contiguous(),
-        "loss_mask": responses.write(responses.repeat(torch.tensor([e.trainable for e in examples]))),
-        "advantages": responses.write(responses.repeat(torch.tensor([e.advantage for e in examples]))),
-        "rollout_log_probs": responses.write_given([e.rollout_log_probs for e in examples]),
-        "rollout_topk_ids": responses.write_given([e.topk_ids for e in examples]),
-        "rollout_topk_log_probs": responses.write_given([e.topk_log_probs for e in examples]),
-        "ref_log_probs": responses.write_given([e.ref_log_probs for e in examples]),
-        "routed_experts": predicting.write_given([e.routed_experts for e in examples]),
-        # Written shifted, because what is not written is 0.
-        "sequence_ids": sequences.write(sequences.repeat(torch.tensor(indices) - PADDING)) + PADDING,
-    }
-
-
-def _split_sequence_tensors(examples: Sequence[TrainingExample], layout: TokenLayout) -> dict[str, torch.Tensor | None]:
-    """What a rank that holds part of a sequence cannot count by itself."""
-    responses = _responses(examples, layout)
-    trainable = torch.tensor([e.trainable for e in examples])
-    first = _Spans(layout, [e.prompt_length - 1 for e in examples], [1] * len(examples))
-    return {
-        "sequence_lengths": responses.write(responses.repeat(responses.lengths * trainable)),
-        "sequence_starts": first.write(trainable),
-    }
-
-
-def _responses(examples: Sequence[TrainingExample], layout: TokenLayout) -> _Spans:
-    return _Spans(
+    responses = _Spans(
         layout,
         [e.response_slice.start for e in examples],
         [e.response_slice.stop - e.response_slice.start for e in examples],
+    )
+    trainable = torch.tensor([e.trainable for e in examples])
+    lengths = starts = None
+    if is_split:  # a rank that holds part of a sequence cannot count it by itself
+        lengths = responses.write(responses.repeat(responses.lengths * trainable))
+        starts = _Spans(layout, [e.prompt_length - 1 for e in examples], [1] * len(examples)).write(trainable)
+    return responses.write(responses.repeat(trainable)), {
+        "target": predicting.write(torch.tensor([token for e in examples for token in e.token_ids[1:]])),
+        "advantages": responses.write(responses.repeat(torch.tensor([e.advantage for e in examples]))),
+        "rollout_log_probs": responses.write_given([e.rollout_log_probs for e in examples]),
+        "topk_ids": responses.write_given([e.topk_ids for e in examples]),
+        "topk_log_probs": responses.write_given([e.topk_log_probs for e in examples]),
+        "ref_log_probs": responses.write_given([e.ref_log_probs for e in examples]),
+        "ids": responses.write(responses.repeat(torch.tensor(indices))),
+        "lengths": lengths,
+        "starts": starts,
+    }
+
+
+def _loss_inputs(of_token: dict[str, torch.Tensor | None]) -> LossInputs | None:
+    """The fields [n] as the loss takes them; every token counts. None without rollout log-probs."""
+    if of_token["rollout_log_probs"] is None:
+        return None
+    topk_ids, topk_log_probs = of_token["topk_ids"], of_token["topk_log_probs"]
+    if (topk_ids is None) != (topk_log_probs is None):
+        raise ValueError("an example's topk_ids and topk_log_probs must come together")
+    values: dict[str, Any] = of_token
+    return LossInputs(
+        target=values["target"],
+        loss_mask=None,
+        advantages=values["advantages"],
+        rollout_log_probs=values["rollout_log_probs"],
+        rollout_topk=None if topk_ids is None else TopK(ids=values["topk_ids"], log_probs=values["topk_log_probs"]),
+        ref_log_probs=values["ref_log_probs"],
+        sequences=Sequences(ids=values["ids"], lengths=values["lengths"], starts=values["starts"]),
     )
 
 
@@ -257,7 +271,7 @@ class _Spans:
         return self.write(torch.cat(present))
 
 
-def _packed_seq_params(layout: TokenLayout) -> PackedSeqParams:
+def _packed_seq_params(layout: TokenLayout) -> PackedSequences:
     """Core's description of the packed row, with every sequence's padding counted as part of the sequence.
 
     Padding stands behind the tokens, where causal attention keeps it from reaching them, so nothing has to know about it;
@@ -265,7 +279,8 @@ def _packed_seq_params(layout: TokenLayout) -> PackedSeqParams:
     """
     cu_seqlens = torch.tensor(layout.bounds, dtype=torch.int32)
     longest = max(end - start for start, end in pairwise(layout.bounds))
-    return PackedSeqParams(
+    return PackedSequences(
+        bounds=tuple(layout.bounds),
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -277,4 +292,6 @@ def _packed_seq_params(layout: TokenLayout) -> PackedSeqParams:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, LossInputs):
+        return value.to(device)
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

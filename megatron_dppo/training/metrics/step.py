@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dppo.training.data.micro_batch import PADDING, MicroBatch
+from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.rollouts import ScoredRollouts
 
 
@@ -68,7 +68,7 @@ class BatchMetrics:
         """Take in the micro-batches of an optimizer step."""
         self._micro_batches += len(micro_batches)
         self._computed += sum(batch.tokens.numel() for batch in micro_batches)
-        self._padding += sum(int((batch.sequence_ids == PADDING).sum()) for batch in micro_batches)
+        self._padding += sum(batch.num_padding for batch in micro_batches)
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all data- and context-parallel ranks. Collective."""

@@ -9,38 +9,49 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from megatron_dppo.loss.dppo_loss import DPPOLoss, LossOutput
+from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead
+from megatron_dppo.loss.metrics import MetricSums
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.models.routing_replay import RoutingReplay
+from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import MicroBatcher
 from megatron_dppo.training.data.micro_batch import PADDING, MicroBatch, TrainingExample
-from megatron_dppo.training.metrics.loss import LossMetrics
+from megatron_dppo.training.metrics.loss import global_metrics
 from megatron_dppo.training.metrics.step import BatchMetrics
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy.head_outputs import response_log_probs
-from megatron_dppo.training.policy.optimizer_step import LossFunction, forward_only, optimizer_step
+from megatron_dppo.training.policy.optimizer_step import MicroBatchLoss, forward_only, optimizer_step
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 
-class DPPOUpdate:
+class DPPOStep:
     """Turns examples into optimizer steps and metrics. All ranks call ``run`` together."""
 
     def __init__(self, config: Config, policy: TrainablePolicy, optimizer_state: OptimizerState) -> None:
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
-        self._device = next(policy.chunks[0].parameters()).device
+        example = next(policy.chunks[0].parameters())
+        self._device = example.device
+        # Which kernels the loss takes: the logits have the parameters' dtype.
+        self._backend = choose_backend(config.train.kernel_backend, example.detach()).name
         self._batcher = MicroBatcher(config.train, config.parallel, self._device)
         loss_config = config.algorithm.loss
-        self._loss = DPPOLoss(loss_config, parallel_state.get_tensor_model_parallel_group(), policy.vocab_size)
-        exact = loss_config.divergence.startswith("exact_")
-        self._rollout_weights = FrozenWeights(policy.chunks) if exact else None
+        self._loss = DPPOLoss(
+            loss_config,
+            vocab_size=policy.vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            backend=config.train.kernel_backend,
+            inplace_backward=True,
+            # The optimizer step looks once, before it is applied; to look in every call would drain the device's queue.
+            checks="deferred",
+        )
+        self._rollout_weights = FrozenWeights(policy.chunks) if loss_config.needs_rollout_logits else None
         # The reference policy is the one that training starts from.
         self._reference_weights = FrozenWeights(policy.chunks) if loss_config.kl_coef else None
         self._replay = RoutingReplay(policy.chunks) if config.algorithm.routing_replay else None
@@ -53,60 +64,59 @@ class DPPOUpdate:
         if self._rollout_weights is not None:
             self._rollout_weights.refresh()  # the engine samples with the weights as they are before the first step
         examples = self._with_extra_log_probs(examples)
-        first, every, batches = LossMetrics(), LossMetrics(), BatchMetrics()
-        updates = self._config.train.updates_per_rollout
-        for index in range(updates):
-            share = examples[index::updates]  # every step sees some of the samples of every prompt
+        first: MetricSums | None = None
+        every: MetricSums | None = None
+        batches = BatchMetrics()
+        steps = self._config.train.updates_per_rollout
+        for index in range(steps):
+            share = examples[index::steps]  # every step sees some of the samples of every prompt
             micro_batches = self._batcher.micro_batches(share)
             batches.add(micro_batches)
+            parts: list[MetricSums] = []
             outcome = optimizer_step(
                 self._policy,
                 self._optimizer_state,
                 micro_batches,
-                partial(self._loss_function, [first, every] if index == 0 else [every]),
+                partial(self._loss_of, parts),
                 self._rollout_weights,
                 self._replay,
             )
-        on_policy = {name: value for name, value in first.reduce().items() if name.startswith("mismatch/")}
+            if parts:  # on the last pipeline stage
+                step_metrics = MetricSums.total(parts)
+                first = first or step_metrics
+                every = step_metrics if every is None else every + step_metrics
+        on_policy = {name: value for name, value in global_metrics(first).items() if name.startswith("mismatch/")}
         replayed = {} if self._replay is None else {"mismatch/rerouted_share": self._replay.replayed_differently()}
         return {
-            **every.reduce(),
+            **global_metrics(every),
             **on_policy,
             **replayed,
             **batches.reduce(self._device),
+            "backend": self._backend,
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
         }
 
-    def _loss_function(
-        self, collectors: Sequence[LossMetrics], batch: MicroBatch, rollout_logits: torch.Tensor | None
-    ) -> LossFunction:
-        def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            output = self._loss_output(batch, hidden, rollout_logits)
-            for collector in collectors:
-                collector.add(output)
-            return output.loss, output.num_tokens.int(), {}  # Megatron adds the counts up in int32
-
-        return loss_function
-
-    def _loss_output(self, batch: MicroBatch, hidden: torch.Tensor, rollout_logits: torch.Tensor | None) -> LossOutput:
-        """The loss of a micro-batch from the last stage's hidden states."""
+    def _loss_of(
+        self, parts: list[MetricSums], batch: MicroBatch, hidden: torch.Tensor, rollout_logits: torch.Tensor | None
+    ) -> MicroBatchLoss:
+        """The loss of a micro-batch from the last stage's hidden states; its metrics go to ``parts``."""
+        if batch.inputs is None:
+            raise ValueError("the examples have no rollout log-probs, which the loss is anchored on")
         head = PolicyHead(self._policy.chunks[-1])
-        hidden_nh = head.response_hidden(hidden, batch.loss_mask)
-        tokens: dict[str, Any] = batch.response_tokens()
-        backend = self._config.train.kernel_backend
+        hidden_nh = head.response_hidden(hidden, batch.rows, batch.shape)
         if self._config.train.fused_linear:
-            return self._loss.from_hidden(
+            policy: torch.Tensor | LinearHead = LinearHead(
                 hidden_nh,
                 head.weight,
-                **tokens,
                 reduce_hidden_grad=False,  # the head does
                 accumulate_into_main_grad=True,
-                backend=backend,
             )
-        return self._loss(
-            head.logits(hidden_nh), **tokens, rollout_logits=rollout_logits, inplace_backward=True, backend=backend
-        )
+        else:
+            policy = head.logits(hidden_nh)
+        output = self._loss(policy, dataclasses.replace(batch.inputs, rollout_logits=rollout_logits))
+        parts.append(output.metrics)
+        return MicroBatchLoss(output.loss, output.num_tokens, output.checks)
 
     def _with_extra_log_probs(self, examples: Sequence[TrainingExample]) -> Sequence[TrainingExample]:
         """Add the reference policy's log-probs, or exchange the anchor, where the configuration asks for it."""

@@ -15,7 +15,7 @@ from megatron_dppo.training.policy.trainable import TrainablePolicy
 def response_log_probs(
     policy: TrainablePolicy, train: TrainConfig, batch: MicroBatch, output: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """[n] fp32 log-probs of the micro-batch's response tokens (see ``MicroBatch.response_tokens``), with gradient.
+    """[n] fp32 log-probs of the micro-batch's response tokens, with gradient.
 
     Args:
         policy: its last chunk gave ``output``.
@@ -25,26 +25,27 @@ def response_log_probs(
         temperature: divides the logits.
     """
     head = PolicyHead(policy.chunks[-1])
-    hidden_nh = head.response_hidden(output, batch.loss_mask)
-    target_n = batch.target[batch.loss_mask]
+    hidden_nh = head.response_hidden(output, batch.rows, batch.shape)
     if train.fused_linear:
         return fused_linear_policy_stats(
             hidden_nh,
             head.weight,
-            target_n,
+            batch.target,
             temperature=temperature,
             vocab_size=policy.vocab_size,
             tp_group=head.tp_group,
             reduce_hidden_grad=False,  # the head does
             accumulate_into_main_grad=True,
             backend=train.kernel_backend,
+            checks="off",  # the loss checks the same targets
         ).log_prob
     return vocab_parallel_policy_stats(
         head.logits(hidden_nh),
-        target_n,
+        batch.target,
         temperature=temperature,
         vocab_size=policy.vocab_size,
         tp_group=head.tp_group,
         inplace_backward=True,
         backend=train.kernel_backend,
+        checks="off",
     ).log_prob

@@ -12,24 +12,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dppo.errors import NonFiniteGradientError
+from megatron_dppo.errors import LossInputError, NonFiniteGradientError
+from megatron_dppo.loss.checks import InputChecks
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
-# (hidden states) -> (loss sum, denominator, {name: [numerator, denominator]}), Megatron's contract
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
-# (micro-batch, [n, V/TP] logits of its response tokens under the rollout weights, or None) -> its loss function
-MakeLoss = Callable[[MicroBatch, torch.Tensor | None], LossFunction]
+
+class MicroBatchLoss(NamedTuple):
+    """What the loss of a micro-batch gives to its optimizer step.
+
+    Attributes:
+        loss: scalar with gradient, summed over this rank's tokens.
+        num_tokens: scalar, this rank's share of what the sum is divided by.
+        checks: impossible values among its inputs, looked for but not looked at yet; or None.
+    """
+
+    loss: torch.Tensor
+    num_tokens: torch.Tensor
+    checks: InputChecks | None = None
+
+
+# (micro-batch, hidden states, [n, V/TP] logits of its response tokens under the rollout weights or None) -> its loss
+LossOf = Callable[[MicroBatch, torch.Tensor, torch.Tensor | None], MicroBatchLoss]
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ def optimizer_step(
     policy: TrainablePolicy,
     optimizer_state: OptimizerState,
     micro_batches: Sequence[MicroBatch],
-    make_loss: MakeLoss,
+    loss_of: LossOf,
     rollout_weights: FrozenWeights | None = None,
     replay: RoutingReplay | None = None,
 ) -> StepOutcome:
@@ -58,10 +72,13 @@ def optimizer_step(
     Args:
         policy: the policy to update.
         optimizer_state: its optimizer and schedule.
-        micro_batches: see micro_batching.py; moved to the policy's device one by one.
-        make_loss: the loss function of a micro-batch, called on the last pipeline stage's output.
+        micro_batches: see data/batcher.py; moved to the policy's device one by one.
+        loss_of: the loss of a micro-batch, from the last pipeline stage's hidden states.
         rollout_weights: given for an exact divergence: the rollout policy's logits are recomputed with them.
         replay: given to route tokens as the micro-batches say.
+
+    Raises:
+        LossInputError, NonFiniteGradientError: on every rank; the weights are left as they were.
     """
     for chunk in policy.chunks:
         chunk.train()
@@ -69,17 +86,27 @@ def optimizer_step(
     optimizer_state.optimizer.zero_grad()
     device = next(policy.chunks[0].parameters()).device
 
-    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    found: list[tuple[MicroBatch, InputChecks]] = []
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches).to(device)
         rollout_logits = None
         if rollout_weights is not None:  # no pipeline then: every chunk is the whole model
             with rollout_weights.in_place():
                 head = PolicyHead(chunk)
-                rollout_logits = head.logits(head.response_hidden(_forward(chunk, batch, replay), batch.loss_mask))
-        return _forward(chunk, batch, replay), make_loss(batch, rollout_logits)
+                hidden_nh = head.response_hidden(_forward(chunk, batch, replay), batch.rows, batch.shape)
+                rollout_logits = head.logits(hidden_nh)
+
+        def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            loss, num_tokens, checks = loss_of(batch, hidden, rollout_logits)
+            if checks is not None:
+                found.append((batch, checks))
+            return loss, num_tokens.int(), {}  # Megatron adds the counts up in int32
+
+        return _forward(chunk, batch, replay), loss_function
 
     _run_schedule(policy, micro_batches, forward_step, forward_only=False)
-    _refuse_non_finite_gradients(policy)
+    _refuse_a_wrong_step(policy, found)
     lr = optimizer_state.lr
     _, grad_norm, _ = optimizer_state.optimizer.step()
     optimizer_state.scheduler.step(increment=1)
@@ -100,12 +127,23 @@ def _forward(chunk: torch.nn.Module, batch: MicroBatch, replay: RoutingReplay | 
     return output
 
 
-def _refuse_non_finite_gradients(policy: TrainablePolicy) -> None:
-    """Clipping by a NaN norm would write NaN into every weight, so look before the step is taken."""
+def _refuse_a_wrong_step(policy: TrainablePolicy, found: Sequence[tuple[MicroBatch, InputChecks]]) -> None:
+    """Look, once, before anything is applied: at the inputs of all micro-batches and at the gradients, on all ranks.
+
+    An impossible input would go into the weights, and clipping by a norm that is NaN would write NaN into all of them. This
+    is the first time in a step that the host waits for the device.
+    """
     buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all().to(torch.int32)
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    if not finite.item():
+    finite = torch.stack([buffer.grad_data.sum().isfinite() for buffer in buffers]).all()
+    wrong = torch.stack([checks.failed() for _, checks in found]).any() if found else torch.zeros_like(finite)
+    fine = torch.stack([~wrong, finite]).to(torch.int32)
+    dist.all_reduce(fine, op=dist.ReduceOp.MIN)
+    inputs_fine, gradients_finite = fine.tolist()
+    if not inputs_fine:
+        for batch, checks in found:
+            checks.raise_errors(batch.describe)
+        raise LossInputError("another rank was given impossible inputs, and says which; the step was not applied")
+    if not gradients_finite:
         raise NonFiniteGradientError(
             "a gradient is NaN or infinite: the step was not applied; look at the loss, ratio and log-prob metrics of the"
             " steps before"
@@ -123,7 +161,7 @@ def forward_only(
 
     Args:
         policy: the policy.
-        micro_batches: see micro_batching.py.
+        micro_batches: see data/batcher.py.
         consume: (micro-batch, hidden states) -> [n] a value for each response token on this context-parallel rank, called
             on the last pipeline stage.
         replay: given to route tokens as the micro-batches say.
@@ -141,7 +179,7 @@ def forward_only(
         batch = next(batches).to(device)
 
         def keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return batch.uncut(consume(batch, hidden))
+            return batch.in_layout(consume(batch, hidden))
 
         return _forward(chunk, batch, replay), keep
 

@@ -18,7 +18,7 @@ from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.head_outputs import response_log_probs
-from megatron_dppo.training.policy.optimizer_step import LossFunction, optimizer_step
+from megatron_dppo.training.policy.optimizer_step import MicroBatchLoss, optimizer_step
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
 
 _REPORTS = 4  # lines printed over the whole phase
@@ -32,7 +32,10 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
     for step in range(section.steps):
         micro_batches = batcher.micro_batches(_replica_examples(inputs, step * section.batch_size, section.batch_size))
         outcome = optimizer_step(
-            policy, optimizer_state, micro_batches, lambda batch, _: _likelihood(policy, config.train, batch)
+            policy,
+            optimizer_state,
+            micro_batches,
+            lambda batch, hidden, _: _likelihood(policy, config.train, batch, hidden),
         )
         if (step + 1) % max(section.steps // _REPORTS, 1) == 0:
             log.say(
@@ -57,11 +60,8 @@ def _reference_example(inputs: RunInputs, index: int) -> TrainingExample:
     )
 
 
-def _likelihood(policy: TrainablePolicy, train: TrainConfig, batch: MicroBatch) -> LossFunction:
-    """Negative log-likelihood of the answer's tokens."""
-
-    def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        loss = -response_log_probs(policy, train, batch, hidden).sum()
-        return loss, batch.loss_mask.sum().int(), {}
-
-    return loss_function
+def _likelihood(policy: TrainablePolicy, train: TrainConfig, batch: MicroBatch, hidden: torch.Tensor) -> MicroBatchLoss:
+    """Negative log-likelihood of the answers' tokens."""
+    log_probs_n = response_log_probs(policy, train, batch, hidden)
+    num_tokens = torch.full((), log_probs_n.shape[0], dtype=torch.int64, device=hidden.device)
+    return MicroBatchLoss(-log_probs_n.sum(), num_tokens)

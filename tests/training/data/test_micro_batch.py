@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from megatron_dppo.rollout.sample import Prompt, Sample
 from megatron_dppo.training.data.micro_batch import (
-    PADDING,
     MicroBatch,
     TrainingExample,
     example_from_sample,
@@ -38,12 +37,15 @@ def layout_of(examples: list[TrainingExample], packed: bool, context_parallel_si
 def test_values_stand_at_the_position_that_predicts_their_token():
     batch = make_micro_batch([example(3, 2, advantage=0.5)], [7], padded_layout([5], 6))
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 0]]
-    assert batch.target.tolist() == [[2, 3, 4, 5, 0, 0]]
-    assert batch.loss_mask.tolist() == [[False, False, True, True, False, False]]
-    assert batch.rollout_log_probs.tolist() == [[0, 0, -1, -2, 0, 0]]
-    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.5, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert batch.sequence_ids.tolist() == [[7, 7, 7, 7, 7, PADDING]]
+    assert batch.rows.tolist() == [2, 3]
+    assert batch.target.tolist() == batch.inputs.target.tolist() == [4, 5]
+    assert batch.inputs.loss_mask is None  # every one of them counts
+    assert batch.inputs.rollout_log_probs.tolist() == [-1, -2]
+    assert batch.inputs.advantages.tolist() == [0.5, 0.5]
+    assert batch.inputs.sequences.ids.tolist() == [7, 7]
+    assert batch.num_padding == 1
+    assert batch.describe(1) == "example 7 of this optimizer step (row 0, position 3)"
     assert batch.packed_seq_params is None
 
 
@@ -51,10 +53,11 @@ def test_a_packed_row_holds_whole_sequences_whose_positions_begin_anew():
     examples = [example(1, 2), example(2, 2, first_token=11)]
     batch = make_micro_batch(examples, [4, 2], packed_layout([3, 4], 1, 8))
     assert batch.tokens.tolist() == [[1, 2, 3, 11, 12, 13, 14, 0]]
-    assert batch.target.tolist() == [[2, 3, 0, 12, 13, 14, 0, 0]]  # the last token of one does not predict the next
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
-    assert batch.loss_mask.tolist() == [[True, True, False, False, True, True, False, False]]
-    assert batch.sequence_ids.tolist() == [[4, 4, 4, 2, 2, 2, 2, PADDING]]
+    assert batch.rows.tolist() == [0, 1, 4, 5]  # the last token of one sequence does not predict the next
+    assert batch.target.tolist() == [2, 3, 13, 14]
+    assert batch.inputs.sequences.ids.tolist() == [4, 4, 2, 2]
+    assert batch.num_padding == 1
     assert batch.packed_seq_params.cu_seqlens_q.tolist() == [0, 3, 7, 8]
     assert batch.packed_seq_params.max_seqlen_q == 4
 
@@ -66,17 +69,17 @@ def test_topk_values_and_routed_experts_follow_their_tokens():
         example(1, 1, topk_ids=ids[:1], topk_log_probs=-ids[:1].float(), routed_experts=experts[:1]),
     ]
     batch = make_micro_batch(examples, [0, 1], padded_layout([4, 2], 4))
-    assert batch.rollout_topk_ids.tolist() == [[[0, 0], [5, 6], [7, 8], [0, 0]], [[5, 6], [0, 0], [0, 0], [0, 0]]]
-    assert torch.equal(batch.rollout_topk_log_probs, -batch.rollout_topk_ids.float())
+    assert batch.rows.tolist() == [1, 2, 4]
+    topk = batch.inputs.rollout_topk
+    assert topk.ids.tolist() == [[5, 6], [7, 8], [5, 6]]
+    assert torch.equal(topk.log_probs, -topk.ids.float())
+    assert batch.target.tolist() == [3, 4, 2]
     assert torch.equal(batch.routed_experts[0, :3], experts)
     assert torch.equal(batch.routed_experts[1, :1], experts[:1])
     assert batch.routed_experts[0, 3:].sum() == batch.routed_experts[1, 1:].sum() == 0
-    tokens = batch.response_tokens()
-    assert tokens["rollout_topk_ids"].tolist() == [[5, 6], [7, 8], [5, 6]]
-    assert tokens["target"].tolist() == [3, 4, 2]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=5),
     packed=st.booleans(),
@@ -87,7 +90,7 @@ def test_the_ranks_parts_put_together_are_the_whole(sizes, packed, ranks):
     examples = [example(p, r, first_token=100 * i, advantage=float(i)) for i, (p, r) in enumerate(sizes)]
     layout = layout_of(examples, packed, ranks)
     parts = [make_micro_batch(examples, range(len(examples)), layout, ranks, rank) for rank in range(ranks)]
-    whole = sum(part.uncut(part.response_tokens()["target"].float()) for part in parts)
+    whole = sum(part.in_layout(part.target.float()) for part in parts)
     for item, (row, start) in zip(examples, layout.places, strict=True):
         values = whole[row, start:][item.response_slice]
         assert values.tolist() == [float(token) for token in item.token_ids[item.prompt_length :]]
@@ -98,9 +101,8 @@ def test_the_ranks_parts_put_together_are_the_whole(sizes, packed, ranks):
 
 def _check_split_sequences(examples: list[TrainingExample], parts: list[MicroBatch]) -> None:
     """Every sequence is begun on one rank, and its tokens say how long it is on all of them."""
-    tokens = [part.response_tokens() for part in parts]
     ids, lengths, starts = (
-        torch.cat([t[name] for t in tokens]) for name in ("sequence_ids", "sequence_lengths", "sequence_starts")
+        torch.cat([getattr(part.inputs.sequences, name) for part in parts]) for name in ("ids", "lengths", "starts")
     )
     responses = torch.tensor([len(e.token_ids) - e.prompt_length for e in examples])
     assert torch.equal(lengths, responses[ids])
@@ -122,8 +124,13 @@ def test_an_aborted_sample_keeps_its_place_but_teaches_nothing():
     sample = Sample(Prompt("p/0", (1, 2)), [3, 4], [-0.5, -0.25], "abort", [(1, 2)])
     batch = make_micro_batch([example_from_sample(sample, 1.0)], [0], padded_layout([4], 4), 1, 0)
     assert batch.tokens.tolist() == [[1, 2, 3, 4]]
-    assert not batch.loss_mask.any()
-    assert batch.response_tokens()["target"].shape == (0,)
+    assert batch.rows.shape == batch.target.shape == batch.inputs.advantages.shape == (0,)
+
+
+def test_examples_without_rollout_log_probs_are_for_supervised_learning():
+    batch = make_micro_batch([TrainingExample([1, 2, 3], 1)], [0], padded_layout([3], 3))
+    assert batch.inputs is None
+    assert batch.target.tolist() == [2, 3]
 
 
 def test_a_per_token_value_for_some_examples_only_or_of_the_wrong_length_is_refused():
