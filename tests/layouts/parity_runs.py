@@ -27,9 +27,9 @@ from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.training.config.schema import AlgorithmConfig, Config, OptimizerSection, TrainConfig
 from megatron_dppo.training.data.micro_batch import TrainingExample
-from megatron_dppo.training.policy.dppo_step import DPPOUpdate
+from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer, wrap_for_training
-from tests.layouts.test_update_invariance import examples
+from tests.example_sequences import examples
 from tests.models.forced_routing import random_choices
 from tests.models.tiny_policies import tiny_hf_config
 
@@ -125,9 +125,14 @@ COLUMNS = {LLAMA: _EVERY_POLICY, QWEN3: _EVERY_POLICY, QWEN3_MOE: (*_EVERY_POLIC
 
 # Up to two replicas have several micro-batches each: 8 sequences of 5 to 20 tokens, 103 tokens in all.
 _MICRO_BATCH_SIZE, _TOKENS_PER_MICRO_BATCH = 2, 40
-_LOSS = DPPOConfig(
-    divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01, horizon=16
-)
+_LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)
+
+
+def loss_of(aggregation: str) -> DPPOConfig:
+    horizon = 16 if aggregation == "seq_mean_token_sum_norm" else None
+    return dataclasses.replace(_LOSS, aggregation=aggregation, horizon=horizon)
+
+
 # Adam's first step with a huge epsilon is -lr / eps times the gradient. With the usual epsilon it would be the gradient's
 # sign, and where the gradient is almost 0 rounding would decide. A long step drowns the rounding of the weights.
 _GRADIENT_DESCENT = OptimizerSection(lr=1e6, adam_eps=1e3, clip_grad=0.0)
@@ -259,9 +264,7 @@ def _update(policy: TrainablePolicy, parallel: ParallelConfig, column: Column, m
     """One update with a fresh optimizer; the policy has its old weights back afterwards."""
     config = Config(
         parallel=parallel,
-        algorithm=AlgorithmConfig(
-            loss=dataclasses.replace(_LOSS, aggregation=column.aggregation), routing_replay=column.routing_replay
-        ),
+        algorithm=AlgorithmConfig(loss=loss_of(column.aggregation), routing_replay=column.routing_replay),
         train=TrainConfig(
             updates_per_rollout=1,
             batching=column.batching,
@@ -274,7 +277,7 @@ def _update(policy: TrainablePolicy, parallel: ParallelConfig, column: Column, m
     start = [parameter.detach().clone() for parameter in _parameters(policy)]
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     with _check_that_the_column_is_in_force(policy, column):
-        metrics = DPPOUpdate(config, policy, optimizer_state).run(_examples(policy, column)[replica::replicas])
+        metrics = DPPOStep(config, policy, optimizer_state).run(_examples(policy, column)[replica::replicas])
     weights = _clones(export_hf_weights(policy.chunks))
     with torch.no_grad():
         for parameter, weight in zip(_parameters(policy), start, strict=True):
