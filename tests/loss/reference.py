@@ -5,6 +5,7 @@ It shares no code with the package, and trades everything for being checkable by
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
 @dataclass
 class Reference:
     loss: Tensor  # numerator
+    magnitude: float  # the same sum of absolute values: terms of both signs may leave almost nothing of the numerator
     num_tokens: int
     weight: dict[tuple[int, int], float]
     divergence: dict[tuple[int, int], float]
@@ -32,13 +34,17 @@ def reference_loss(config: Any, logits: Tensor, vocab_size: int, batch: dict[str
         losses[b, s], weights[b, s], divergences[b, s] = _token(config, log_pi_V, token)
     rows = [b for b in range(mask.shape[0]) if mask[b].any()]
     if config.aggregation == "token_mean":
-        return Reference(sum(losses.values()), len(losses), weights, divergences)
+        return Reference(sum(losses.values()), _magnitude(losses.values()), len(losses), weights, divergences)
     per_row = [[loss for (b, _), loss in losses.items() if b == row] for row in rows]
     if config.aggregation == "seq_mean_token_mean":
-        total = sum(sum(row) / len(row) for row in per_row)
+        terms = [loss / len(row) for row in per_row for loss in row]
     else:
-        total = sum(sum(row) / config.horizon for row in per_row)
-    return Reference(total, len(rows), weights, divergences)
+        terms = [loss / config.horizon for row in per_row for loss in row]
+    return Reference(sum(terms), _magnitude(terms), len(rows), weights, divergences)
+
+
+def _magnitude(terms: Iterable[Tensor]) -> float:
+    return sum(abs(float(term)) for term in terms)
 
 
 def _token(config: Any, log_pi_V: Tensor, token: dict[str, Tensor]) -> tuple[Tensor, float, float]:

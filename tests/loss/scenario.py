@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dppo import LossInputs, TopK
+
 VOCAB, PADDED, BATCH, LENGTH, K = 22, 24, 3, 8, 4
 
 
@@ -21,9 +23,20 @@ class Scenario:
     rollout_topk_log_probs: torch.Tensor
     ref_log_probs: torch.Tensor
 
-    def arguments(self, *names: str) -> dict[str, torch.Tensor]:
+    def inputs(self, *names: str) -> LossInputs:
+        """What the loss takes: the fields that are always needed, and those of ``names``."""
+        optional = {name: getattr(self, name) for name in names if name != "rollout_topk"}
+        if "rollout_topk" in names:
+            optional["rollout_topk"] = TopK(ids=self.rollout_topk_ids, log_probs=self.rollout_topk_log_probs)
+        always = {name: getattr(self, name) for name in ("target", "loss_mask", "advantages", "rollout_log_probs")}
+        return LossInputs(**always, **optional)
+
+    def reference_batch(self, *names: str) -> dict[str, torch.Tensor]:
+        """The same as tests/loss/reference.py takes it."""
         always = ("target", "loss_mask", "advantages", "rollout_log_probs")
-        return {name: getattr(self, name) for name in (*always, *names)}
+        spelt = {"rollout_topk": ("rollout_topk_ids", "rollout_topk_log_probs")}
+        optional = [field for name in names for field in spelt.get(name, (name,))]
+        return {name: getattr(self, name) for name in (*always, *optional)}
 
 
 def make_scenario(seed: int = 0, temperature: float = 1.0, drift: float = 0.7, scale: float = 2.0) -> Scenario:

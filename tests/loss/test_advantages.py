@@ -21,18 +21,20 @@ GROUPS = torch.tensor([7, 2, 7, 7, 2])  # neither sorted nor contiguous
     ],
 )
 def test_advantages_by_hand(kind: str, expected: list[float]) -> None:
-    torch.testing.assert_close(group_advantages(REWARDS, GROUPS, kind), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        group_advantages(REWARDS, GROUPS, kind=kind), torch.tensor(expected), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["mean_baseline", "rloo", "grpo"])
 @pytest.mark.parametrize("rewards", [torch.full((7,), 0.1, dtype=torch.float64), torch.tensor([0.3])])
 def test_a_group_without_a_difference_has_advantage_exactly_zero(kind: str, rewards: torch.Tensor) -> None:
-    assert not group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64), kind).any()
+    assert not group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64), kind=kind).any()
 
 
 def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="kind must be one of mean_baseline, rloo, grpo"):
-        group_advantages(REWARDS, GROUPS, "ppo")
+        group_advantages(REWARDS, GROUPS, kind="ppo")
     with pytest.raises(ValueError, match="must both be"):
         group_advantages(REWARDS, GROUPS[:3])
     with pytest.raises(ValueError, match="reward 1 is nan"):

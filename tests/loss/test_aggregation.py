@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo import DPPOConfig, DPPOLoss, LossOutput, Sequences
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import AGGREGATIONS
-from megatron_dppo.loss.dppo_loss import LossOutput
 from tests.loss.scenario import BATCH, LENGTH, VOCAB, Scenario, make_scenario
-
-OPTIONAL = ("rollout_topk_ids", "rollout_topk_log_probs")
 
 
 def config_of(aggregation: str) -> DPPOConfig:
@@ -20,15 +19,15 @@ def config_of(aggregation: str) -> DPPOConfig:
 
 
 def parts_of(
-    scenario: Scenario, config: DPPOConfig, parts: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+    scenario: Scenario, config: DPPOConfig, parts: list[tuple[torch.Tensor, Sequences]]
 ) -> tuple[float, torch.Tensor]:
-    """Global loss and gradient [b, s, V] when each part (flat token indices, extra arguments) is one micro-batch."""
+    """Global loss and gradient [b, s, V] when each part (flat token indices, their sequences) is one micro-batch."""
     logits = scenario.logits.clone().requires_grad_()
     flat = logits.view(BATCH * LENGTH, -1)
     outputs: list[LossOutput] = []
-    for indices, extra in parts:
-        arguments = {name: x.flatten(0, 1)[indices] for name, x in scenario.arguments(*OPTIONAL).items()}
-        outputs.append(DPPOLoss(config, vocab_size=VOCAB)(flat[indices], **arguments, **extra, backend="torch"))
+    for indices, sequences in parts:
+        inputs = dataclasses.replace(scenario.inputs("rollout_topk").take(indices), sequences=sequences)
+        outputs.append(DPPOLoss(config, vocab_size=VOCAB, backend="torch")(flat[indices], inputs))
     loss = sum(out.loss for out in outputs) / sum(int(out.num_tokens) for out in outputs)
     (grad,) = torch.autograd.grad(loss, logits)
     return loss.item(), grad
@@ -36,7 +35,7 @@ def parts_of(
 
 def whole(scenario: Scenario, config: DPPOConfig) -> tuple[float, torch.Tensor]:
     logits = scenario.logits.clone().requires_grad_()
-    out = DPPOLoss(config, vocab_size=VOCAB)(logits, **scenario.arguments(*OPTIONAL), backend="torch")
+    out = DPPOLoss(config, vocab_size=VOCAB, backend="torch")(logits, scenario.inputs("rollout_topk"))
     loss = out.loss / out.num_tokens
     (grad,) = torch.autograd.grad(loss, logits)
     return loss.item(), grad
@@ -52,7 +51,7 @@ def test_any_split_of_whole_sequences_and_any_packing_agree(aggregation: str) ->
     loss, grad = whole(scenario, config)
     shuffled = EVERY[torch.randperm(len(EVERY))]
     for groups in ([EVERY], [shuffled], [EVERY[ROWS == 0], EVERY[ROWS != 0]], [EVERY[r == ROWS] for r in range(BATCH)]):
-        split_loss, split_grad = parts_of(scenario, config, [(g, {"sequence_ids": ROWS[g]}) for g in groups])
+        split_loss, split_grad = parts_of(scenario, config, [(g, Sequences(ids=ROWS[g])) for g in groups])
         # The same fp32 terms summed in another order.
         assert split_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
         torch.testing.assert_close(split_grad, grad, rtol=1e-5, atol=1e-8)
@@ -67,10 +66,7 @@ def test_sequences_spread_over_ranks_agree(aggregation: str) -> None:
     starts = ((scenario.loss_mask.cumsum(1) == 1) & scenario.loss_mask).reshape(-1)
     position, quarter = EVERY % LENGTH, LENGTH // 4
     outer = (position < quarter) | (position >= 3 * quarter)
-    parts = [
-        (g, {"sequence_ids": ROWS[g], "sequence_lengths": lengths[g], "sequence_starts": starts[g]})
-        for g in (EVERY[outer], EVERY[~outer])
-    ]
+    parts = [(g, Sequences(ids=ROWS[g], lengths=lengths[g], starts=starts[g])) for g in (EVERY[outer], EVERY[~outer])]
     split_loss, split_grad = parts_of(scenario, config, parts)
     assert split_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
     torch.testing.assert_close(split_grad, grad, rtol=1e-5, atol=1e-8)
@@ -80,18 +76,17 @@ def test_a_spread_sequence_without_starts_is_an_error_not_a_wrong_denominator() 
     scenario, config = make_scenario(), config_of("seq_mean_token_mean")
     half = EVERY[EVERY % LENGTH < 4]
     lengths = scenario.loss_mask.sum(1, keepdim=True).expand(BATCH, LENGTH).reshape(-1)
-    with pytest.raises(LossInputError, match="pass sequence_starts too"):
-        parts_of(scenario, config, [(half, {"sequence_ids": ROWS[half], "sequence_lengths": lengths[half]})])
+    with pytest.raises(LossInputError, match=r"give sequences\.starts too"):
+        parts_of(scenario, config, [(half, Sequences(ids=ROWS[half], lengths=lengths[half]))])
     too_short = torch.ones_like(lengths)
-    with pytest.raises(LossInputError, match="sequence_lengths is smaller"):
-        parts_of(scenario, config, [(EVERY, {"sequence_ids": ROWS, "sequence_lengths": too_short})])
+    with pytest.raises(LossInputError, match=r"sequences\.lengths is smaller"):
+        parts_of(scenario, config, [(EVERY, Sequences(ids=ROWS, lengths=too_short))])
 
 
 def test_an_empty_sequence_is_not_counted() -> None:
     scenario = make_scenario()
     scenario.loss_mask[1] = False
     for aggregation in AGGREGATIONS[1:]:
-        out = DPPOLoss(config_of(aggregation), vocab_size=VOCAB)(
-            scenario.logits, **scenario.arguments(*OPTIONAL), backend="torch"
-        )
+        loss = DPPOLoss(config_of(aggregation), vocab_size=VOCAB, backend="torch")
+        out = loss(scenario.logits, scenario.inputs("rollout_topk"))
         assert int(out.num_tokens) == 2

@@ -31,8 +31,7 @@ def all_divergences(kind: str, mu: torch.Tensor, pi: torch.Tensor, token: int, k
     known = known_tokens(log_mu[target], log_pi[target], target, ids, log_mu[ids], log_pi[ids])
     binary = (binary_tv if kind == "tv" else binary_kl)(log_mu[target], log_pi[target])
     topk = (topk_tv if kind == "tv" else topk_kl)(known)
-    everywhere = torch.ones(1, dtype=torch.bool)
-    exact = vocab_parallel_divergence("tv" if kind == "tv" else "kl", pi[None], mu[None], everywhere, backend="torch")
+    exact = vocab_parallel_divergence(pi[None], mu[None], kind="tv" if kind == "tv" else "kl", backend="torch")
     return float(binary), float(topk), float(exact)
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, LossOutput, Sequences, TopK
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import DIVERGENCES, TRUST_REGIONS
-from megatron_dppo.loss.dppo_loss import LossOutput
 from megatron_dppo.ops.backend import backend_report
 from tests.loss.scenario import VOCAB, make_scenario
 
@@ -19,17 +18,24 @@ BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "avai
 
 
 def call(
-    config: DPPOConfig, logits: torch.Tensor, vocab_size: int | None = None, backend: str = "torch", **changes: Any
+    config: DPPOConfig,
+    logits: torch.Tensor,
+    vocab_size: int | None = None,
+    backend: str = "torch",
+    inputs: LossInputs | None = None,
+    **changes: Any,
 ) -> LossOutput:
-    tokens = logits.shape[:-1]
-    arguments = {
-        "target": torch.zeros(tokens, dtype=torch.int64),
-        "loss_mask": torch.ones(tokens, dtype=torch.bool),
-        "advantages": torch.ones(tokens),
-        "rollout_log_probs": torch.full(tokens, -0.5),
-        **changes,
-    }
-    return DPPOLoss(config, vocab_size=vocab_size)(logits, **arguments, backend=backend)
+    if inputs is None:
+        tokens = logits.shape[:-1]
+        fields = {
+            "target": torch.zeros(tokens, dtype=torch.int64),
+            "loss_mask": torch.ones(tokens, dtype=torch.bool),
+            "advantages": torch.ones(tokens),
+            "rollout_log_probs": torch.full(tokens, -0.5),
+            **changes,
+        }
+        inputs = LossInputs(**fields)
+    return DPPOLoss(config, vocab_size=vocab_size or logits.shape[-1], backend=backend)(logits, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,14 +52,18 @@ def test_extreme_policies_give_finite_loss_and_gradient(divergence: str, trust_r
     topk_ids = torch.stack([target, (target + 1) % 4], dim=1)
     topk_log_probs = torch.stack([rollout_log_probs, torch.full((12,), -math.inf)], dim=1)
     out = call(
-        DPPOConfig(divergence=divergence, trust_region=trust_region, direction="predictive", entropy_coef=0.1),
+        DPPOConfig(
+            divergence=divergence,
+            trust_region=trust_region,
+            direction="predictive" if trust_region in ("mask", "smooth") else "ratio",
+            entropy_coef=0.1,
+        ),
         logits,
         backend=backend,
         target=target,
         advantages=torch.tensor([1.0, -1.0, 0.0]).repeat_interleave(4),
         rollout_log_probs=rollout_log_probs,
-        rollout_topk_ids=topk_ids,
-        rollout_topk_log_probs=topk_log_probs,
+        rollout_topk=TopK(ids=topk_ids, log_probs=topk_log_probs),
         rollout_logits=torch.tensor([1e4, -math.inf, 0.0, 2.0]).repeat(12, 1),
     )
     out.loss.backward()
@@ -79,7 +89,7 @@ def test_padded_columns_get_gradient_exactly_zero_and_change_nothing() -> None:
     scenario, config = make_scenario(), DPPOConfig(entropy_coef=0.1)
     padded, cut = scenario.logits.clone().requires_grad_(), scenario.logits[..., :VOCAB].clone().requires_grad_()
     for logits, vocab_size in ((padded, VOCAB), (cut, None)):
-        call(config, logits, vocab_size, **scenario.arguments()).loss.backward()
+        call(config, logits, vocab_size, inputs=scenario.inputs()).loss.backward()
     assert not padded.grad[..., VOCAB:].any()
     torch.testing.assert_close(padded.grad[..., :VOCAB], cut.grad, rtol=0, atol=0)
 
@@ -90,9 +100,9 @@ def test_tokens_with_zero_advantage_have_no_gradient_and_no_place_in_trust_regio
     out = call(DPPOConfig(), logits, advantages=advantages)
     out.loss.backward()
     assert not logits.grad[advantages == 0].any()
-    assert float(out.metrics["dppo/mask_fraction"][1]) == 2
-    assert float(out.metrics["dppo/divergence_mean"][1]) == 2
-    assert int(out.divergence_histogram.sum()) == 2
+    assert float(out.metrics.pairs()["dppo/mask_fraction"][1]) == 2
+    assert float(out.metrics.pairs()["dppo/divergence_mean"][1]) == 2
+    assert int(out.metrics.histogram.sum()) == 2
     assert int(out.num_tokens) == 5
 
 
@@ -116,7 +126,7 @@ def test_an_empty_mask_gives_zero_loss_zero_gradient_and_no_tokens(backend: str)
 
 def test_nothing_outside_the_mask_is_looked_at() -> None:
     scenario = make_scenario()
-    clean = call(DPPOConfig(divergence="topk_kl"), scenario.logits, VOCAB, **topk(scenario))
+    clean = call(DPPOConfig(divergence="topk_kl"), scenario.logits, VOCAB, inputs=scenario.inputs("rollout_topk"))
     outside = ~scenario.loss_mask
     for tensor in (
         scenario.logits,
@@ -127,13 +137,9 @@ def test_nothing_outside_the_mask_is_looked_at() -> None:
         tensor[outside] = math.nan
     scenario.target[outside] = -100
     scenario.rollout_topk_ids[outside] = -1
-    dirty = call(DPPOConfig(divergence="topk_kl"), scenario.logits, VOCAB, **topk(scenario))
+    dirty = call(DPPOConfig(divergence="topk_kl"), scenario.logits, VOCAB, inputs=scenario.inputs("rollout_topk"))
     assert torch.equal(clean.loss, dirty.loss)
     assert torch.equal(clean.divergence, dirty.divergence)
-
-
-def topk(scenario: Any) -> dict[str, torch.Tensor]:
-    return scenario.arguments("rollout_topk_ids", "rollout_topk_log_probs")
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf, 0.1])
@@ -141,29 +147,40 @@ def test_an_impossible_rollout_log_prob_is_an_error_that_names_its_place(value: 
     scenario = make_scenario()
     scenario.rollout_log_probs[1, 5] = value
     with pytest.raises(LossInputError, match=r"rollout_log_probs .* batch index 1, position 5"):
-        call(DPPOConfig(), scenario.logits, VOCAB, **scenario.arguments())
+        call(DPPOConfig(), scenario.logits, VOCAB, inputs=scenario.inputs())
 
 
 def test_top_k_mass_above_one_is_an_error() -> None:
     scenario = make_scenario()
     scenario.rollout_topk_log_probs[2, 1] = math.log(0.3)
     with pytest.raises(LossInputError, match=r"sum to more than 1: 1\.\d* at batch index 2, position 1"):
-        call(DPPOConfig(divergence="topk_tv"), scenario.logits, VOCAB, **topk(scenario))
+        call(DPPOConfig(divergence="topk_tv"), scenario.logits, VOCAB, inputs=scenario.inputs("rollout_topk"))
 
 
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ({"divergence": "topk_tv"}, {}, "needs rollout_topk_ids"),
+        ({"divergence": "topk_tv"}, {}, "needs rollout_topk"),
         ({"divergence": "exact_kl"}, {}, "needs rollout_logits"),
         ({"kl_coef": 0.1}, {}, "needs ref_log_probs"),
-        ({}, {"rollout_topk_ids": torch.zeros(4, 2, dtype=torch.int64)}, "must be given together"),
+        (
+            {"divergence": "topk_tv"},
+            {"rollout_topk": TopK(ids=torch.zeros(4, 2, dtype=torch.int64), log_probs=torch.zeros(4, 3))},
+            r"rollout_topk: ids \(4, 2\) and log_probs \(4, 3\) differ",
+        ),
+        (
+            {},
+            {"rollout_topk": TopK(ids=torch.zeros(3, 2, dtype=torch.int64), log_probs=torch.zeros(3, 2))},
+            r"rollout_topk.ids has shape \(3, 2\)",
+        ),
+        ({}, {"target": torch.zeros(4, dtype=torch.int32)}, "target must be torch.int64"),
+        ({}, {"sequences": Sequences(ids=torch.zeros(3, dtype=torch.int64))}, "sequences.ids has shape"),
         ({}, {"advantages": torch.ones(3)}, "advantages has shape"),
         ({}, {"loss_mask": torch.full((4,), 0.5)}, "must be 0 or 1: 0.5 at token 0"),
         ({}, {"rollout_log_probs": torch.zeros(4, dtype=torch.bfloat16)}, "must be float32"),
-        ({}, {"target": torch.tensor([0, 1, 6, 2])}, r"target at \[2\] is \[6\]: ids must lie in \[0, 6\)"),
-        ({}, {"target": torch.tensor([0, 1, -1, 2])}, r"target at \[2\] is \[-1\]"),
-        ({"aggregation": "seq_mean_token_mean"}, {}, "needs sequence_ids"),
+        ({}, {"target": torch.tensor([0, 1, 6, 2])}, r"target must lie in \[0, 6\): 6 at token 2"),
+        ({}, {"target": torch.tensor([0, 1, -1, 2])}, r"target must lie in \[0, 6\): -1 at token 2"),
+        ({"aggregation": "seq_mean_token_mean"}, {}, "needs sequences.ids"),
         ({"divergence": "exact_tv"}, {"rollout_logits": torch.zeros(4, 7)}, "rollout_logits has shape"),
     ],
 )
@@ -188,11 +205,8 @@ def test_smooth_weight_stays_within_its_bounds() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_top_k_of_no_tokens_is_the_binary_partition(backend: str) -> None:
     logits, mu = torch.randn(2, 3, 7), -torch.rand(2, 3)
-    nothing = {
-        "rollout_topk_ids": torch.zeros(2, 3, 0, dtype=torch.int64),
-        "rollout_topk_log_probs": torch.zeros(2, 3, 0),
-    }
-    topk = call(DPPOConfig(divergence="topk_tv"), logits, backend=backend, rollout_log_probs=mu, **nothing)
+    nothing = TopK(ids=torch.zeros(2, 3, 0, dtype=torch.int64), log_probs=torch.zeros(2, 3, 0))
+    topk = call(DPPOConfig(divergence="topk_tv"), logits, backend=backend, rollout_log_probs=mu, rollout_topk=nothing)
     binary = call(DPPOConfig(divergence="binary_tv"), logits, backend=backend, rollout_log_probs=mu)
     # 1 - p is rounded once more than p.
     torch.testing.assert_close(topk.divergence, binary.divergence, rtol=1e-6, atol=1e-7)

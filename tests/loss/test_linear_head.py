@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo import DPPOConfig, DPPOLoss, LinearHead
 from megatron_dppo.errors import LossInputError
 from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
 
 HIDDEN = 16
-ENGINE = ("rollout_topk_ids", "rollout_topk_log_probs", "ref_log_probs")
+ENGINE = ("rollout_topk", "ref_log_probs")
 
 
 def output_layer() -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,18 +31,19 @@ def output_layer() -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 def test_it_is_the_loss_of_the_logits(settings: dict[str, Any]) -> None:
-    arguments = make_scenario().arguments(*ENGINE)
+    inputs = make_scenario().inputs(*ENGINE)
     loss = DPPOLoss(DPPOConfig(**settings), vocab_size=VOCAB)
     hidden, weight = output_layer()
-    from_logits = loss(hidden @ weight.t(), **arguments)
+    from_logits = loss(hidden @ weight.t(), inputs)
     expected = torch.autograd.grad(from_logits.loss, (hidden, weight))
-    from_hidden = loss.from_hidden(hidden, weight, **arguments)
+    from_hidden = loss(LinearHead(hidden, weight), inputs)
     got = torch.autograd.grad(from_hidden.loss, (hidden, weight))
     # float64 throughout: sums of a few hundred terms in another order.
     torch.testing.assert_close(from_hidden.loss, from_logits.loss, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert from_hidden.metrics.keys() == from_logits.metrics.keys()
+    assert from_hidden.metrics.mean_names == from_logits.metrics.mean_names
+    torch.testing.assert_close(from_hidden.metrics.means, from_logits.metrics.means, rtol=1e-10, atol=1e-12)
     assert torch.equal(from_hidden.weight != 0, from_logits.weight != 0)
     assert from_hidden.backend == from_logits.backend == "torch"
 
@@ -50,10 +51,12 @@ def test_it_is_the_loss_of_the_logits(settings: dict[str, Any]) -> None:
 def test_a_divergence_over_all_logits_is_refused() -> None:
     hidden, weight = output_layer()
     with pytest.raises(LossInputError, match="'exact_tv' compares whole distributions and needs logits"):
-        DPPOLoss(DPPOConfig(divergence="exact_tv")).from_hidden(hidden, weight, **make_scenario().arguments())
+        DPPOLoss(DPPOConfig(divergence="exact_tv"), vocab_size=VOCAB)(
+            LinearHead(hidden, weight), make_scenario().inputs()
+        )
 
 
 def test_shapes_are_those_of_the_hidden_states() -> None:
     hidden, weight = output_layer()
     with pytest.raises(LossInputError, match=r"loss_mask has shape \(3, 8\); the policy's output asks for \(3, 7\)"):
-        DPPOLoss(DPPOConfig()).from_hidden(hidden[:, 1:], weight, **make_scenario().arguments())
+        DPPOLoss(DPPOConfig(), vocab_size=VOCAB)(LinearHead(hidden[:, 1:], weight), make_scenario().inputs())

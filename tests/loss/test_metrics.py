@@ -6,30 +6,26 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megatron_dppo import DPPOConfig, DPPOLoss
-from megatron_dppo.loss.dppo_loss import LossOutput
-from megatron_dppo.loss.metrics import divergence_histogram, finalize_metrics
-from tests.loss.scenario import VOCAB, make_scenario
+from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, MetricSums
+from megatron_dppo.loss.metrics import divergence_histogram
+from tests.loss.scenario import LENGTH, VOCAB, make_scenario
 from tests.metric_names import LOSS_METRICS
+from tests.rank_pool import RankPools
 
 
-def finalize(outputs: list[LossOutput]) -> dict[str, float]:
-    metrics = {
-        name: torch.stack([torch.stack(out.metrics[name]) for out in outputs]).sum(0) for name in outputs[0].metrics
-    }
-    extrema = {name: torch.stack([out.extrema[name] for out in outputs]).max() for name in outputs[0].extrema}
-    return finalize_metrics(metrics, extrema, torch.stack([out.divergence_histogram for out in outputs]).sum(0))
-
-
-def rows(start: int, stop: int) -> LossOutput:
+def metrics_of(start: int, stop: int) -> MetricSums:
     scenario = make_scenario()
-    arguments = {name: x[start:stop] for name, x in scenario.arguments("ref_log_probs").items()}
-    return DPPOLoss(DPPOConfig(), vocab_size=VOCAB)(scenario.logits[start:stop], **arguments, backend="torch")
+    inputs = scenario.inputs("ref_log_probs")
+    rows = torch.arange(start * LENGTH, stop * LENGTH)
+    logits = scenario.logits.flatten(0, 1)[rows]
+    return DPPOLoss(DPPOConfig(), vocab_size=VOCAB, backend="torch")(logits, inputs.take(rows)).metrics
 
 
 def test_metrics_of_the_parts_add_up_to_those_of_the_whole() -> None:
-    together, apart = finalize([rows(0, 3)]), finalize([rows(0, 1), rows(1, 1), rows(1, 3)])
+    parts = [metrics_of(0, 1), metrics_of(1, 1), metrics_of(1, 3)]
+    together, apart = metrics_of(0, 3).finalize(), MetricSums.total(parts).finalize()
     assert together.keys() == apart.keys()
     assert together.keys() >= set(LOSS_METRICS)
     for name, value in together.items():
@@ -43,9 +39,10 @@ def test_they_say_what_their_names_say() -> None:
     pi = torch.tensor([0.30, 0.90, 0.55, 0.10, 0.10])
     advantages = torch.tensor([-1.0, 1.0, 1.0, -1.0, 0.0])
     logits = torch.stack([pi.log(), (1 - pi).log()], dim=1)
-    zeros, ones = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool)
-    out = DPPOLoss(DPPOConfig())(logits, zeros, ones, advantages, mu.log(), backend="torch")
-    final = finalize([out])
+    inputs = LossInputs(
+        target=torch.zeros(5, dtype=torch.int64), loss_mask=None, advantages=advantages, rollout_log_probs=mu.log()
+    )
+    final = DPPOLoss(DPPOConfig(), vocab_size=2, backend="torch")(logits, inputs).metrics.finalize()
     # |mu - pi| = .6 (masked), .4 (masked), .05, .1; the ratio test of PPO: r = 1/3 and 1.8 and .5 clip, 1.1 does not
     assert final["dppo/mask_fraction"] == pytest.approx(2 / 4)
     assert final["dppo/mask_fraction_pos"] == pytest.approx(1 / 2)
@@ -72,19 +69,59 @@ def test_they_say_what_their_names_say() -> None:
     assert final["entropy"] == pytest.approx(float(entropy.mean()))
 
 
+def of_divergences(divergence: torch.Tensor) -> MetricSums:
+    where = torch.ones_like(divergence, dtype=torch.bool)
+    return MetricSums(
+        mean_names=(),
+        means=torch.zeros(0, 2, dtype=torch.float64),
+        maximum_names=("dppo/divergence_max",),
+        maxima=divergence.max().double()[None],
+        histogram=divergence_histogram(divergence, where),
+    )
+
+
 @pytest.mark.parametrize("scale", [1e-5, 1e-2, 0.5, 30.0])
 def test_p99_is_within_its_stated_three_percent(scale: float) -> None:
     divergence = scale * torch.rand(5000).square()
-    histogram = divergence_histogram(torch.ones(5000), divergence)
-    final = finalize_metrics({}, {"dppo/divergence_max": divergence.max()}, histogram)
     exact = divergence.sort().values[math.ceil(0.99 * 5000) - 1]
-    assert final["dppo/divergence_p99"] == pytest.approx(float(exact), rel=0.03)
+    assert of_divergences(divergence).finalize()["dppo/divergence_p99"] == pytest.approx(float(exact), rel=0.03)
 
 
 def test_divergences_outside_the_histogram_still_count() -> None:
-    divergence = torch.tensor([0.0, 1e-30, 500.0, 1e4])
-    histogram = divergence_histogram(torch.ones(4), divergence)
-    assert histogram.tolist()[0] == 2
-    assert histogram.tolist()[-1] == 2
-    final = finalize_metrics({}, {"dppo/divergence_max": divergence.max()}, histogram)
-    assert final["dppo/divergence_p99"] == pytest.approx(1e4)
+    sums = of_divergences(torch.tensor([0.0, 1e-30, 500.0, 1e4]))
+    assert sums.histogram.tolist()[0] == 2
+    assert sums.histogram.tolist()[-1] == 2
+    assert sums.finalize()["dppo/divergence_p99"] == pytest.approx(1e4)
+
+
+def test_metrics_of_different_kinds_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match="only one side has reference/kl"):
+        (
+            metrics_of(0, 1)
+            + DPPOLoss(DPPOConfig(), vocab_size=VOCAB, backend="torch")(
+                make_scenario().logits, make_scenario().inputs()
+            ).metrics
+        )
+
+
+def test_adding_is_associative_and_has_the_pairs_that_megatron_adds() -> None:
+    a, b, c = metrics_of(0, 1), metrics_of(1, 2), metrics_of(2, 3)
+    left, right = (a + b) + c, a + (b + c)
+    torch.testing.assert_close(left.means, right.means, rtol=1e-14, atol=1e-14)
+    assert torch.equal(left.maxima, right.maxima)
+    assert torch.equal(left.histogram, right.histogram)
+    assert torch.equal(left.pairs()["loss"], left.means[left.mean_names.index("loss")])
+
+
+def _reduced() -> tuple[dict[str, float], torch.Tensor]:
+    rank = dist.get_rank()
+    part = metrics_of(0, 1) if rank == 0 else metrics_of(1, 3)
+    reduced = part.all_reduce()
+    return reduced.finalize(), reduced.histogram
+
+
+def test_reduced_over_ranks_they_are_those_of_the_whole(ranks: RankPools) -> None:
+    whole = metrics_of(0, 1) + metrics_of(1, 3)
+    for final, histogram in ranks(2).run(_reduced):
+        assert final == pytest.approx(whole.finalize(), rel=1e-12)
+        assert torch.equal(histogram, whole.histogram)
