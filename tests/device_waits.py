@@ -12,6 +12,7 @@ import traceback
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ALWAYS = (
@@ -39,12 +40,37 @@ def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return name == "repeat_interleave" and kwargs.get("output_size") is None
 
 
+# Methods that bring values to the host. On a CPU tensor they dispatch no operator, so they are watched by name.
+_METHODS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__format__")}
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METHODS:
+            self.found.append((func.__name__, _caller()))
+        return func(*args, **(kwargs or {}))
+
+
 class DeviceWaits(TorchDispatchMode):
-    """Records the operators that wait, and who called them."""
+    """Records the operators and methods that wait, and who called them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[str, str]] = []
+        self._methods = _Methods(self.found)
+
+    def __enter__(self) -> DeviceWaits:
+        self._methods.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._methods.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -44,7 +44,7 @@ def reference_loss(config: Any, logits: Tensor, vocab_size: int, batch: dict[str
 
 
 def _magnitude(terms: Iterable[Tensor]) -> float:
-    return sum(abs(float(term)) for term in terms)
+    return sum(abs(term.item()) for term in terms)
 
 
 def _token(config: Any, log_pi_V: Tensor, token: dict[str, Tensor]) -> tuple[Tensor, float, float]:

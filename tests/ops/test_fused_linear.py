@@ -203,6 +203,28 @@ def test_tokens_outside_the_mask_are_not_read() -> None:
     assert not grad_weight[arguments["vocab_size"] :].any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_rows_are_computed_as_a_mask_of_them_is(backend: str) -> None:
+    arguments = problem(n=17)
+    mask = arguments["token_mask"]
+    rows = mask.nonzero()[:, 0]
+    compact = {name: value[rows] if name in ("target", "topk_ids") else value for name, value in arguments.items()}
+    compact |= {"token_mask": None, "rows": rows}
+    hidden = arguments["hidden"]
+    masked_stats, masked_gradients = fused(arguments, backend=backend)
+
+    leaf, weight = hidden.clone().requires_grad_(), arguments["weight"].clone().requires_grad_()
+    stats = fused_linear_policy_stats(**{**compact, "hidden": leaf, "weight": weight}, backend=backend)
+    g1, g2 = (g[rows] for g in incoming(mask.shape))
+    gradients = torch.autograd.grad((g1 * stats.log_prob + g2 * stats.entropy).sum(), (leaf, weight))
+    for whole, part in zip(masked_stats, stats, strict=True):
+        # The matrix products have other shapes, and may sum in another order.
+        torch.testing.assert_close(whole[mask], part, rtol=1e-5, atol=1e-6)
+    for whole, part in zip(masked_gradients, gradients, strict=True):
+        torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-6)
+    assert not gradients[0][~mask].any()
+
+
 def test_no_tokens_give_zeros() -> None:
     arguments = problem(dtype=torch.bfloat16)
     for empty in (

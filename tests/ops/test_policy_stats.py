@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_dppo import PolicyStats, vocab_parallel_policy_stats
 from megatron_dppo.ops import torch_backend
@@ -27,7 +29,7 @@ def dense(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, tempera
 def stats_of(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor | None = None, **kw: Any) -> PolicyStats:
     # The compiled CPU kernels have tests of their own (tests/csrc); with --device cuda the CUDA kernels are tested here.
     backend = "cuda" if logits.is_cuda and logits.dtype != torch.float64 else "torch"
-    return vocab_parallel_policy_stats(logits, target, ids, backend=backend, **kw)
+    return vocab_parallel_policy_stats(logits, target, topk_ids=ids, backend=backend, **kw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -167,7 +169,7 @@ def test_no_top_k_ids_give_no_top_k_log_probs(masked: bool) -> None:
     mask = torch.tensor([[True, False, True], [False, False, True]]) if masked else None
     for backend in ("torch", "auto"):
         ids = torch.zeros(2, 3, 0, dtype=torch.int64)
-        stats = vocab_parallel_policy_stats(logits, target, ids, token_mask=mask, backend=backend)
+        stats = vocab_parallel_policy_stats(logits, target, topk_ids=ids, token_mask=mask, backend=backend)
         assert stats.topk_log_prob is not None
         assert stats.topk_log_prob.shape == (2, 3, 0)
 
@@ -199,6 +201,60 @@ def test_temporaries_are_bounded_whatever_the_number_of_rows(monkeypatch: pytest
     assert torch.equal(whole_grad, torch.autograd.grad(chunked.entropy.sum(), logits)[0])
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from([(1,), (9,), (2, 5), (3, 1)]),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    k=st.sampled_from([None, 0, 3]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    inplace=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_rows_and_a_mask_of_them_are_the_same(
+    shape: tuple[int, ...], share: float, k: int | None, dtype: torch.dtype, inplace: bool, seed: int
+) -> None:
+    """Bit for bit, values and gradients; nothing outside is read, though it is NaN there."""
+    torch.manual_seed(seed)
+    mask = torch.rand(shape) < share
+    rows = mask.flatten().nonzero()[:, 0]
+    source = torch.randn(*shape, 11).to(dtype)
+    source[~mask] = math.nan
+    target = torch.randint(0, 9, shape).masked_fill(~mask, -100)
+    ids = None if k is None else torch.randint(0, 9, (*shape, k)).masked_fill(~mask[..., None], -100)
+    backends = ["torch"] if dtype == torch.float64 else ["torch", "auto"]
+    for backend in backends:
+        common = {"vocab_size": 9, "temperature": 0.7, "inplace_backward": inplace, "backend": backend}
+        results = []
+        for selection in ({"token_mask": mask}, {"rows": rows}):
+            leaf = source.clone().requires_grad_()
+            logits = leaf * 1
+            chosen_target, chosen_ids = target, ids
+            if "rows" in selection:
+                chosen_target = target.flatten()[rows]
+                chosen_ids = None if ids is None else ids.flatten(0, -2)[rows]
+            stats = vocab_parallel_policy_stats(logits, chosen_target, topk_ids=chosen_ids, **selection, **common)
+            (stats.log_prob.sum() + 0.3 * stats.entropy.sum()).backward()
+            results.append((stats, leaf.grad))
+        (masked, masked_grad), (compact, compact_grad) = results
+        for whole, part in zip(masked, compact, strict=True):
+            assert (whole is None) == (part is None)
+            if whole is not None:
+                assert part.shape[0] == len(rows)
+                assert torch.equal(whole[mask], part)
+                assert not whole[~mask].any()
+        assert torch.equal(masked_grad[mask], compact_grad[mask])
+        # 0, but for autograd's own product with the NaN that the logits were made of.
+        assert not masked_grad[~mask].any()
+        assert not compact_grad[~mask].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_ids_that_are_not_checked_do_not_stop_the_call(backend: str) -> None:
+    logits, target = torch.zeros(2, 5), torch.tensor([0, 9])
+    stats = vocab_parallel_policy_stats(logits, target, backend=backend, checks="off")
+    assert float(stats.log_prob[0]) == pytest.approx(-math.log(5))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -208,6 +264,9 @@ def test_temporaries_are_bounded_whatever_the_number_of_rows(monkeypatch: pytest
         ({"target": torch.tensor([0])}, r"target has shape \(1,\)"),
         ({"target": torch.tensor([0, 1], dtype=torch.int32)}, "target must be torch.int64"),
         ({"token_mask": torch.ones(2)}, "token_mask must be torch.bool"),
+        ({"rows": torch.tensor([1])}, r"target has shape \(2,\); logits \(2, 5\) ask for \(1,\) \(with rows\)"),
+        ({"rows": torch.tensor([[0, 1]])}, r"rows must be \[n\] flat positions"),
+        ({"rows": torch.tensor([0, 1]), "token_mask": torch.ones(2, dtype=torch.bool)}, "rows or token_mask, not both"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"vocab_size": 6}, "vocab_size is 6, but 1 shard"),
         ({"logits": torch.zeros(2, 5, dtype=torch.int64)}, "logits must be"),
