@@ -13,6 +13,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_dppo import DPPOConfig, vocab_parallel_policy_stats
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
@@ -76,7 +77,13 @@ def main() -> None:
         def forward_step(data_iterator, model):
             micro_batch = next(data_iterator)
             logits = model(micro_batch["tokens"], micro_batch["position_ids"], None)  # [b, s, V/TP]
-            return logits, make_loss_func(config, micro_batch, vocab_size=VOCAB)
+            return logits, make_loss_func(
+                config,
+                micro_batch,
+                vocab_size=VOCAB,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                inplace_backward=True,  # nothing else needs these logits
+            )
 
         from megatron.core.pipeline_parallel import get_forward_backward_func
 

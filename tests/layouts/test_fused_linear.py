@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_dppo import vocab_parallel_policy_stats
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
-from tests.layouts.test_vocab_parallel_loss import ALL_GATHER, counted_collectives
+from tests.counted_collectives import ALL_GATHER, counted_collectives
 from tests.rank_pool import RankPools
 
 S, B, H, WIDTH, VOCAB = 8, 3, 16, 40, 33  # at TP=4 the last shard of 10 holds 3 true columns
@@ -119,11 +119,12 @@ def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str
     for mask, last in ((LOSS_MASK, False), (LOSS_MASK.flip(0), True)):
         with hidden_states_only(chunk):
             output = chunk(TOKENS, positions, None)
+        rows = mask.flatten().nonzero()[:, 0]
         if route == "logits":
-            logits_nV = head.logits(head.response_hidden(output, mask))
+            logits_nV = head.logits(head.response_hidden(output, rows, mask.shape))
             stats = vocab_parallel_policy_stats(logits_nV, target[mask], **common)
         elif route == "fused behind the head":
-            hidden_nh = head.response_hidden(output, mask)
+            hidden_nh = head.response_hidden(output, rows, mask.shape)
             stats = fused_linear_policy_stats(
                 hidden_nh,
                 head.weight,

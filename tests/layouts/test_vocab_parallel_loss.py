@@ -6,10 +6,9 @@ easily made with a sharded vocabulary.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,38 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dppo import DPPOConfig, DPPOLoss, vocab_parallel_policy_stats
+from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, vocab_parallel_policy_stats
 from megatron_dppo.loss.config import DIVERGENCES
 from megatron_dppo.ops import policy_stats, shard_merge, torch_backend
-from tests.loss.scenario import PADDED, VOCAB, make_scenario
+from megatron_dppo.ops.backend import backend_report
+from tests.counted_collectives import ALL_GATHER, counted_collectives
+from tests.loss.scenario import PADDED, VOCAB, Scenario, make_scenario
 
-ENGINE = ("rollout_topk_ids", "rollout_topk_log_probs", "ref_log_probs")
-ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # by torch version
-COLLECTIVES = (
-    "all_gather",
-    ALL_GATHER,
-    "all_reduce",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "reduce_scatter_tensor",
-)
-
-
-@contextlib.contextmanager
-def counted_collectives() -> Iterator[list[str]]:
-    """Names of the collectives called inside."""
-    called: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for name in COLLECTIVES:
-            original = getattr(dist, name)
-
-            def count(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-                called.append(_name)
-                return _original(*args, **kwargs)
-
-            stack.enter_context(mock.patch.object(dist, name, count))
-        yield called
+ENGINE = ("rollout_topk", "ref_log_probs")
+BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]
 
 
 def shard(logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -65,33 +41,39 @@ def join(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def run_losses(group: dist.ProcessGroup | None) -> dict[str, list[Any]]:
+def inputs_of(scenario: Scenario, divergence: str, group: dist.ProcessGroup | None) -> LossInputs:
+    inputs = scenario.inputs(*ENGINE)
+    if divergence.startswith("exact"):
+        return dataclasses.replace(inputs, rollout_logits=shard(scenario.rollout_logits, group))
+    return inputs
+
+
+def run_losses(group: dist.ProcessGroup | None, backend: str = "torch") -> dict[str, list[Any]]:
     """Loss, full gradient and statistics for every divergence and direction, from this rank's shard."""
     results: dict[str, list[Any]] = {}
     for divergence, direction in itertools.product(DIVERGENCES, ("ratio", "predictive")):
         scenario = make_scenario(seed=5)
         logits = shard(scenario.logits, group).requires_grad_()
-        arguments = scenario.arguments(*ENGINE)
-        if divergence.startswith("exact"):
-            arguments["rollout_logits"] = shard(scenario.rollout_logits, group)
+        inputs = inputs_of(scenario, divergence, group)
         config = DPPOConfig(divergence=divergence, direction=direction, entropy_coef=0.1, kl_coef=0.1)
-        out = DPPOLoss(config, tp_group=group, vocab_size=VOCAB)(logits, **arguments, backend="torch")
+        out = DPPOLoss(config, tp_group=group, vocab_size=VOCAB, backend=backend)(logits, inputs)
         out.loss.backward()
-        metrics = {name: float(n / d) for name, (n, d) in out.metrics.items() if d}
+        metrics = out.metrics.finalize()
         grad = join(logits.grad, group)
         results[f"{divergence}/{direction}"] = [out.loss.item(), grad, out.divergence, out.weight, metrics]
     return results
 
 
-def _sharded_losses() -> dict[str, list[Any]]:
-    return run_losses(dist.group.WORLD)
+def _sharded_losses(backend: str) -> dict[str, list[Any]]:
+    return run_losses(dist.group.WORLD, backend)
 
 
 # 22 columns of vocabulary in 24: at TP=4 the last shard of 6 holds 4 true and 2 padded columns.
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_number_of_shards_gives_the_same(ranks: Any, world_size: int) -> None:
-    whole = run_losses(None)
-    for sharded in ranks(world_size).run(_sharded_losses):
+def test_any_number_of_shards_gives_the_same(ranks: Any, world_size: int, backend: str) -> None:
+    whole = run_losses(None, backend)
+    for sharded in ranks(world_size).run(_sharded_losses, backend):
         for name, (loss, grad, divergence, weight, metrics) in whole.items():
             # Only the order of fp32 sums of 22 terms differs.
             assert sharded[name][0] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
@@ -122,8 +104,8 @@ def _edge_shards() -> list[Any]:
         )
         kept, kept_ids = (target, ids) if vocab_size == 8 else (target.clamp(max=3), ids.clamp(max=3))
         kw = {"vocab_size": vocab_size, "token_mask": mask, "backend": "torch"}
-        expected = vocab_parallel_policy_stats(whole, kept, kept_ids, **kw)
-        got = vocab_parallel_policy_stats(local, kept, kept_ids, tp_group=group, **kw)
+        expected = vocab_parallel_policy_stats(whole, kept, topk_ids=kept_ids, **kw)
+        got = vocab_parallel_policy_stats(local, kept, topk_ids=kept_ids, tp_group=group, **kw)
         for stats in (expected, got):
             torch.where(stats.log_prob.isfinite(), stats.log_prob + stats.entropy, 0).sum().backward()
         expected_grad = whole.grad[:, rank * 4 : rank * 4 + 4]
@@ -145,12 +127,10 @@ def test_shards_without_probability_without_vocabulary_and_without_tokens(ranks:
 def _collectives_of(divergence: str) -> tuple[list[str], list[str]]:
     scenario, group = make_scenario(), dist.group.WORLD
     logits = shard(scenario.logits, group).requires_grad_()
-    arguments = scenario.arguments(*ENGINE)
-    if divergence.startswith("exact"):
-        arguments["rollout_logits"] = shard(scenario.rollout_logits, group)
-    loss = DPPOLoss(DPPOConfig(divergence=divergence, direction="predictive", entropy_coef=0.1), group, VOCAB)
+    config = DPPOConfig(divergence=divergence, direction="predictive", entropy_coef=0.1)
+    loss = DPPOLoss(config, tp_group=group, vocab_size=VOCAB)
     with counted_collectives() as forward:
-        out = loss(logits, **arguments)
+        out = loss(logits, inputs_of(scenario, divergence, group))
     with counted_collectives() as backward:
         out.loss.backward()
     return forward, backward
@@ -161,7 +141,7 @@ def _collectives_of(divergence: str) -> tuple[list[str], list[str]]:
     [
         ("binary_tv", [ALL_GATHER]),
         ("topk_kl", [ALL_GATHER]),
-        ("exact_kl", [ALL_GATHER, ALL_GATHER, "all_reduce", ALL_GATHER]),
+        ("exact_kl", [ALL_GATHER, ALL_GATHER, ALL_GATHER, "all_reduce"]),
     ],
 )
 def test_one_collective_forward_and_none_backward(ranks: Any, divergence: str, expected: list[str]) -> None:
@@ -172,6 +152,7 @@ def test_one_collective_forward_and_none_backward(ranks: Any, divergence: str, e
 
 def _rows_sent() -> list[int]:
     scenario, sent = make_scenario(), []
+    rows = scenario.loss_mask.flatten().nonzero()[:, 0]
     original = getattr(dist, ALL_GATHER)
 
     def measure(output: torch.Tensor, partials: torch.Tensor, **kwargs: Any) -> Any:
@@ -181,16 +162,16 @@ def _rows_sent() -> list[int]:
     with mock.patch.object(dist, ALL_GATHER, measure):
         vocab_parallel_policy_stats(
             shard(scenario.logits, dist.group.WORLD),
-            scenario.target,
-            scenario.rollout_topk_ids,
+            scenario.target.flatten()[rows],
+            topk_ids=scenario.rollout_topk_ids.flatten(0, 1)[rows],
             vocab_size=VOCAB,
             tp_group=dist.group.WORLD,
-            token_mask=scenario.loss_mask,
+            rows=rows,
         )
-    return [*sent, int(scenario.loss_mask.sum())]
+    return [*sent, len(rows)]
 
 
-def test_only_tokens_of_the_mask_are_exchanged_five_numbers_and_k_each(ranks: Any) -> None:
+def test_only_selected_rows_are_exchanged_five_numbers_and_k_each(ranks: Any) -> None:
     for rows, columns, tokens in ranks(2).run(_rows_sent):
         assert rows == tokens
         assert columns == 5 + 4
@@ -200,20 +181,20 @@ def _with_bug(bug: str) -> dict[str, list[Any]]:
     """The losses with one classical mistake put in."""
     partials, gather = torch_backend.shard_partials, policy_stats.gather_shards
 
-    def local_ids(logits, rows, target, topk_ids, temperature, first_column, num_columns):  # type: ignore[no-untyped-def]
-        return partials(logits, rows, target, topk_ids, temperature, 0, num_columns)
+    def local_ids(logits, ids, selection, shard, temperature):  # type: ignore[no-untyped-def]
+        return partials(logits, ids, selection, dataclasses.replace(shard, first_column=0), temperature)
 
-    def padding_counts(logits, rows, target, topk_ids, temperature, first_column, num_columns):  # type: ignore[no-untyped-def]
-        return partials(logits, rows, target, topk_ids, temperature, first_column, logits.shape[1])
+    def padding_counts(logits, ids, selection, shard, temperature):  # type: ignore[no-untyped-def]
+        return partials(logits, ids, selection, dataclasses.replace(shard, num_columns=logits.shape[1]), temperature)
 
     def no_exchange(shard_partials: torch.Tensor, group: Any) -> torch.Tensor:
         gather(shard_partials, group)
         return shard_partials[None]  # a softmax over the local shard
 
-    def all_maxima_count(gathered: torch.Tensor) -> Any:
+    def all_maxima_count(gathered: torch.Tensor, mask: torch.Tensor | None) -> Any:
         gathered = gathered.clone()
         gathered[..., shard_merge.REST] += 1.0
-        return shard_merge.merge_shards(gathered)
+        return shard_merge.merge_shards(gathered, mask)
 
     patches = {
         "global ids used as local ones": mock.patch.object(torch_backend, "shard_partials", local_ids),

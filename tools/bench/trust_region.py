@@ -19,9 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo import DPPOConfig, PolicyStats
-from megatron_dppo.loss.fused_objective import fused_token_update
-from megatron_dppo.loss.inputs import TokenBatch
-from megatron_dppo.loss.objective import token_update
+from megatron_dppo.loss.fused_objective import fused_token_objective
+from megatron_dppo.loss.inputs import FlatTokens
+from megatron_dppo.loss.objective import token_objective
 from megatron_dppo.ops.backend import backend_report
 
 VOCAB = 150_000
@@ -46,7 +46,7 @@ def main() -> None:
     print(f"{options.tokens} tokens, K = {options.topk}, {options.device}, {torch.get_num_threads()} threads")
     for setting in SETTINGS:
         arguments = (DPPOConfig(**setting), tokens, policy, None, VOCAB)
-        calls = [functools.partial(update, *arguments) for update in (token_update, fused_token_update)]
+        calls = [functools.partial(decide, *arguments) for decide in (token_objective, fused_token_objective)]
         plain, fused = medians(calls, options.turns, options.device)
         counts = [operators_of(call) for call in calls]
         print(
@@ -55,7 +55,7 @@ def main() -> None:
         )
 
 
-def make_tokens(n: int, k: int, device: str) -> tuple[TokenBatch, PolicyStats]:
+def make_tokens(n: int, k: int, device: str) -> tuple[FlatTokens, PolicyStats]:
     generator = torch.Generator().manual_seed(0)
     log_mu = (3 * torch.randn(n, k + 50, generator=generator)).log_softmax(-1)
     log_pi = (log_mu + 0.3 * torch.randn(n, k + 50, generator=generator)).log_softmax(-1)
@@ -63,15 +63,14 @@ def make_tokens(n: int, k: int, device: str) -> tuple[TokenBatch, PolicyStats]:
     target = torch.randint(0, k + 50, (n, 1), generator=generator)
     sampled_mu, sampled_pi = (x.gather(1, target)[:, 0].to(device) for x in (log_mu, log_pi))
     advantages, entropy = torch.randn(2, n, generator=generator).to(device)
-    tokens = TokenBatch(
-        torch.ones(n, dtype=torch.bool, device=device),
-        torch.arange(n, device=device),
-        target[:, 0].to(device),
-        advantages,
-        sampled_mu,
-        ids.to(device),
-        topk_log_mu.to(device),
-        None,
+    tokens = FlatTokens(
+        mask=None,
+        target=target[:, 0].to(device),
+        advantages=advantages,
+        rollout_log_probs=sampled_mu,
+        topk_ids=ids.to(device),
+        topk_log_probs=topk_log_mu.to(device),
+        ref_log_probs=None,
     )
     collision = log_pi.exp().square().sum(1).to(device)
     return tokens, PolicyStats(sampled_pi, entropy.abs(), collision, log_pi.gather(1, ids).to(device))

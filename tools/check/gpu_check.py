@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import megatron_dppo
+from megatron_dppo.ops.arguments import RowSelection, TokenIds, VocabShard
 from megatron_dppo.ops.backend import backend_report, choose_backend
 from tools.bench import fused_linear as bench_fused_linear
 from tools.bench import policy_stats as bench_policy_stats
@@ -114,27 +115,29 @@ def kernels(options: Namespace) -> list[Row]:
     rollout = (logits + 0.1 * torch.randn_like(logits)).bfloat16()
     target = torch.randint(0, vocab, (tokens,), device=device)
     backend = choose_backend(options.device, logits)
-    place, ones = (1.0, 0, vocab), torch.ones(tokens, device=device)
+    ids, every, shard = TokenIds(target, None), RowSelection(), VocabShard.locate(vocab, None, None)
+    ones = torch.ones(tokens, device=device)
     merged, other = (
-        backend.merge_shards(backend.shard_partials(x, None, target, None, *place)[None]) for x in (logits, rollout)
+        backend.merge_shards(backend.shard_partials(x, ids, every, shard, 1.0)[None], None) for x in (logits, rollout)
     )
-    row_state = (merged.max, merged.log_sum, merged.log_prob, merged.entropy)
     grad, half = torch.empty_like(logits), torch.empty_like(logits[: tokens // 2])
     copies: dict[int, Callable[[], Any]] = {  # a copy reads and writes
         1: lambda: half.copy_(logits[: tokens // 2]),
         2: lambda: grad.copy_(logits),
     }
     candidates: list[tuple[str, int, Callable[[], Any]]] = [
-        ("forward (row partials)", 1, lambda: backend.shard_partials(logits, None, target, None, *place)),
+        ("forward (row partials)", 1, lambda: backend.shard_partials(logits, ids, every, shard, 1.0)),
         (
             "backward (gradient)",
             2,
-            lambda: backend.shard_gradient(logits, grad, None, target, *row_state, ones, ones, *place),
+            lambda: backend.shard_gradient(logits, grad, target, None, merged.state, ones, ones, shard, 1.0),
         ),
         (
             "exact divergence",
             2,
-            lambda: backend.shard_divergence("kl", logits, rollout, None, merged, other, None, None, None, *place),
+            lambda: backend.shard_divergence(
+                "kl", logits, merged.normaliser, rollout, other.normaliser, every, None, shard, 1.0
+            ),
         ),
     ]
     rows = []
