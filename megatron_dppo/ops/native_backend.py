@@ -8,7 +8,7 @@ not built.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -34,13 +34,13 @@ def shard_partials(
     """See torch_backend.shard_partials."""
     topk_ids_nK = None if topk_ids_nK is None else topk_ids_nK.contiguous()
     return _operators.row_partials(
-        logits_NV, rows, target_n.contiguous(), topk_ids_nK, temperature, first_column, num_columns
+        logits_NV, rows, None, target_n.contiguous(), topk_ids_nK, temperature, first_column, num_columns
     )
 
 
 def merge_shards(partials_RnC: torch.Tensor) -> MergedRows:
     """See shard_merge.merge_shards."""
-    return MergedRows(*_operators.merge_partials(partials_RnC))
+    return MergedRows(*_operators.merge_partials(partials_RnC, None))
 
 
 def shard_gradient(
@@ -59,11 +59,17 @@ def shard_gradient(
     num_columns: int,
 ) -> None:
     """See torch_backend.shard_gradient. A row whose incoming gradients are both 0 is zero-filled without being read."""
+    mask, total = None, logits_NV.shape[0]
+    if rows is not None:
+        mask = torch.zeros(total, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
+        target_n = target_n.new_zeros(total).index_copy_(0, rows, target_n)
     coefficients = [
-        None if values is None else values.contiguous()
+        None
+        if values is None
+        else (values.contiguous() if rows is None else values.new_zeros(total).index_copy_(0, rows, values))
         for values in (max_n, log_sum_n, log_prob_n, entropy_n, grad_log_prob_n, grad_entropy_n)
     ]
-    arguments = (rows, target_n.contiguous(), *coefficients, temperature, first_column, num_columns)
+    arguments = (mask, target_n.contiguous(), *coefficients, temperature, first_column, num_columns)
     if grad_NV is logits_NV:  # an operator must not get one tensor both to read and, under another name, to write
         _operators.policy_backward_(logits_NV, *arguments)
     else:
@@ -89,6 +95,7 @@ def shard_divergence(
         policy_logits_NV,
         rollout_logits_NV,
         rows,
+        None,
         policy.max,
         policy.log_sum,
         rollout.max,
@@ -104,13 +111,13 @@ def shard_divergence(
 
 
 @torch.library.register_fake("megatron_dppo::row_partials")
-def _(logits, rows, target, topk_ids, temperature, first_column, num_columns):  # type: ignore[no-untyped-def]
+def _(logits, rows, mask, target, topk_ids, temperature, first_column, num_columns):  # type: ignore[no-untyped-def]
     topk = 0 if topk_ids is None else topk_ids.shape[1]
     return logits.new_empty(target.shape[0], 5 + topk, dtype=torch.float32)
 
 
 @torch.library.register_fake("megatron_dppo::merge_partials")
-def _(partials):  # type: ignore[no-untyped-def]
+def _(partials, mask):  # type: ignore[no-untyped-def]
     n = partials.shape[1]
     log_prob, entropy, collision, maximum, log_sum = (partials.new_empty(n) for _ in range(5))
     return log_prob, entropy, collision, partials.new_empty(n, partials.shape[2] - 5), maximum, log_sum
@@ -127,12 +134,14 @@ def _(logits, *others):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("megatron_dppo::shard_divergence")
-def _(logits, rollout_logits, rows, max, *others):  # type: ignore[no-untyped-def]
+def _(logits, rollout_logits, rows, mask, max, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(max)
 
 
-@torch.library.register_fake("megatron_dppo::token_update")
-def _(log_mu, *others, histogram_bins, **settings):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("megatron_dppo::token_objective")
+def _(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
     coefficient, weight, divergence = (torch.empty_like(log_mu) for _ in range(3))
-    totals = log_mu.new_empty(_C.num_totals, dtype=torch.float64)
-    return coefficient, weight, divergence, totals, log_mu.new_empty(histogram_bins + 2, dtype=torch.int64)
+    constants: Any = _C.metric_constants
+    decades = constants["histogram_highest"] - constants["histogram_lowest"]
+    histogram = log_mu.new_empty(decades * constants["histogram_bins_per_decade"] + 2, dtype=torch.int64)
+    return coefficient, weight, divergence, log_mu.new_empty(len(_C.total_names), dtype=torch.float64), histogram
