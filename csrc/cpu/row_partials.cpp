@@ -16,8 +16,14 @@ namespace megatron_dppo::cpu {
 namespace {
 
 constexpr int64_t kChunk = 2048;
-constexpr int64_t kBlock = 512;  // of a chunk: what is added up in single precision
-constexpr int kTree = 8;
+
+// How a chunk is added up in single precision, whatever the width of the processor's vectors: kDepth numbers in turn,
+// then the chunk's blocks of kDepth * kLanes, then the lanes down to 8, pairwise; beyond that in double precision. No
+// term passes through more than kDepth - 1 + kChunk / (kDepth * kLanes) + log2(kLanes / 8) = 17 roundings, however long
+// the row. With one sum for each of a vector's lanes they would be hundreds, and where all terms are alike, as near
+// certainty, their errors do not average out.
+constexpr int kLanes = 32;
+constexpr int kDepth = 8;
 
 // The chunk as floats: itself, or unpacked into `scratch`, as reductions over 16-bit loads do not vectorise well.
 DPPO_INLINE const float* unpack(const float* x, int64_t, float*) { return x; }
@@ -44,36 +50,6 @@ DPPO_INLINE float chunk_max(const float* x, int64_t n) {
   return max;
 }
 
-// What the terms of some elements add up to.
-struct Terms {
-  float rest = 0.f, shifted = 0.f, squares = 0.f;  // `shifted` in units of log2
-  float at_max = 0.f;                              // how many elements equal the maximum, which are in no other sum
-
-  DPPO_INLINE friend Terms operator+(const Terms& a, const Terms& b) {
-    return {a.rest + b.rest, a.shifted + b.shifted, a.squares + b.squares, a.at_max + b.at_max};
-  }
-};
-
-// The terms of x[0], x[stride], ..., x[(N - 1) stride], added up pairwise. HoldsMax: some may equal the reference.
-template <bool HoldsMax, int N>
-DPPO_INLINE Terms terms_of(const float* x, int64_t stride, float reference, float exp2_scale) {
-  if constexpr (N > 1) {
-    return terms_of<HoldsMax, N / 2>(x, stride, reference, exp2_scale) +
-           terms_of<HoldsMax, N / 2>(x + N / 2 * stride, stride, reference, exp2_scale);
-  } else {
-    const float d = *x - reference;
-    const Exponent power = exp2_nonpositive(d * exp2_scale);
-    const float e = HoldsMax && d >= 0.f ? 0.f : power.two_to_y;
-    return {e, power.y * e, e * e, HoldsMax ? power.two_to_y - e : 0.f};
-  }
-}
-
-template <int N>
-DPPO_INLINE float max_of(const float* x, int64_t stride, float max) {
-  for (int k = 0; k < N; ++k) max = x[k * stride] > max ? x[k * stride] : max;
-  return max;
-}
-
 // A row's state while its chunks are added.
 struct ChunkSums {
   float max = -INFINITY;
@@ -89,46 +65,75 @@ struct ChunkSums {
   }
 };
 
-// Adds the terms of a chunk, `reference` being no less than any of its values. HoldsMax: some may equal it; one
-// occurrence of the row's maximum is then left out of the sums, in this chunk or (found before) in an earlier one.
-// Returns the maximum of the n values at `next`: read here, their way from memory overlaps with the arithmetic.
-//
-// Rounding: a sum of m numbers in turn is off by up to m half units in the last place, and where they are all alike, as
-// near certainty, that is not far from what happens. So few are added in turn: 8 by a tree, kBlock / 8 / lanes such in
-// each lane (8 with AVX2), the lanes by a tree, and blocks in double precision.
+// Sums side by side, and maxima of what was read ahead.
+struct Lanes {
+  alignas(64) float rest[kLanes], shifted[kLanes], squares[kLanes], at_max[kLanes], next_max[kLanes];
+};
+
+// Adds the terms of Depth elements to each of n lanes, `reference` being no less than any element. HoldsMax: some may
+// equal it; they are left out of the sums, and counted. `next` is read here so that its way from memory overlaps with
+// the arithmetic.
+template <bool HoldsMax, int Depth>
+DPPO_INLINE void add_block(Lanes& lanes, const float* x, const float* next, int64_t n, float reference,
+                           float exp2_scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    float rest = 0.f, shifted = 0.f, squares = 0.f, at_max = 0.f, next_max = lanes.next_max[j];
+#pragma GCC unroll 8
+    for (int k = 0; k < Depth; ++k) {
+      const float d = x[k * n + j] - reference;
+      const Exponent power = exp2_nonpositive(d * exp2_scale);
+      float e = power.two_to_y;
+      if (HoldsMax) {
+        e = d >= 0.f ? 0.f : e;
+        at_max += power.two_to_y - e;  // 1 for a maximum, else 0
+      }
+      rest += e;
+      shifted += power.y * e;
+      squares += e * e;
+      next_max = next[k * n + j] > next_max ? next[k * n + j] : next_max;
+    }
+    lanes.rest[j] += rest;
+    lanes.shifted[j] += shifted;
+    lanes.squares[j] += squares;
+    if (HoldsMax) lanes.at_max[j] += at_max;
+    lanes.next_max[j] = next_max;
+  }
+}
+
+// Destroys the lanes.
+DPPO_INLINE double sum_of(float* lanes) {
+  for (int width = kLanes / 2; width >= 8; width /= 2)
+#pragma omp simd
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  double sum = 0.0;
+  for (int j = 0; j < 8; ++j) sum += lanes[j];
+  return sum;
+}
+
+// Adds the terms of a chunk. One occurrence of the row's maximum stays left out, in this chunk or (found before) in an
+// earlier one; others that equal it count. Returns the maximum of the n values at `next`.
 template <bool HoldsMax>
 DPPO_INLINE float add_chunk(ChunkSums& sums, bool max_is_new, const float* x, const float* next, int64_t n,
                             float reference, float exp2_scale) {
-  double at_max = 0.0;
-  float next_max = -INFINITY;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t length = n - begin < kBlock ? n - begin : kBlock, stride = length / kTree;
-    float rest = 0.f, shifted = 0.f, squares = 0.f, equal = 0.f;
-    const auto add = [&](const Terms& terms) __attribute__((always_inline)) {
-      rest += terms.rest;
-      shifted += terms.shifted;
-      squares += terms.squares;
-      equal += terms.at_max;
-    };
-#pragma omp simd reduction(+ : rest, shifted, squares, equal) reduction(max : next_max)
-    for (int64_t i = 0; i < stride; ++i) {
-      add(terms_of<HoldsMax, kTree>(x + begin + i, stride, reference, exp2_scale));
-      next_max = max_of<kTree>(next + begin + i, stride, next_max);
-    }
-    for (int64_t i = begin + kTree * stride; i < begin + length; ++i) {
-      add(terms_of<HoldsMax, 1>(x + i, 0, reference, exp2_scale));
-      next_max = max_of<1>(next + i, 0, next_max);
-    }
-    sums.rest += rest;
-    sums.shifted += shifted;
-    sums.squares += squares;
-    at_max += equal;
-  }
+  Lanes lanes{};
+  for (int j = 0; j < kLanes; ++j) lanes.next_max[j] = -INFINITY;
+  int64_t i = 0;
+  for (; i + kDepth * kLanes <= n; i += kDepth * kLanes)
+    add_block<HoldsMax, kDepth>(lanes, x + i, next + i, kLanes, reference, exp2_scale);
+  for (; i < n; i += kLanes)
+    add_block<HoldsMax, 1>(lanes, x + i, next + i, n - i < kLanes ? n - i : kLanes, reference, exp2_scale);
+  sums.rest += sum_of(lanes.rest);
+  sums.shifted += sum_of(lanes.shifted);
+  sums.squares += sum_of(lanes.squares);
   if (HoldsMax) {
-    const double others = max_is_new ? at_max - 1.0 : at_max;
+    const double at_max = sum_of(lanes.at_max), others = max_is_new ? at_max - 1.0 : at_max;
     sums.rest += others;
     sums.squares += others;
   }
+  float next_max = -INFINITY;
+#pragma omp simd reduction(max : next_max)
+  for (int j = 0; j < kLanes; ++j) next_max = lanes.next_max[j] > next_max ? lanes.next_max[j] : next_max;
   return next_max;
 }
 
