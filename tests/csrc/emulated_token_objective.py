@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from emulation_library import TokenObjectiveArguments, address
+from token_objective_reference import HISTOGRAM_BINS, histogram_of, objective
 
-K, VOCAB, BINS, NUM_TOTALS, NO_ID = 3, 50, 320, 32, -100
+K, VOCAB, NO_ID = 3, 50, -100
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "given")
 DIRECTIONS = ("ratio", "exact_collision", "aggregated_tail", "uniform_tail")
 TRUST_REGIONS = ("mask", "smooth", "ppo_clip", "cispo", "none")
@@ -19,7 +19,25 @@ TRUST_REGIONS = ("mask", "smooth", "ppo_clip", "cispo", "none")
 COMBINATIONS = [(d, DIRECTIONS[i % 4], TRUST_REGIONS[i % 5]) for i, d in enumerate(DIVERGENCES)]
 WITHOUT_TOPK = [("topk_kl", "aggregated_tail", "smooth")]  # nothing but the sampled token is known
 COMBINATIONS += [("topk_kl", "uniform_tail", "mask"), ("binary_tv", "exact_collision", "smooth"), *WITHOUT_TOPK]
-LOW, HIGH, CAP, EDGES = 0.05, 0.1, 1.7, (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
+LIMITS = {
+    "delta_low": 0.05,
+    "delta_high": 0.1,
+    "ratio_cap": 1.7,
+    "ppo_clip_low": 0.2,
+    "ppo_clip_high": 0.28,
+    "ppo_dual_clip": 3.0,
+    "cispo_ratio_min": 0.5,
+    "cispo_ratio_max": 1.5,
+}
+# In the order of DPPO_SUMS and DPPO_MAXIMA (csrc/core/token_objective_arguments.h).
+BINS = range(5)
+TOTALS = [
+    *("tokens", "moved", "positive", "negative", *(f"moved_in_bin_{i}" for i in BINS)),
+    *("masked", "masked_positive", "masked_negative", *(f"masked_in_bin_{i}" for i in BINS)),
+    *("ppo_clipped", "ppo_agreeing", "bad_updates", "weight_sum", "divergence_sum"),
+    *("abs_log_ratio_sum", "kl_k1_sum", "kl_k3_sum", "ratio_sum", "ratio_squared_sum", "entropy_sum"),
+    *("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max"),
+]
 # Remaining masses are at least 0.03 here and off by at most (K + 2) 2^-23; a KL divides by them and takes the logarithm.
 TOLERANCE = 2.0**-23 * (K + 2) * (1 / 0.03 + 5)
 
@@ -58,8 +76,9 @@ def token_objective_failures(emulated: Any, n: int) -> Iterator[str]:
             addresses |= dict.fromkeys(("topk_ids", "topk_log_mu", "topk_log_pi"))
         addresses = {**dict(list(addresses.items())[:6]), "mask": address(given_mask), **addresses}
         floats = {name: np.full(n, np.nan, np.float32) for name in ("coefficient", "weight", "divergence")}
-        totals, histogram = np.full(NUM_TOTALS, np.nan), np.full(BINS + 2, -1, np.int64)
-        limits = (LOW, HIGH, CAP, math.log(0.8), math.log(1.28), math.log(3.0), 0.5, 1.5)
+        totals, histogram = np.full(len(TOTALS), np.nan), np.full(HISTOGRAM_BINS + 2, -1, np.int64)
+        as_log = {"ppo_clip_low": lambda x: 1 - x, "ppo_clip_high": lambda x: 1 + x, "ppo_dual_clip": lambda x: x}
+        limits = [math.log(as_log[name](x)) if name in as_log else x for name, x in LIMITS.items()]
         kinds = (DIVERGENCES.index(combination[0]), DIRECTIONS.index(combination[1]))
         arguments = TokenObjectiveArguments(
             *(n, topk, VOCAB, *addresses.values(), *kinds, TRUST_REGIONS.index(combination[2]), *limits),
@@ -68,7 +87,8 @@ def token_objective_failures(emulated: Any, n: int) -> Iterator[str]:
         assert ctypes.sizeof(arguments) % 8 == 0
         emulated.token_objective(arguments, 1)
         known = {name: x[inside, :topk] if x.ndim == 2 else x[inside] for name, x in inputs.items()}
-        expected = reference(*combination, {name: x.astype(np.float64) for name, x in known.items()})
+        expected, expected_totals = objective(known, *combination, LIMITS, VOCAB)
+        expected["totals"] = np.array([expected_totals[name] for name in TOTALS])
         if any((values[~inside] != 0).any() for values in floats.values()):
             yield f"{combination}, {n} tokens: the results of a masked token are not 0"
         results = {**{name: x[inside] for name, x in floats.items()}, "totals": totals, "histogram": histogram}
@@ -80,69 +100,3 @@ def token_objective_failures(emulated: Any, n: int) -> Iterator[str]:
                 error = np.where(results[name] == value, 0.0, np.abs(results[name] - value))
             if not (error <= TOLERANCE * max(1, n if name == "totals" else 1)).all():
                 yield f"{combination}, {n} tokens: {name} is off by {error.max(initial=0.0):.1e}"
-
-
-def reference(divergence: str, direction: str, trust_region: str, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the kernel must return, from the papers' formulas."""
-    mu, pi, advantage = np.exp(x["log_mu"]), np.exp(x["log_pi"]), x["advantage"]
-    ratio = pi / mu
-    new = (x["topk_ids"] != x["target"][:, None]).all(1)  # the sampled token is not in the top K
-    slots_mu = np.concatenate([np.exp(x["topk_log_mu"]), (mu * new)[:, None]], 1)
-    slots_pi = np.concatenate([np.exp(x["topk_log_pi"]), (pi * new)[:, None]], 1)
-    mu_rest, pi_rest = 1 - slots_mu.sum(1), 1 - slots_pi.sum(1)
-
-    def distance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-        if divergence.endswith("tv"):
-            return 0.5 * np.abs(p - q).sum(1)
-        return (p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1))).sum(1)
-
-    if divergence == "given":
-        d = x["given_divergence"]
-    elif divergence.startswith("binary"):
-        d = distance(np.stack([mu, 1 - mu], 1), np.stack([pi, 1 - pi], 1))
-    else:
-        d = distance(np.column_stack([slots_mu, mu_rest]), np.column_stack([slots_pi, pi_rest]))
-
-    square = pi_rest**2
-    if direction == "uniform_tail":
-        square = square / (VOCAB - x["topk_ids"].shape[1] - new)
-    elif direction == "exact_collision":
-        square = np.minimum(np.maximum(x["collision"] - (slots_pi**2).sum(1), 0), square)
-    growth = pi - mu + (slots_pi * slots_mu).sum(1) + mu_rest / pi_rest * square - (slots_pi**2).sum(1) - square
-    outward = np.sign(advantage) * np.sign(pi - mu if direction == "ratio" else growth)
-    capped = np.minimum(ratio, CAP)
-    delta = np.where(advantage > 0, HIGH, LOW)
-
-    def clips(low: float, high: float) -> np.ndarray:
-        return ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
-
-    weight = {
-        "mask": 1.0 - ((outward > 0) & (d > delta)),
-        "smooth": 1 - outward * np.abs(pi - mu) / delta,
-        "ppo_clip": 1.0 - (clips(0.8, 1.28) | ((advantage < 0) & (ratio > 3))),
-        "cispo": np.clip(capped, 0.5, 1.5) / capped,
-        "none": np.ones_like(mu),
-    }[trust_region]
-
-    moved, masked, reference_clips = advantage != 0, weight == 0, clips(0.8, 1.2)
-    bins = [moved & (mu >= low) & ((mu < high) | (high == 1)) for low, high in itertools.pairwise(EDGES)]
-    groups = [moved, advantage > 0, advantage < 0, *bins]
-    sums = [len(mu), *(group.sum() for group in groups), *((group & masked).sum() for group in groups)]
-    bad = (advantage < 0) & (mu - pi >= 0.5)
-    agrees = reference_clips == masked
-    sums += [(moved * value).sum() for value in (reference_clips, agrees, bad, weight, d)]
-    log_ratio = x["log_pi"] - x["log_mu"]
-    per_token = (np.abs(log_ratio), -log_ratio, np.expm1(log_ratio) - log_ratio, ratio, ratio**2, x["entropy"])
-    sums += [value.sum() for value in per_token]
-    sums += [value.max(initial=-np.inf) for value in (d[moved], ratio, -ratio, np.abs(pi - mu))]
-    return {
-        "coefficient": weight * capped * advantage,
-        "weight": weight,
-        "divergence": d,
-        "totals": np.array(sums, np.float64),
-    }
-
-
-def histogram_of(d: np.ndarray) -> np.ndarray:
-    at = np.clip(np.floor((np.log10(np.maximum(d, 1e-30)) + 6) * 40) + 1, 0, BINS + 1).astype(int)
-    return np.bincount(at, minlength=BINS + 2)
