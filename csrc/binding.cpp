@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "core/arguments.h"
-#include "core/token_update_arguments.h"
+#include "core/token_objective_arguments.h"
 #include "cpu/kernels.h"
 
 #if defined(DPPO_WITH_CUDA)
@@ -49,10 +49,10 @@ Dtype dtype_of(const Tensor& logits) {
   }
 }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& logits, at::ScalarType dtype,
+void check_like(const char* name, const Tensor& tensor, const Tensor& other, at::ScalarType dtype,
                 at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", logits on ",
-                    logits.device());
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, " is on ", tensor.device(), ", the first argument on ",
+                    other.device());
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", not ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", not ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
@@ -89,9 +89,16 @@ LogitsShard check_logits(const Tensor& logits, int64_t first_column, int64_t num
   return {logits.const_data_ptr(), dtype_of(logits), logits.size(1), logits.stride(0), first_column, num_columns};
 }
 
+RowMask check_mask(const optional<Tensor>& mask, const Tensor& like, int64_t n) {
+  if (!mask.has_value()) return {nullptr};
+  check_like("mask", *mask, like, at::kBool, {n});
+  return {mask->const_data_ptr<bool>()};
+}
+
 // On a GPU the rows' values are the caller's promise: looking at them would stop the stream.
-RowSelection check_rows(const optional<Tensor>& rows, const Tensor& logits) {
-  if (!rows.has_value()) return {nullptr, logits.size(0)};
+RowSelection check_selection(const optional<Tensor>& rows, const optional<Tensor>& mask, const Tensor& logits) {
+  TORCH_CHECK_VALUE(!rows.has_value() || !mask.has_value(), "rows and mask exclude each other");
+  if (!rows.has_value()) return {nullptr, check_mask(mask, logits, logits.size(0)), logits.size(0)};
   check_like("rows", *rows, logits, at::kLong, {rows->numel()});
   TORCH_CHECK_VALUE(rows->numel() <= logits.size(0), "rows lists ", rows->numel(), " rows; logits have ",
                     logits.size(0));
@@ -99,7 +106,7 @@ RowSelection check_rows(const optional<Tensor>& rows, const Tensor& logits) {
   for (int64_t i = 0; logits.is_cpu() && i < rows->numel(); ++i)
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < logits.size(0), "rows holds ", values[i], "; logits have ",
                       logits.size(0), " rows");
-  return {values, rows->numel()};
+  return {values, {nullptr}, rows->numel()};
 }
 
 const float* check_per_row(const char* name, const optional<Tensor>& values, const Tensor& logits, int64_t n) {
@@ -119,11 +126,12 @@ void check_launch(const char* kernel, cudaError_t error) {
 }
 #endif
 
-Tensor row_partials(const Tensor& logits, const optional<Tensor>& rows, const Tensor& target,
-                    const optional<Tensor>& topk_ids, double temperature, int64_t first_column, int64_t num_columns) {
+Tensor row_partials(const Tensor& logits, const optional<Tensor>& rows, const optional<Tensor>& mask,
+                    const Tensor& target, const optional<Tensor>& topk_ids, double temperature, int64_t first_column,
+                    int64_t num_columns) {
   PartialsArguments args{};
   args.logits = check_logits(logits, first_column, num_columns);
-  args.selection = check_rows(rows, logits);
+  args.selection = check_selection(rows, mask, logits);
   const int64_t n = args.selection.n;
   check_like("target", target, logits, at::kLong, {n});
   args.target = target.const_data_ptr<int64_t>();
@@ -150,7 +158,8 @@ Tensor row_partials(const Tensor& logits, const optional<Tensor>& rows, const Te
   return partials;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partials(const Tensor& partials) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partials(const Tensor& partials,
+                                                                          const optional<Tensor>& mask) {
   TORCH_CHECK_VALUE(partials.dim() == 3 && partials.size(0) >= 1 && partials.size(2) >= kTopk,
                     "partials must have shape [shards, n, 5 + K], not ", partials.sizes());
   TORCH_CHECK_VALUE(partials.scalar_type() == at::kFloat, "partials must be float32, not ", partials.scalar_type());
@@ -164,6 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partials(const 
       partials.size(0),
       n,
       topk,
+      check_mask(mask, partials, n),
       log_prob.mutable_data_ptr<float>(),
       entropy.mutable_data_ptr<float>(),
       collision.mutable_data_ptr<float>(),
@@ -182,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partials(const 
   return {log_prob, entropy, collision, topk_log_prob, max, log_sum};
 }
 
-// Of `grad` only the selected rows are written. It may be `logits` itself, or must not overlap it.
-void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Tensor>& rows, const Tensor& target,
+// `grad` may be `logits` itself, or must not overlap it.
+void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Tensor>& mask, const Tensor& target,
                      const Tensor& max, const Tensor& log_sum, const Tensor& log_prob, const Tensor& entropy,
                      const optional<Tensor>& grad_log_prob, const optional<Tensor>& grad_entropy, double temperature,
                      int64_t first_column, int64_t num_columns) {
@@ -195,8 +205,8 @@ void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Te
       "grad must match logits in shape, dtype and device");
   TORCH_CHECK_VALUE(at::get_overlap_status(grad, logits) != at::MemOverlapStatus::Partial,
                     "grad must be the logits themselves or share no memory with them");
-  args.selection = check_rows(rows, logits);
-  const int64_t n = args.selection.n;
+  const int64_t n = args.n = logits.size(0);
+  args.mask = check_mask(mask, logits, n);
   check_like("target", target, logits, at::kLong, {n});
   args.target = target.const_data_ptr<int64_t>();
   args.max = check_per_row("max", max, logits, n);
@@ -219,18 +229,18 @@ void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Te
   cpu::policy_backward(args);
 }
 
-void policy_backward_(const Tensor& logits, const optional<Tensor>& rows, const Tensor& target, const Tensor& max,
+void policy_backward_(const Tensor& logits, const optional<Tensor>& mask, const Tensor& target, const Tensor& max,
                       const Tensor& log_sum, const Tensor& log_prob, const Tensor& entropy,
                       const optional<Tensor>& grad_log_prob, const optional<Tensor>& grad_entropy, double temperature,
                       int64_t first_column, int64_t num_columns) {
-  policy_backward(logits, logits, rows, target, max, log_sum, log_prob, entropy, grad_log_prob, grad_entropy,
+  policy_backward(logits, logits, mask, target, max, log_sum, log_prob, entropy, grad_log_prob, grad_entropy,
                   temperature, first_column, num_columns);
 }
 
 // Each row's D(mu || pi) over this shard's columns.
 Tensor shard_divergence(const Tensor& logits, const Tensor& rollout_logits, const optional<Tensor>& rows,
-                        const Tensor& max, const Tensor& log_sum, const Tensor& rollout_max,
-                        const Tensor& rollout_log_sum, const optional<Tensor>& known_ids,
+                        const optional<Tensor>& mask, const Tensor& max, const Tensor& log_sum,
+                        const Tensor& rollout_max, const Tensor& rollout_log_sum, const optional<Tensor>& known_ids,
                         const optional<Tensor>& known_log_prob, const optional<Tensor>& log_rescale,
                         std::string distance, double temperature, int64_t first_column, int64_t num_columns) {
   DivergenceArguments args{};
@@ -240,7 +250,7 @@ Tensor shard_divergence(const Tensor& logits, const Tensor& rollout_logits, cons
                         rollout_logits.device() == logits.device(),
                     "rollout_logits must match logits in shape, dtype and device");
   args.rollout = check_logits(rollout_logits, first_column, num_columns);
-  args.selection = check_rows(rows, logits);
+  args.selection = check_selection(rows, mask, logits);
   const int64_t n = args.selection.n;
   args.policy_normaliser = {check_per_row("max", max, logits, n), check_per_row("log_sum", log_sum, logits, n)};
   args.rollout_normaliser = {check_per_row("rollout_max", rollout_max, logits, n),
@@ -275,9 +285,9 @@ Tensor shard_divergence(const Tensor& logits, const Tensor& rollout_logits, cons
 }
 
 TrustRegionSettings check_settings(const std::string& divergence, const std::string& direction,
-                                   const std::string& trust_region, double delta_low, double delta_high,
-                                   optional<double> ratio_cap, double ppo_clip_low, double ppo_clip_high,
-                                   optional<double> ppo_dual_clip, double cispo_ratio_min, double cispo_ratio_max) {
+                                   const std::string& trust_region, at::ArrayRef<double> limits) {
+  TORCH_CHECK_VALUE(limits.size() == kNumLimits, "limits must have ", kNumLimits,
+                    " values (limit_names of megatron_dppo._C), not ", limits.size());
   TrustRegionSettings settings{};
   settings.divergence = choice_of<Divergence>("divergence", divergence,
                                               {{"binary_tv", Divergence::kBinaryTv},
@@ -296,44 +306,17 @@ TrustRegionSettings check_settings(const std::string& divergence, const std::str
                                                   {"ppo_clip", TrustRegion::kPpoClip},
                                                   {"cispo", TrustRegion::kCispo},
                                                   {"none", TrustRegion::kNone}});
-  constexpr double kNever = std::numeric_limits<double>::infinity();
-  settings.delta_low = static_cast<float>(delta_low);
-  settings.delta_high = static_cast<float>(delta_high);
-  settings.ratio_cap = static_cast<float>(ratio_cap.value_or(kNever));
-  settings.log_clip_low = static_cast<float>(std::log1p(-ppo_clip_low));
-  settings.log_clip_high = static_cast<float>(std::log1p(ppo_clip_high));
-  settings.log_dual_clip = static_cast<float>(std::log(ppo_dual_clip.value_or(kNever)));
-  settings.cispo_ratio_min = static_cast<float>(cispo_ratio_min);
-  settings.cispo_ratio_max = static_cast<float>(cispo_ratio_max);
+  settings.limits = limits_from(limits.data());
   return settings;
 }
 
-MetricSettings check_metric_settings(double reference_clip, double bad_update_drop, at::ArrayRef<double> bin_edges,
-                                     int64_t histogram_lowest, int64_t bins_per_decade, int64_t histogram_bins) {
-  TORCH_CHECK_VALUE(bin_edges.size() == kProbabilityBins + 1, "probability_bins must have ", kProbabilityBins + 1,
-                    " edges, not ", bin_edges.size());
-  TORCH_CHECK_VALUE(histogram_bins >= 1 && histogram_bins <= kMaxHistogramBins, "histogram_bins must be in [1, ",
-                    kMaxHistogramBins, "], not ", histogram_bins);
-  MetricSettings settings{};
-  settings.log_clip_low = static_cast<float>(std::log1p(-reference_clip));
-  settings.log_clip_high = static_cast<float>(std::log1p(reference_clip));
-  settings.bad_update_drop = static_cast<float>(bad_update_drop);
-  for (int i = 0; i <= kProbabilityBins; ++i) settings.bin_edges[i] = static_cast<float>(bin_edges[i]);
-  settings.histogram_lowest = static_cast<float>(histogram_lowest);
-  settings.bins_per_decade = static_cast<float>(bins_per_decade);
-  settings.histogram_bins = static_cast<int>(histogram_bins);
-  return settings;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_update(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_objective(
     const Tensor& log_mu, const Tensor& log_pi, const Tensor& advantages, const Tensor& entropy,
-    const Tensor& collision, const Tensor& target, const Tensor& topk_ids, const Tensor& topk_log_mu,
-    const Tensor& topk_log_pi, const optional<Tensor>& given_divergence, int64_t vocab_size, std::string divergence,
-    std::string direction, std::string trust_region, double delta_low, double delta_high, optional<double> ratio_cap,
-    double ppo_clip_low, double ppo_clip_high, optional<double> ppo_dual_clip, double cispo_ratio_min,
-    double cispo_ratio_max, double reference_clip, double bad_update_drop, at::ArrayRef<double> probability_bins,
-    int64_t histogram_lowest, int64_t bins_per_decade, int64_t histogram_bins) {
-  TokenUpdateArguments args{};
+    const Tensor& collision, const Tensor& target, const optional<Tensor>& mask, const optional<Tensor>& topk_ids,
+    const optional<Tensor>& topk_log_mu, const optional<Tensor>& topk_log_pi, const optional<Tensor>& given_divergence,
+    int64_t vocab_size, std::string divergence, std::string direction, std::string trust_region,
+    at::ArrayRef<double> limits) {
+  TokenObjectiveArguments args{};
   TORCH_CHECK_VALUE(log_mu.dim() == 1, "log_mu must be a vector [n], not ", log_mu.sizes());
   const int64_t n = args.n = log_mu.size(0);
   args.log_mu = check_per_row("log_mu", log_mu, log_mu, n);
@@ -344,26 +327,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_update(
   args.given_divergence = check_per_row("given_divergence", given_divergence, log_mu, n);
   check_like("target", target, log_mu, at::kLong, {n});
   args.target = target.const_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids must be a matrix [n, K], not ", topk_ids.sizes());
-  args.topk = topk_ids.size(1);
-  check_like("topk_ids", topk_ids, log_mu, at::kLong, {n, args.topk});
-  check_like("topk_log_mu", topk_log_mu, log_mu, at::kFloat, {n, args.topk});
-  check_like("topk_log_pi", topk_log_pi, log_mu, at::kFloat, {n, args.topk});
-  args.topk_ids = topk_ids.const_data_ptr<int64_t>();
-  args.topk_log_mu = topk_log_mu.const_data_ptr<float>();
-  args.topk_log_pi = topk_log_pi.const_data_ptr<float>();
+  args.mask = check_mask(mask, log_mu, n);
+  TORCH_CHECK_VALUE(topk_ids.has_value() == topk_log_mu.has_value() && topk_ids.has_value() == topk_log_pi.has_value(),
+                    "topk_ids, topk_log_mu and topk_log_pi must be given together");
+  if (topk_ids.has_value()) {
+    TORCH_CHECK_VALUE(topk_ids->dim() == 2, "topk_ids must be a matrix [n, K], not ", topk_ids->sizes());
+    args.topk = topk_ids->size(1);
+    check_like("topk_ids", *topk_ids, log_mu, at::kLong, {n, args.topk});
+    check_like("topk_log_mu", *topk_log_mu, log_mu, at::kFloat, {n, args.topk});
+    check_like("topk_log_pi", *topk_log_pi, log_mu, at::kFloat, {n, args.topk});
+    args.topk_ids = topk_ids->const_data_ptr<int64_t>();
+    args.topk_log_mu = topk_log_mu->const_data_ptr<float>();
+    args.topk_log_pi = topk_log_pi->const_data_ptr<float>();
+  }
   TORCH_CHECK_VALUE(vocab_size > 0, "vocab_size must be positive, not ", vocab_size);
   args.vocab_size = vocab_size;
-  args.settings = check_settings(divergence, direction, trust_region, delta_low, delta_high, ratio_cap, ppo_clip_low,
-                                 ppo_clip_high, ppo_dual_clip, cispo_ratio_min, cispo_ratio_max);
+  args.settings = check_settings(divergence, direction, trust_region, limits);
   TORCH_CHECK_VALUE((args.settings.divergence == Divergence::kGiven) == given_divergence.has_value(),
                     "given_divergence goes with divergence='given', and with no other");
-  args.metrics = check_metric_settings(reference_clip, bad_update_drop, probability_bins, histogram_lowest,
-                                       bins_per_decade, histogram_bins);
 
   Tensor coefficient = at::empty_like(log_mu), weight = at::empty_like(log_mu), measured = at::empty_like(log_mu);
   Tensor totals = at::empty({kNumTotals}, log_mu.options().dtype(at::kDouble));
-  Tensor histogram = at::empty({histogram_bins + 2}, log_mu.options().dtype(at::kLong));
+  Tensor histogram = at::empty({kHistogramSize}, log_mu.options().dtype(at::kLong));
   args.coefficient = coefficient.mutable_data_ptr<float>();
   args.weight = weight.mutable_data_ptr<float>();
   args.divergence = measured.mutable_data_ptr<float>();
@@ -373,44 +358,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_update(
   if (log_mu.is_cuda()) {
     const c10::DeviceGuard guard(log_mu.device());
     const int multiprocessors = cuda::multiprocessor_count();
-    const int64_t bytes = cuda::token_update_workspace_bytes(n, multiprocessors);
+    const int64_t bytes = cuda::token_objective_workspace_bytes(n, multiprocessors);
     const Tensor workspace = at::empty({bytes}, log_mu.options().dtype(at::kByte));
-    check_launch("token_update", cuda::launch_token_update(args, multiprocessors, workspace.mutable_data_ptr(),
-                                                           current_stream(log_mu)));
+    check_launch("token_objective", cuda::launch_token_objective(args, multiprocessors, workspace.mutable_data_ptr(),
+                                                                 current_stream(log_mu)));
     return {coefficient, weight, measured, totals, histogram};
   }
 #endif
-  cpu::token_update(args);
+  cpu::token_objective(args);
   return {coefficient, weight, measured, totals, histogram};
 }
 
 }  // namespace
 
 #define DPPO_BACKWARD_INPUTS                                                                                          \
-  "Tensor? rows, Tensor target, Tensor max, Tensor log_sum, Tensor log_prob, Tensor entropy, Tensor? grad_log_prob, " \
+  "Tensor? mask, Tensor target, Tensor max, Tensor log_sum, Tensor log_prob, Tensor entropy, Tensor? grad_log_prob, " \
   "Tensor? grad_entropy, float temperature, int first_column, int num_columns) -> ()"
 
 TORCH_LIBRARY(megatron_dppo, m) {
   m.def(
-      "row_partials(Tensor logits, Tensor? rows, Tensor target, Tensor? topk_ids, float temperature, "
+      "row_partials(Tensor logits, Tensor? rows, Tensor? mask, Tensor target, Tensor? topk_ids, float temperature, "
       "int first_column, int num_columns) -> Tensor");
   m.def(
-      "merge_partials(Tensor partials) -> "
+      "merge_partials(Tensor partials, Tensor? mask) -> "
       "(Tensor log_prob, Tensor entropy, Tensor collision, Tensor topk_log_prob, Tensor max, Tensor log_sum)");
   m.def("policy_backward(Tensor logits, Tensor(a!) grad, " DPPO_BACKWARD_INPUTS);
   m.def("policy_backward_(Tensor(a!) logits, " DPPO_BACKWARD_INPUTS);
   m.def(
-      "shard_divergence(Tensor logits, Tensor rollout_logits, Tensor? rows, Tensor max, Tensor log_sum, "
+      "shard_divergence(Tensor logits, Tensor rollout_logits, Tensor? rows, Tensor? mask, Tensor max, Tensor log_sum, "
       "Tensor rollout_max, Tensor rollout_log_sum, Tensor? known_ids, Tensor? known_log_prob, Tensor? log_rescale, "
       "str distance, float temperature, int first_column, int num_columns) -> Tensor");
   m.def(
-      "token_update(Tensor log_mu, Tensor log_pi, Tensor advantages, Tensor entropy, Tensor collision, Tensor target, "
-      "Tensor topk_ids, Tensor topk_log_mu, Tensor topk_log_pi, Tensor? given_divergence, int vocab_size, *, "
-      "str divergence, str direction, str trust_region, float delta_low, float delta_high, float? ratio_cap, "
-      "float ppo_clip_low, float ppo_clip_high, float? ppo_dual_clip, float cispo_ratio_min, float cispo_ratio_max, "
-      "float reference_clip, float bad_update_drop, float[] probability_bins, int histogram_lowest, "
-      "int bins_per_decade, int histogram_bins) -> "
-      "(Tensor coefficient, Tensor weight, Tensor divergence, Tensor totals, Tensor histogram)");
+      "token_objective(Tensor log_mu, Tensor log_pi, Tensor advantages, Tensor entropy, Tensor collision, "
+      "Tensor target, Tensor? mask, Tensor? topk_ids, Tensor? topk_log_mu, Tensor? topk_log_pi, "
+      "Tensor? given_divergence, int vocab_size, *, str divergence, str direction, str trust_region, float[] limits) "
+      "-> (Tensor coefficient, Tensor weight, Tensor divergence, Tensor totals, Tensor histogram)");
 }
 
 #define DPPO_REGISTER(DEVICE)                     \
@@ -420,7 +402,7 @@ TORCH_LIBRARY(megatron_dppo, m) {
     m.impl("policy_backward", policy_backward);   \
     m.impl("policy_backward_", policy_backward_); \
     m.impl("shard_divergence", shard_divergence); \
-    m.impl("token_update", token_update);         \
+    m.impl("token_objective", token_objective);   \
   }
 DPPO_REGISTER(CPU)
 #if defined(DPPO_WITH_CUDA)
@@ -429,11 +411,40 @@ DPPO_REGISTER(CUDA)
 
 }  // namespace megatron_dppo
 
+namespace {
+
+template <size_t N>
+pybind11::tuple names_of(const char* const (&names)[N]) {
+  pybind11::tuple tuple(N);
+  for (size_t i = 0; i < N; ++i) tuple[i] = names[i];
+  return tuple;
+}
+
+pybind11::dict metric_constants() {
+  using namespace megatron_dppo;
+  constexpr ProbabilityBinEdges edges = probability_bin_edges();
+  pybind11::tuple bins(kProbabilityBins + 1);
+  for (int i = 0; i <= kProbabilityBins; ++i) bins[i] = edges.values[i];
+  pybind11::dict constants;
+  constants["reference_clip"] = kReferenceClip;
+  constants["bad_update_drop"] = kBadUpdateDrop;
+  constants["probability_bins"] = bins;
+  constants["histogram_lowest"] = kHistogramLowest;
+  constants["histogram_highest"] = kHistogramHighest;
+  constants["histogram_bins_per_decade"] = kHistogramBinsPerDecade;
+  return constants;
+}
+
+}  // namespace
+
+// megatron_dppo/_C.pyi says what each of them is.
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers torch.ops.megatron_dppo and tells how it was built.";
-  m.attr("cuda_archs") = DPPO_CUDA_ARCHS;  // "" where only the CPU kernels are in
+  m.attr("cuda_archs") = DPPO_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
   m.attr("flags") = DPPO_BUILD_FLAGS;
-  m.attr("torch_version") = DPPO_TORCH_VERSION;                        // compiled against
-  m.attr("num_totals") = static_cast<int>(megatron_dppo::kNumTotals);  // of token_update
+  m.attr("torch_version") = DPPO_TORCH_VERSION;
+  m.attr("limit_names") = names_of(megatron_dppo::kLimitNames);
+  m.attr("total_names") = names_of(megatron_dppo::kTotalNames);
+  m.attr("metric_constants") = metric_constants();
 }

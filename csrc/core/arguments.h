@@ -1,10 +1,13 @@
 // Arguments of the kernels that read logits, the same for CPU and CUDA. Pointers are to memory of the kernel's device.
 //
-// N rows of logits, of which n matter (those of prompts and padding do not): `rows` lists them, and every per-token
-// array is compact, [n]. With z = x / temperature, what crosses between shards is in units of z.
+// Of N rows of logits those of prompts and padding do not matter. Either a list names the n rows that do, and per-row
+// arrays are compact, [n]; or a mask marks them, and per-row arrays are [N]. With z = x / temperature, what crosses
+// between shards is in units of z.
 #pragma once
 
 #include <cstdint>
+
+#include "platform.h"
 
 namespace megatron_dppo {
 
@@ -20,9 +23,21 @@ struct LogitsShard {
   int64_t num_columns;   // true vocabulary; the columns beyond are padding: never read, gradient exactly 0
 };
 
+// Rows outside are not read, nor is anything else that belongs to them; their results are 0.
+struct RowMask {
+  const bool* inside;  // [n], or null: all of them
+
+  DPPO_HOST_DEVICE bool skips(int64_t i) const { return inside != nullptr && !inside[i]; }
+};
+
+// The n rows that the kernels' per-row arrays are about. Not both a list and a mask.
 struct RowSelection {
-  const int64_t* rows;  // [n] rows that matter, or null: rows 0 to n - 1
+  const int64_t* rows;  // [n] rows of the logits, or null: rows 0 to n - 1
+  RowMask mask;
   int64_t n;
+
+  DPPO_HOST_DEVICE int64_t row(int64_t i) const { return rows != nullptr ? rows[i] : i; }
+  DPPO_HOST_DEVICE bool skips(int64_t i) const { return mask.skips(i); }
 };
 
 // Fields of a row's partials, as they travel in the all-gather; gathered logits are 0 on the shards that do not hold
@@ -51,6 +66,7 @@ struct MergeArguments {
   int64_t shards;
   int64_t n;
   int64_t topk;
+  RowMask mask;
   float* log_prob;       // [n]        OUT
   float* entropy;        // [n]        OUT
   float* collision;      // [n]        OUT  sum of squared probabilities
@@ -61,7 +77,8 @@ struct MergeArguments {
 
 struct BackwardArguments {
   LogitsShard logits;
-  RowSelection selection;
+  int64_t n;
+  RowMask mask;                // rows outside are zero-filled
   const int64_t* target;       // [n] global ids
   const float* max;            // [n]
   const float* log_sum;        // [n]
@@ -70,8 +87,7 @@ struct BackwardArguments {
   const float* grad_log_prob;  // [n], or null: all 0
   const float* grad_entropy;   // [n], or null: all 0
   float temperature;
-  void* grad_logits;  // [N, columns] of the logits' dtype  OUT; may be the logits themselves. Only selected rows are
-                      // written
+  void* grad_logits;  // [n, columns] of the logits' dtype  OUT; may be the logits themselves
   int64_t grad_row_stride;
 };
 

@@ -6,6 +6,12 @@
 
 namespace megatron_dppo {
 
+// The partials of a row that is skipped.
+DPPO_HOST_DEVICE void write_no_partials(const PartialsArguments& args, int64_t i) {
+  float* out = args.partials + i * (kTopk + args.topk);
+  for (int64_t field = 0; field < kTopk + args.topk; ++field) out[field] = 0.f;
+}
+
 // Writes the reduction's four fields in units of z. A row that holds NaN or +inf has no softmax: `shifted` is NaN then,
 // and spreads to whatever is computed from this row.
 DPPO_HOST_DEVICE void write_state(const RowReduction& state, float temperature, float* partials) {
@@ -30,6 +36,11 @@ DPPO_HOST_DEVICE float select_over_shards(const MergeArguments& args, int64_t ro
 //   collision = (1 + squares) / (1 + rest)^2
 // A row of nothing but -inf has no softmax either: all of its outputs are NaN.
 DPPO_HOST_DEVICE void finish_row(const MergeArguments& args, int64_t row) {
+  if (args.mask.skips(row)) {
+    args.log_prob[row] = args.entropy[row] = args.collision[row] = args.max[row] = args.log_sum[row] = 0.f;
+    for (int64_t k = 0; k < args.topk; ++k) args.topk_log_prob[row * args.topk + k] = 0.f;
+    return;
+  }
   RowReduction total;
   for (int64_t shard = 0; shard < args.shards; ++shard) {
     const float* part = args.partials + (shard * args.n + row) * (kTopk + args.topk);
@@ -61,6 +72,10 @@ struct RowGradient {
 
 DPPO_HOST_DEVICE RowGradient row_gradient(const BackwardArguments& args, int64_t i) {
   RowGradient g{};
+  if (args.mask.skips(i)) {
+    g.is_zero = true;
+    return g;
+  }
   const float grad_log_prob = args.grad_log_prob != nullptr ? args.grad_log_prob[i] : 0.f;
   const float grad_entropy = args.grad_entropy != nullptr ? args.grad_entropy[i] : 0.f;
   g.is_zero = grad_log_prob == 0.f && grad_entropy == 0.f;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/arguments.h"
-#include "../core/token_update_arguments.h"
+#include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cpu {
 
@@ -10,6 +10,6 @@ void row_partials(const PartialsArguments& args);
 void merge_partials(const MergeArguments& args);
 void policy_backward(const BackwardArguments& args);
 void shard_divergence(const DivergenceArguments& args);  // into sums [n, 1]
-void token_update(const TokenUpdateArguments& args);
+void token_objective(const TokenObjectiveArguments& args);
 
 }  // namespace megatron_dppo::cpu

@@ -4,6 +4,7 @@
 #include "row_tasks.h"
 #include "vector_math.h"
 
+#include "../core/dtype_switch.h"
 #include "../core/row_outputs.h"
 
 namespace megatron_dppo::cpu {
@@ -29,36 +30,32 @@ DPPO_INLINE void write_row_segment(const T* x, T* out, int64_t n, const RowGradi
     write_gradient<false>(x, out, n, row, exp2_scale);
 }
 
-DPPO_CPU_CLONES void backward_float32(const float* x, float* out, int64_t n, const RowGradient& row, float scale) {
+DPPO_CPU_CLONES void backward(const float* x, float* out, int64_t n, const RowGradient& row, float scale) {
   write_row_segment(x, out, n, row, scale);
 }
-DPPO_CPU_CLONES void backward_bfloat16(const BFloat16* x, BFloat16* out, int64_t n, const RowGradient& row,
-                                       float scale) {
+DPPO_CPU_CLONES void backward(const BFloat16* x, BFloat16* out, int64_t n, const RowGradient& row, float scale) {
   write_row_segment(x, out, n, row, scale);
 }
-DPPO_CPU_CLONES void backward_float16(const Float16* x, Float16* out, int64_t n, const RowGradient& row, float scale) {
+DPPO_CPU_CLONES void backward(const Float16* x, Float16* out, int64_t n, const RowGradient& row, float scale) {
   write_row_segment(x, out, n, row, scale);
-}
-
-void backward(const float* x, float* out, int64_t n, const RowGradient& row, float scale) {
-  backward_float32(x, out, n, row, scale);
-}
-void backward(const BFloat16* x, BFloat16* out, int64_t n, const RowGradient& row, float scale) {
-  backward_bfloat16(x, out, n, row, scale);
-}
-void backward(const Float16* x, Float16* out, int64_t n, const RowGradient& row, float scale) {
-  backward_float16(x, out, n, row, scale);
 }
 
 template <typename T>
 void policy_backward_of(const BackwardArguments& args) {
   const LogitsShard& logits = args.logits;
   const float exp2_scale = kLog2E / args.temperature;
-  const RowCut cut(args.selection.n, logits.columns);
-  for_each_segment(args.selection.n, logits.columns, cut, [&](int64_t i, int64_t, int64_t begin, int64_t end) {
-    const int64_t r = args.selection.rows != nullptr ? args.selection.rows[i] : i;
-    const T* x = static_cast<const T*>(logits.data) + r * logits.row_stride;
-    T* out = static_cast<T*>(args.grad_logits) + r * args.grad_row_stride;
+  const auto gradient_row = [&](int64_t i) { return static_cast<T*>(args.grad_logits) + i * args.grad_row_stride; };
+  const std::vector<int64_t> outside = rows_of_mask(args.mask, args.n, false);
+  const RowCut zero_cut(outside.size(), logits.columns);
+  for_each_segment(outside.size(), logits.columns, zero_cut, [&](int64_t k, int64_t, int64_t begin, int64_t end) {
+    std::memset(static_cast<void*>(gradient_row(outside[k]) + begin), 0, (end - begin) * sizeof(T));
+  });
+  const std::vector<int64_t> inside = rows_of_mask(args.mask, args.n, true);
+  const RowCut cut(inside.size(), logits.columns);
+  for_each_segment(inside.size(), logits.columns, cut, [&](int64_t k, int64_t, int64_t begin, int64_t end) {
+    const int64_t i = inside[k];
+    const T* x = static_cast<const T*>(logits.data) + i * logits.row_stride;
+    T* out = gradient_row(i);
     const RowGradient row = row_gradient(args, i);
     const int64_t valid_end = row.is_zero ? begin : std::max(begin, std::min(end, logits.num_columns));
     backward(x + begin, out + begin, valid_end - begin, row, exp2_scale);
@@ -71,14 +68,8 @@ void policy_backward_of(const BackwardArguments& args) {
 }  // namespace
 
 void policy_backward(const BackwardArguments& args) {
-  switch (args.logits.dtype) {
-    case Dtype::kFloat32:
-      return policy_backward_of<float>(args);
-    case Dtype::kBFloat16:
-      return policy_backward_of<BFloat16>(args);
-    case Dtype::kFloat16:
-      return policy_backward_of<Float16>(args);
-  }
+  switch_dtype(args.logits.dtype, CpuElements(),
+               [&](auto tag) { policy_backward_of<typename decltype(tag)::Type>(args); });
 }
 
 }  // namespace megatron_dppo::cpu

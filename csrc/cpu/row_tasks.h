@@ -4,13 +4,24 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
+#include "../core/arguments.h"
 #include "../core/split.h"
 
 namespace megatron_dppo::cpu {
 
 // A thread's share below this many elements costs more to hand out than to do.
 constexpr int64_t kGrainElements = 16384;
+
+// The rows inside (or outside) the mask, in order: threads share out work that is there, not rows that are skipped.
+inline std::vector<int64_t> rows_of_mask(const RowMask& mask, int64_t n, bool inside) {
+  std::vector<int64_t> rows;
+  rows.reserve(inside || mask.inside != nullptr ? n : 0);
+  for (int64_t i = 0; i < n; ++i)
+    if (mask.skips(i) != inside) rows.push_back(i);
+  return rows;
+}
 
 struct RowCut {
   int64_t segments;         // per row

@@ -45,7 +45,7 @@ DPPO_INLINE float kl(const float* y_mu, const float* y_pi, int64_t n) {
 template <typename T>
 DPPO_INLINE double sum_columns(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
   alignas(64) float y_pi[kChunk], y_mu[kChunk];
-  const int64_t r = args.selection.rows != nullptr ? args.selection.rows[i] : i;
+  const int64_t r = args.selection.row(i);
   const T* pi = static_cast<const T*>(args.policy.data) + r * args.policy.row_stride;
   const T* mu = static_cast<const T*>(args.rollout.data) + r * args.rollout.row_stride;
   const LogProbRow pi_row = policy_row(args, i), mu_row = rollout_row(args, i);
@@ -64,41 +64,34 @@ DPPO_INLINE double sum_columns(const DivergenceArguments& args, int64_t i, int64
   return sum;
 }
 
-DPPO_CPU_CLONES double sum_float32(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+DPPO_CPU_CLONES double sum(TypeTag<float>, const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
   return sum_columns<float>(args, i, begin, end);
 }
-DPPO_CPU_CLONES double sum_bfloat16(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+DPPO_CPU_CLONES double sum(TypeTag<BFloat16>, const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
   return sum_columns<BFloat16>(args, i, begin, end);
 }
-DPPO_CPU_CLONES double sum_float16(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
+DPPO_CPU_CLONES double sum(TypeTag<Float16>, const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
   return sum_columns<Float16>(args, i, begin, end);
-}
-
-double sum_segment(const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {
-  switch (args.policy.dtype) {
-    case Dtype::kFloat32:
-      return sum_float32(args, i, begin, end);
-    case Dtype::kBFloat16:
-      return sum_bfloat16(args, i, begin, end);
-    case Dtype::kFloat16:
-      return sum_float16(args, i, begin, end);
-  }
-  return NAN;
 }
 
 }  // namespace
 
 void shard_divergence(const DivergenceArguments& args) {
-  const int64_t n = args.selection.n, columns = args.policy.num_columns;
+  const int64_t columns = args.policy.num_columns;
+  const std::vector<int64_t> inside = rows_of_mask(args.selection.mask, args.selection.n, true);
+  const int64_t n = inside.size();
   const RowCut cut(n, columns);
   std::vector<double> parts(n * cut.segments);
-  for_each_segment(n, columns, cut, [&](int64_t i, int64_t segment, int64_t begin, int64_t end) {
-    parts[i * cut.segments + segment] = sum_segment(args, i, begin, end);
+  switch_dtype(args.policy.dtype, CpuElements(), [&](auto tag) {
+    for_each_segment(n, columns, cut, [&](int64_t k, int64_t segment, int64_t begin, int64_t end) {
+      parts[k * cut.segments + segment] = sum(tag, args, inside[k], begin, end);
+    });
   });
-  for (int64_t i = 0; i < n; ++i) {
-    double sum = 0.0;
-    for (int64_t segment = 0; segment < cut.segments; ++segment) sum += parts[i * cut.segments + segment];
-    args.sums[i] = static_cast<float>(sum);
+  std::fill_n(args.sums, args.selection.n, 0.f);
+  for (int64_t k = 0; k < n; ++k) {
+    double total = 0.0;
+    for (int64_t segment = 0; segment < cut.segments; ++segment) total += parts[k * cut.segments + segment];
+    args.sums[inside[k]] = static_cast<float>(total);
   }
 }
 

@@ -4,12 +4,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../core/arguments.h"
+#include "../core/dtype_switch.h"
 #include "../core/platform.h"
 
 // One clone of a function per x86-64 level (AVX-512, AVX2 + FMA, baseline), chosen when the library is loaded (gcc from
 // 12 on). Elsewhere the compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(DPPO_ONE_CPU_LEVEL)  // tests compile for one level at a time
+#define DPPO_CPU_CLONES
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DPPO_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DPPO_CPU_CLONES
@@ -24,6 +26,7 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+using CpuElements = ElementTypes<float, BFloat16, Float16>;
 
 template <typename To, typename From>
 DPPO_INLINE To bit_cast(From from) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../core/arguments.h"
-#include "../core/token_update_arguments.h"
+#include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cuda {
 
@@ -31,8 +31,8 @@ cudaError_t launch_policy_backward(const BackwardArguments& args, int multiproce
 int64_t divergence_segments(const DivergenceArguments& args, int multiprocessors);
 cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t segments, cudaStream_t stream);
 
-int64_t token_update_workspace_bytes(int64_t n, int multiprocessors);
-cudaError_t launch_token_update(const TokenUpdateArguments& args, int multiprocessors, void* workspace,
-                                cudaStream_t stream);
+int64_t token_objective_workspace_bytes(int64_t n, int multiprocessors);
+cudaError_t launch_token_objective(const TokenObjectiveArguments& args, int multiprocessors, void* workspace,
+                                   cudaStream_t stream);
 
 }  // namespace megatron_dppo::cuda

@@ -1,4 +1,4 @@
-// Backward: one read and one write of each selected row that something flows back through, one write of the others.
+// Backward: one read and one write of each row that something flows back through, one write of the others.
 //
 // The gradient may overwrite the logits: every element is written by the thread that read it, and the target's own
 // column, which needs another formula, is rewritten from saved statistics and not from the logits.
@@ -89,9 +89,8 @@ __global__ void __launch_bounds__(kThreads) policy_backward_kernel(BackwardArgum
   const int columns = static_cast<int>(args.logits.columns);
   const int begin = min(static_cast<int>(blockIdx.x % cut.segments) * cut.segment_columns, columns);
   const int end = min(begin + cut.segment_columns, columns);
-  const int64_t row = args.selection.rows != nullptr ? args.selection.rows[i] : i;
-  const T* x = static_cast<const T*>(args.logits.data) + row * args.logits.row_stride;
-  T* out = static_cast<T*>(args.grad_logits) + row * args.grad_row_stride;
+  const T* x = static_cast<const T*>(args.logits.data) + i * args.logits.row_stride;
+  T* out = static_cast<T*>(args.grad_logits) + i * args.grad_row_stride;
   const float exp2_scale = kLog2E / args.temperature;
 
   const RowGradient g = row_gradient(args, i);
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) policy_backward_kernel(BackwardArgum
 Cut cut_rows(const BackwardArguments& args, int multiprocessors) {
   const int64_t columns = args.logits.columns;
   const int64_t wanted = static_cast<int64_t>(kBlocksPerMultiprocessor) * multiprocessors;
-  const int64_t segments = std::max(segments_per_row(args.selection.n, columns, wanted, kMinSegmentColumns),
+  const int64_t segments = std::max(segments_per_row(args.n, columns, wanted, kMinSegmentColumns),
                                     (columns + kMaxSegmentColumns - 1) / kMaxSegmentColumns);
   const int64_t segment_columns = ((columns + segments - 1) / segments + 63) / 64 * 64;
   return {static_cast<int>(segments), static_cast<int>(segment_columns)};
@@ -115,22 +114,14 @@ Cut cut_rows(const BackwardArguments& args, int multiprocessors) {
 }  // namespace
 
 cudaError_t launch_policy_backward(const BackwardArguments& args, int multiprocessors, cudaStream_t stream) {
-  if (args.selection.n == 0 || args.logits.columns == 0) return cudaSuccess;
+  if (args.n == 0 || args.logits.columns == 0) return cudaSuccess;
   const Cut cut = cut_rows(args, multiprocessors);
-  const int64_t blocks = args.selection.n * cut.segments;
+  const int64_t blocks = args.n * cut.segments;
   if (blocks > INT32_MAX || args.logits.columns > INT32_MAX / 2) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-  switch (args.logits.dtype) {
-    case Dtype::kFloat32:
-      DPPO_LAUNCH(policy_backward_kernel<float>, grid, block, stream, args, cut);
-      break;
-    case Dtype::kBFloat16:
-      DPPO_LAUNCH(policy_backward_kernel<__nv_bfloat16>, grid, block, stream, args, cut);
-      break;
-    case Dtype::kFloat16:
-      DPPO_LAUNCH(policy_backward_kernel<__half>, grid, block, stream, args, cut);
-      break;
-  }
+  switch_dtype(args.logits.dtype, CudaElements(), [&](auto tag) {
+    DPPO_LAUNCH(policy_backward_kernel<typename decltype(tag)::Type>, grid, block, stream, args, cut);
+  });
   return DPPO_LAUNCH_STATUS();
 }
 

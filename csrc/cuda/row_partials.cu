@@ -6,6 +6,7 @@
 
 #include "../core/row_outputs.h"
 #include "../core/split.h"
+#include "last_block.cuh"
 #include "launch.h"
 #include "vector_access.cuh"
 
@@ -93,22 +94,15 @@ __device__ __forceinline__ RowReduction block_merge(RowReduction state, float ex
 // first warp.
 __device__ __forceinline__ bool merge_segments(RowReduction& state, const Workspace& workspace, int64_t row,
                                                int segments, float exp2_scale) {
-  DPPO_SHARED(int, is_last, 1);
   float4* const row_states = workspace.states + row * segments;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0)
     row_states[blockIdx.x % segments] = make_float4(state.max, state.rest, state.shifted, state.squares);
-    __threadfence();  // the state is visible before the count says so
-    is_last[0] = atomicAdd(workspace.finished + row, 1u) == static_cast<unsigned>(segments - 1);
-  }
-  __syncthreads();
-  if (is_last[0] == 0) return false;
-  __threadfence();
+  if (!is_last_block(workspace.finished + row, static_cast<unsigned>(segments))) return false;
   if (threadIdx.x < 32) {
     state = RowReduction();
 #pragma unroll 1
     for (int i = threadIdx.x; i < segments; i += 32) {
-      const float4 part =
-          __ldcg(row_states + i);  // past the first-level cache, which other blocks' writes do not reach
+      const float4 part = __ldcg(row_states + i);
       state = merge(state, RowReduction{part.x, part.y, part.z, part.w}, exp2_scale);
     }
     state = warp_merge(state, exp2_scale);
@@ -122,8 +116,11 @@ __global__ void __launch_bounds__(kThreads) row_partials_kernel(PartialsArgument
   const int begin =
       min(static_cast<int>(blockIdx.x % cut.segments) * cut.segment_columns, static_cast<int>(args.logits.num_columns));
   const int end = min(begin + cut.segment_columns, static_cast<int>(args.logits.num_columns));
-  const int64_t row = args.selection.rows != nullptr ? args.selection.rows[i] : i;
-  const T* x = static_cast<const T*>(args.logits.data) + row * args.logits.row_stride;
+  if (args.selection.skips(i)) {  // all of the row's blocks, before any counts itself as finished
+    if (blockIdx.x % cut.segments == 0 && threadIdx.x == 0) write_no_partials(args, i);
+    return;
+  }
+  const T* x = static_cast<const T*>(args.logits.data) + args.selection.row(i) * args.logits.row_stride;
   const float exp2_scale = kLog2E / args.temperature;
 
   RowReduction state = block_merge(reduce_segment(x + begin, end - begin, exp2_scale), exp2_scale);
@@ -174,17 +171,9 @@ cudaError_t launch_row_partials(const PartialsArguments& args, const PartialsPla
   }
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   const Cut cut = cut_rows(args, plan);
-  switch (args.logits.dtype) {
-    case Dtype::kFloat32:
-      DPPO_LAUNCH(row_partials_kernel<float>, grid, block, stream, args, shared, cut);
-      break;
-    case Dtype::kBFloat16:
-      DPPO_LAUNCH(row_partials_kernel<__nv_bfloat16>, grid, block, stream, args, shared, cut);
-      break;
-    case Dtype::kFloat16:
-      DPPO_LAUNCH(row_partials_kernel<__half>, grid, block, stream, args, shared, cut);
-      break;
-  }
+  switch_dtype(args.logits.dtype, CudaElements(), [&](auto tag) {
+    DPPO_LAUNCH(row_partials_kernel<typename decltype(tag)::Type>, grid, block, stream, args, shared, cut);
+  });
   return DPPO_LAUNCH_STATUS();
 }
 

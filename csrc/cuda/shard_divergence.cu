@@ -145,7 +145,11 @@ __global__ void __launch_bounds__(kThreads)
   const int num_columns = static_cast<int>(args.policy.num_columns);
   const int begin = min(static_cast<int>(blockIdx.x % segments) * segment_columns, num_columns);
   const int n = min(segment_columns, num_columns - begin);
-  const int64_t r = args.selection.rows != nullptr ? args.selection.rows[i] : i;
+  if (args.selection.skips(i)) {
+    if (threadIdx.x == 0) args.sums[blockIdx.x] = 0.f;
+    return;
+  }
+  const int64_t r = args.selection.row(i);
   const T* pi = static_cast<const T*>(args.policy.data) + r * args.policy.row_stride + begin;
   const T* mu = static_cast<const T*>(args.rollout.data) + r * args.rollout.row_stride + begin;
   const Row row{policy_row(args, i), rollout_row(args, i), kLog2E / args.temperature, i * args.known,
@@ -177,17 +181,8 @@ cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t seg
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX || args.policy.num_columns > INT32_MAX / 2) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(blocks));
-  switch (args.policy.dtype) {
-    case Dtype::kFloat32:
-      launch<float>(args, segments, grid, stream);
-      break;
-    case Dtype::kBFloat16:
-      launch<__nv_bfloat16>(args, segments, grid, stream);
-      break;
-    case Dtype::kFloat16:
-      launch<__half>(args, segments, grid, stream);
-      break;
-  }
+  switch_dtype(args.policy.dtype, CudaElements(),
+               [&](auto tag) { launch<typename decltype(tag)::Type>(args, segments, grid, stream); });
   return DPPO_LAUNCH_STATUS();
 }
 

@@ -3,9 +3,12 @@
 
 #include <cstdint>
 
+#include "../core/dtype_switch.h"
 #include "toolchain.cuh"
 
 namespace megatron_dppo::cuda {
+
+using CudaElements = ElementTypes<float, __nv_bfloat16, __half>;
 
 static __device__ __forceinline__ float to_float(float x) { return x; }
 static __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

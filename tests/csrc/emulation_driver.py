@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from emulated_token_update import token_update_failures
+from emulated_token_objective import token_objective_failures
 from emulation_library import (
     BFLOAT16,
     FLOAT16,
@@ -45,31 +45,53 @@ class Case:
     topk: int = 0
     temperature: float = 1.0
     offset: int = 0  # elements by which every row misses a 16-byte boundary
-    select: bool = False
+    select: str = "all"  # rows: a list of them; mask: one bool a row. The others hold NaN and ids that are none
     entropy: bool = True
     in_place: bool = False
     multiprocessors: int = 1  # many of them and few rows make segments
 
 
 CASES = [
-    Case(3, 4099, 4090, BFLOAT16, topk=2, offset=3, select=True),
+    Case(3, 4099, 4090, BFLOAT16, topk=2, offset=3, select="rows"),
     Case(2, 33000, 32990, FLOAT32, temperature=0.7, multiprocessors=4, in_place=True),
-    Case(3, 1000, 1900, FLOAT16, shards=2, topk=3, offset=1),
+    Case(3, 1000, 1900, FLOAT16, shards=2, topk=3, offset=1, select="mask"),
+    Case(3, 33000, 33000, BFLOAT16, topk=1, multiprocessors=4, select="mask", in_place=True),
     Case(2, 33, 1, FLOAT32, entropy=False, offset=2),
     Case(2, 40, 60, BFLOAT16, shards=2, in_place=True, temperature=2.0),
 ]
 # Races between blocks show only with fresh fibers for each block, at 1.5 ms a thread: as few blocks as make segments.
-INTERBLOCK_CASES = [Case(1, 32768, 32768, BFLOAT16, multiprocessors=1, in_place=True), Case(2, 64, 64, FLOAT32)]
+INTERBLOCK_CASES = [
+    Case(1, 32768, 32768, BFLOAT16, multiprocessors=1, in_place=True),
+    Case(3, 64, 64, FLOAT32, select="mask"),
+]
+NO_ID = -100  # of a token that is none
+
+
+def choose_rows(case: Case) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
+    """The list of rows, the mask (at most one of the two) and [n] the rows inside, in the order of the kernels' results."""
+    n = case.rows
+    if case.select == "rows":
+        rows = np.array([n - 1, 0], np.int64)
+        return rows, None, rows
+    if case.select == "mask":
+        mask = np.arange(n) % 2 == 0
+        return None, mask, mask.nonzero()[0]
+    return None, None, np.arange(n)
+
+
+def outside(rows: np.ndarray, total: int) -> np.ndarray:
+    return np.delete(np.arange(total), rows)
 
 
 def failures(emulated: Any, case: Case) -> Iterator[str]:
     """Every quantity whose error is above what fp32 (and one rounding to the gradient's dtype) allows."""
     random = np.random.default_rng(0)
     n_all, width = case.rows, case.columns * case.shards
-    logits = encode(random.normal(0, 3, (n_all, width)), case.dtype)
-    rows = np.array([n_all - 1, 0], np.int64) if case.select else None
-    chosen = np.arange(n_all) if rows is None else rows
-    n = len(chosen)
+    rows, mask, chosen = choose_rows(case)
+    others, n = outside(chosen, n_all), len(chosen)
+    logits = random.normal(0, 3, (n_all, width))
+    logits[others] = np.nan
+    logits = encode(logits, case.dtype)
     target = random.integers(0, case.vocab_size, n).astype(np.int64)
     topk_ids = random.integers(0, case.vocab_size, (n, case.topk)).astype(np.int64)
     grad_log_prob = random.normal(0, 1, n).astype(np.float32)
@@ -78,14 +100,25 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
     if grad_entropy is not None:
         grad_entropy[0] = 0.0  # this row's gradient is zero-filled
 
+    def spread(values: np.ndarray, rest: float) -> np.ndarray:
+        """[n, ...] -> [N, ...] with ``rest`` in the rows outside."""
+        full = np.full((n_all, *values.shape[1:]), rest, values.dtype)
+        full[chosen] = values
+        return full
+
     z = decode(logits, case.dtype)[chosen][:, : case.vocab_size] / np.float64(np.float32(case.temperature))
     top = z.max(1, keepdims=True)
     log_p = z - top - np.log(np.exp(z - top).sum(1, keepdims=True))
     p = np.exp(log_p)
     entropy = -(p * log_p).sum(1)
 
-    selection = RowSelection(address(rows), n)
-    shards, partials = [], np.full((case.shards, n, 5 + case.topk), np.nan, np.float32)
+    # The operators' per-row arrays: one entry for every listed row, else one for every row there is.
+    compact = rows is not None
+    given_target = target if compact else spread(target, NO_ID)
+    given_topk_ids = topk_ids if compact else spread(topk_ids, NO_ID)
+    total = len(given_target)
+    selection = RowSelection(address(rows), address(mask), total)
+    shards, partials = [], np.full((case.shards, total, 5 + case.topk), np.nan, np.float32)
     for r in range(case.shards):
         part = aligned_matrix(logits[:, r * case.columns : (r + 1) * case.columns], case.offset)
         num_columns = min(max(case.vocab_size - r * case.columns, 0), case.columns)
@@ -94,13 +127,25 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
         shards.append((part, shard))
         emulated.row_partials(
             PartialsArguments(
-                shard, selection, address(target), address(topk_ids), case.topk, case.temperature, address(partials[r])
+                *(shard, selection, address(given_target), address(given_topk_ids)),
+                *(case.topk, case.temperature, address(partials[r])),
             ),
             case.multiprocessors,
         )
     names = ("log_prob", "entropy", "collision", "topk_log_prob", "max", "log_sum")
-    out = {name: np.full((n, case.topk) if name == "topk_log_prob" else n, np.nan, np.float32) for name in names}
-    emulated.merge_partials(MergeArguments(address(partials), case.shards, n, case.topk, *map(address, out.values())))
+    merged = {
+        name: np.full((total, case.topk) if name == "topk_log_prob" else total, np.nan, np.float32) for name in names
+    }
+    emulated.merge_partials(
+        MergeArguments(
+            *(address(partials), case.shards, total, case.topk, address(mask)), *map(address, merged.values())
+        )
+    )
+    if not compact and (partials[:, others] != 0).any():
+        yield f"{case}: the partials of a masked row are not 0"
+    if not compact and any((values[others] != 0).any() for values in merged.values()):
+        yield f"{case}: the results of a masked row are not 0"
+    out = merged if compact else {name: values[chosen] for name, values in merged.items()}
 
     # z and its maximum are rounded to fp32 (2^-24 relative each), 2^-22 more for the two logarithms and sums.
     tolerance = float(np.abs(z).max()) * 2.0**-22 + np.abs(log_p[np.arange(n), target]).max() * 2.0**-22
@@ -118,26 +163,22 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
             yield f"{case}: {name} is off by {error:.1e}"
 
     ge = np.zeros(n) if grad_entropy is None else grad_entropy.astype(np.float64)
-    expected_grad = np.zeros((n_all, width))
+    expected_grad = np.zeros((n_all, width))  # also in the rows outside
     one_hot = np.zeros_like(p)
     one_hot[np.arange(n), target] = 1
     gradient = grad_log_prob[:, None] * (one_hot - p) - ge[:, None] * p * (log_p + entropy[:, None])
     expected_grad[chosen, : case.vocab_size] = gradient / case.temperature
     epsilon = {FLOAT32: 2.0**-22, BFLOAT16: 2.0**-8, FLOAT16: 2.0**-10}[case.dtype]
+    inside = None if len(others) == 0 else spread(np.ones(n, np.bool_), False)
+    given_target = spread(target, NO_ID)
+    saved = [spread(out[name], np.nan) for name in ("max", "log_sum", "log_prob", "entropy")]
+    incoming = [None if g is None else spread(g, np.nan) for g in (grad_log_prob, grad_entropy)]
     for r, (part, shard) in enumerate(shards):
-        grad = part if case.in_place else aligned_matrix(np.zeros_like(part), case.offset)
-        untouched = np.delete(decode(part, case.dtype), chosen, 0) if case.in_place else 0.0
+        grad = part if case.in_place else aligned_matrix(np.full_like(part, 7), case.offset)
         emulated.policy_backward(
             BackwardArguments(
-                shard,
-                selection,
-                address(target),
-                *(address(out[name]) for name in ("max", "log_sum", "log_prob", "entropy")),
-                address(grad_log_prob),
-                address(grad_entropy),
-                case.temperature,
-                address(grad),
-                grad.strides[0] // grad.itemsize,
+                *(shard, n_all, address(inside), address(given_target), *map(address, (*saved, *incoming))),
+                *(case.temperature, address(grad), grad.strides[0] // grad.itemsize),
             ),
             case.multiprocessors,
         )
@@ -150,18 +191,20 @@ def failures(emulated: Any, case: Case) -> Iterator[str]:
             yield f"{case}: the gradient of shard {r} is off by {np.abs(got - want)[chosen].max():.1e}"
         if (got[:, shard.num_columns :][chosen] != 0).any():
             yield f"{case}: shard {r}: padded columns have a gradient"
-        if not np.array_equal(np.delete(got, chosen, 0), np.broadcast_to(untouched, np.delete(got, chosen, 0).shape)):
-            yield f"{case}: shard {r}: a row that was not selected was written"
+        if (got[others] != 0).any():
+            yield f"{case}: shard {r}: the gradient of a masked row is not 0"
 
 
 def divergence_failures(emulated: Any, case: Case) -> Iterator[str]:
     """D over the whole vocabulary, of plain and hybrid rollout policies, in this case's shape."""
     random = np.random.default_rng(1)
     width, vocab = case.columns * case.shards, case.vocab_size
-    pi_logits = encode(random.normal(0, 3, (case.rows, width)), case.dtype)
+    rows, mask, chosen = choose_rows(case)
+    others = outside(chosen, case.rows)
+    pi_logits = random.normal(0, 3, (case.rows, width))
+    pi_logits[others] = np.nan
+    pi_logits = encode(pi_logits, case.dtype)
     mu_logits = encode(decode(pi_logits, case.dtype) + random.normal(0, 1, (case.rows, width)), case.dtype)
-    rows = np.array([case.rows - 1, 0], np.int64) if case.select else None
-    chosen = np.arange(case.rows) if rows is None else rows
     n, temperature = len(chosen), np.float64(np.float32(case.temperature))
     # Two of one thread's vectors, the first and the last column, neighbours; and a slot that does not count.
     ids = np.array([i % vocab for i in (0, 1, 2, vocab - 1, 4096, 8192, 12289)], np.int64)
@@ -176,6 +219,19 @@ def divergence_failures(emulated: Any, case: Case) -> Iterator[str]:
         return z - top[:, None] - log_sum[:, None], top.astype(np.float32), log_sum.astype(np.float32)
 
     (log_pi, *pi_normaliser), (log_mu, *mu_normaliser) = log_softmax(pi_logits), log_softmax(mu_logits)
+    compact = rows is not None
+    total = n if compact else case.rows
+
+    def given(values: np.ndarray) -> np.ndarray:
+        """[n, ...] -> the operator's array: [n, ...], or [N, ...] with nothing of use outside the mask."""
+        if compact:
+            return values
+        full = np.full((total, *values.shape[1:]), NO_ID if values.dtype == np.int64 else np.nan, values.dtype)
+        full[chosen] = values
+        return full
+
+    normalisers = [given(values) for values in (*pi_normaliser, *mu_normaliser)]
+    known = [given(values) for values in (ids, known_log_prob, rescale)]
     for hybrid, distance in itertools.product((False, True), (0, 1)):
         expected_mu = log_mu + rescale[:, None] if hybrid else log_mu
         if hybrid:
@@ -202,19 +258,22 @@ def divergence_failures(emulated: Any, case: Case) -> Iterator[str]:
             ]
             arguments = DivergenceArguments(
                 *shards,
-                RowSelection(address(rows), n),
-                *map(address, (*pi_normaliser, *mu_normaliser)),
-                *(map(address, (ids, known_log_prob, rescale)) if hybrid else (None, None, None)),
+                RowSelection(address(rows), address(mask), total),
+                *map(address, normalisers),
+                *(map(address, known) if hybrid else (None, None, None)),
                 ids.shape[1] if hybrid else 0,
                 case.temperature,
                 distance,
                 None,
             )
             segments = emulated.divergence_segments(arguments, case.multiprocessors)
-            sums = np.full((n, segments), np.nan, np.float32)
+            sums = np.full((total, segments), np.nan, np.float32)
             arguments.sums = address(sums)
             emulated.shard_divergence(arguments, case.multiprocessors)
-            got += sums.astype(np.float64).sum(1)
+            shares = sums.astype(np.float64).sum(1)
+            if not compact and (shares[others] != 0).any():
+                yield f"{case}: the divergence of a masked row is not 0"
+            got += shares if compact else shares[chosen]
         # y = (x - max) s - offset is off by a few 2^-24 of its largest intermediate, about 60; that scales mu and pi.
         slack = 64 * 2.0**-22 * (np.abs(terms) + mu + pi).sum(1)
         error = np.abs(got - terms.sum(1))
@@ -227,7 +286,7 @@ def main() -> int:
     interblock = "--interblock" in sys.argv[2:]
     suites = [(failures, case) for case in (INTERBLOCK_CASES if interblock else CASES)]
     suites += [(divergence_failures, case) for case in (INTERBLOCK_CASES[1:] if interblock else CASES)]
-    suites += [(token_update_failures, 150 if interblock else n) for n in (300, 1, 0)[: 1 if interblock else 3]]
+    suites += [(token_objective_failures, 150 if interblock else n) for n in (300, 1, 0)[: 1 if interblock else 3]]
     found: list[str] = []
     for suite, case in suites:
         try:

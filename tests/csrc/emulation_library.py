@@ -16,7 +16,7 @@ def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
 
 
-# The structures of csrc/core/arguments.h and token_update_arguments.h.
+# The structures of csrc/core/arguments.h and token_objective_arguments.h.
 LogitsShard = structure(
     "LogitsShard",
     ("data", POINTER),
@@ -26,7 +26,7 @@ LogitsShard = structure(
     ("first_column", INT64),
     ("num_columns", INT64),
 )
-RowSelection = structure("RowSelection", ("rows", POINTER), ("n", INT64))
+RowSelection = structure("RowSelection", ("rows", POINTER), ("mask", POINTER), ("n", INT64))
 PartialsArguments = structure(
     "PartialsArguments",
     ("logits", LogitsShard),
@@ -43,6 +43,7 @@ MergeArguments = structure(
     ("shards", INT64),
     ("n", INT64),
     ("topk", INT64),
+    ("mask", POINTER),
     *((name, POINTER) for name in ("log_prob", "entropy", "collision", "topk_log_prob", "max", "log_sum")),
 )
 DivergenceArguments = structure(
@@ -60,24 +61,21 @@ DivergenceArguments = structure(
 BackwardArguments = structure(
     "BackwardArguments",
     ("logits", LogitsShard),
-    ("selection", RowSelection),
+    ("n", INT64),
+    ("mask", POINTER),
     *((name, POINTER) for name in ("target", "max", "log_sum", "log_prob", "entropy", "grad_log_prob", "grad_entropy")),
     ("temperature", FLOAT),
     ("grad_logits", POINTER),
     ("grad_row_stride", INT64),
 )
-TokenUpdateArguments = structure(
-    "TokenUpdateArguments",
+TokenObjectiveArguments = structure(
+    "TokenObjectiveArguments",
     *((name, INT64) for name in ("n", "topk", "vocab_size")),
-    *((name, POINTER) for name in ("log_mu", "log_pi", "advantage", "entropy", "collision", "target", "topk_ids")),
-    *((name, POINTER) for name in ("topk_log_mu", "topk_log_pi", "given_divergence")),
+    *((name, POINTER) for name in ("log_mu", "log_pi", "advantage", "entropy", "collision", "target", "mask")),
+    *((name, POINTER) for name in ("topk_ids", "topk_log_mu", "topk_log_pi", "given_divergence")),
     *((name, ctypes.c_int) for name in ("divergence", "direction", "trust_region")),
     *((name, FLOAT) for name in ("delta_low", "delta_high", "ratio_cap", "log_clip_low", "log_clip_high")),
     *((name, FLOAT) for name in ("log_dual_clip", "cispo_ratio_min", "cispo_ratio_max")),
-    *((name, FLOAT) for name in ("reference_log_clip_low", "reference_log_clip_high", "bad_update_drop")),
-    ("bin_edges", FLOAT * 6),
-    *((name, FLOAT) for name in ("histogram_lowest", "bins_per_decade")),
-    ("histogram_bins", ctypes.c_int),
     *((name, POINTER) for name in ("coefficient", "weight", "out_divergence", "totals", "histogram")),
 )
 
@@ -120,7 +118,7 @@ class Emulated:
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
-        for name in ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_update"):
+        for name in ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_objective"):
             function = getattr(library, f"emulated_{name}")
             function.restype = ctypes.c_char_p
             setattr(self, name, self._raising(function))

@@ -7,20 +7,19 @@ unit in the last place (2^-24 relative), of which no output sees more than 8; a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dppo.ops.policy_stats import vocab_parallel_policy_stats
-
-native = pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")
+pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")
 operators = torch.ops.megatron_dppo
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+NO_ID = -100
 SMALLEST_HALF = 2.0**-24  # a half's results below this are absolute, not relative
 
 
@@ -65,24 +64,30 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
+def forward(p: Problem, rows: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """log_prob, entropy, collision, topk_log_prob, max, log_sum."""
+    partials = operators.row_partials(p.logits, rows, mask, p.target, p.topk_ids, p.temperature, 0, p.vocab_size)
+    return operators.merge_partials(partials[None], mask)
+
+
+def backward_arguments(p: Problem, mask: torch.Tensor | None = None) -> tuple[Any, ...]:
+    """All but the logits and the gradient."""
+    log_prob, entropy, _, _, maximum, log_sum = forward(p, mask=mask)
+    coefficients = (p.grad_log_prob, p.grad_entropy, p.temperature, 0, p.vocab_size)
+    return (mask, p.target, maximum, log_sum, log_prob, entropy, *coefficients)
+
+
 def compiled(p: Problem, inplace: bool = False) -> Results:
-    logits = p.logits.clone().requires_grad_()
-    stats = vocab_parallel_policy_stats(
-        logits,
-        p.target,
-        topk_ids=p.topk_ids,
-        temperature=p.temperature,
-        vocab_size=p.vocab_size,
-        token_mask=p.mask,
-        inplace_backward=inplace,
-        backend="cpu",
-    )
-    assert stats.topk_log_prob is not None
-    (grad,) = torch.autograd.grad(
-        (stats.log_prob * p.grad_log_prob).sum() + (stats.entropy * p.grad_entropy).sum(), logits
-    )
-    outputs = (stats.log_prob, stats.entropy, stats.collision, stats.topk_log_prob)
-    return Results(*(value.detach() for value in (*outputs, grad)))
+    log_prob, entropy, collision, topk_log_prob, _, _ = forward(p, mask=p.mask)
+    arguments = backward_arguments(p, p.mask)
+    logits = p.logits.clone()
+    grad = logits if inplace else torch.full_like(logits, 7.0)
+    if inplace:
+        operators.policy_backward_(logits, *arguments)
+    else:
+        operators.policy_backward(logits, grad, *arguments)
+        assert torch.equal(logits.nan_to_num(), p.logits.nan_to_num()), "the logits were written"
+    return Results(log_prob, entropy, collision, topk_log_prob, grad)
 
 
 def eager(p: Problem, dtype: torch.dtype) -> Results:
@@ -151,21 +156,30 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("gap", [10.0, 20.0, 40.0])
-def test_near_certainty_keeps_the_digits_of_one_minus_p(gap: float) -> None:
-    logits = torch.full((1, 3000), -gap)
-    logits[0, 1234] = 0.0
-    log_prob = vocab_parallel_policy_stats(logits, torch.tensor([1234]), backend="cpu").log_prob
-    rest = 2999 * torch.tensor(-gap, dtype=torch.float64).exp()
-    # exp is good to 2e-7, and so is its sum; 1 + rest would have lost every digit at a gap of 20.
-    assert float(log_prob) == pytest.approx(-float(rest.log1p()), rel=1e-6)
+@pytest.mark.parametrize("columns", [2, 3000, 49152])
+def test_near_certainty_keeps_the_digits_of_one_minus_p(gap: float, columns: int) -> None:
+    """``1 + rest`` would have lost every digit of the rest at a gap of 20.
+
+    Tolerance, relative: exp2 is good to 2e-7; its argument is the gap times log2(e), a constant and a product that are
+    rounded (2^-24 each), which scales the rest by e to the gap times that; and the sum's 17 roundings of 2^-24 (kLanes in
+    csrc/cpu/row_partials.cpp), whatever the row's length and the processor. log1p and what follows: 2^-23.
+    """
+    logits = torch.full((1, columns), -gap)
+    at = 1234 % columns
+    logits[0, at] = 0.0
+    partials = operators.row_partials(logits, None, None, torch.tensor([at]), None, 1.0, 0, columns)
+    log_prob = operators.merge_partials(partials[None], None)[0]
+    rest = (columns - 1) * torch.tensor(-gap, dtype=torch.float64).exp()
+    tolerance = 2e-7 + 2 * gap * 2.0**-24 + 17 * 2.0**-24 + 2.0**-23
+    assert float(log_prob) == pytest.approx(-float(rest.log1p()), rel=tolerance)
 
 
 def test_equal_maxima_all_count() -> None:
-    logits = torch.zeros(1, 5000)
-    stats = vocab_parallel_policy_stats(logits, torch.tensor([4999]), backend="cpu")
-    torch.testing.assert_close(stats.log_prob, -torch.tensor([5000.0]).log())
-    torch.testing.assert_close(stats.entropy, torch.tensor([5000.0]).log())
-    torch.testing.assert_close(stats.collision, torch.tensor([1 / 5000.0]))
+    problem = make_problem(1, 5000)._replace(logits=torch.zeros(1, 5000))
+    log_prob, entropy, collision, *_ = forward(problem)
+    torch.testing.assert_close(log_prob, -torch.tensor([5000.0]).log())
+    torch.testing.assert_close(entropy, torch.tensor([5000.0]).log())
+    torch.testing.assert_close(collision, torch.tensor([1 / 5000.0]))
 
 
 def test_columns_at_minus_infinity_have_no_probability_and_no_gradient() -> None:
@@ -197,21 +211,50 @@ def test_a_row_without_a_softmax_is_nan_and_harms_no_other(poison: float, column
         torch.testing.assert_close(value[1], expected[1], rtol=0, atol=0)
 
 
-def test_rows_that_do_not_matter_are_not_read() -> None:
-    problem = make_problem(5, 3000)
-    mask = torch.tensor([True, False, True, True, False])
-    logits = problem.logits.masked_fill(~mask[:, None], torch.nan)
-    got = compiled(problem._replace(logits=logits, mask=mask))
-    assert all(bool(value.isfinite().all()) for value in got)
-    assert all(bool((value[~mask] == 0).all()) for value in got)
+MASKS = {"some": [True, False, True, True, False], "all": [True] * 5, "none": [False] * 5}
 
 
-def backward_arguments(problem: Problem) -> tuple[object, ...]:
-    merged = native.merge_shards(
-        native.shard_partials(problem.logits, None, problem.target, None, 1.0, 0, problem.vocab_size)[None]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inside", MASKS)
+@pytest.mark.parametrize("columns", [3000, 200_003], ids=["whole rows", "rows in segments"])
+def test_masked_rows_are_not_read_and_the_others_are_as_if_listed(
+    dtype: torch.dtype, inside: str, columns: int
+) -> None:
+    torch.set_num_threads(2)
+    problem, mask = make_problem(5, columns, dtype), torch.tensor(MASKS[inside])
+    rows = mask.nonzero()[:, 0]
+    listed = problem._replace(target=problem.target[rows], topk_ids=problem.topk_ids[rows])
+    spoilt = problem._replace(
+        logits=problem.logits.masked_fill(~mask[:, None], torch.nan),
+        target=problem.target.masked_fill(~mask, NO_ID),
+        topk_ids=problem.topk_ids.masked_fill(~mask[:, None], NO_ID),
+        grad_log_prob=problem.grad_log_prob.masked_fill(~mask, torch.nan),
+        grad_entropy=problem.grad_entropy.masked_fill(~mask, torch.nan),
     )
-    coefficients = (problem.grad_log_prob, problem.grad_entropy, 1.0, 0, problem.vocab_size)
-    return (None, problem.target, merged.max, merged.log_sum, merged.log_prob, merged.entropy, *coefficients)
+    for values, expected in zip(forward(spoilt, mask=mask), forward(listed, rows=rows), strict=True):
+        assert torch.equal(values[mask], expected)
+        assert torch.equal(values[~mask], torch.zeros_like(values[~mask]))
+    whole = problem._replace(logits=problem.logits[rows], grad_log_prob=problem.grad_log_prob[rows])
+    whole = whole._replace(target=listed.target, topk_ids=listed.topk_ids, grad_entropy=problem.grad_entropy[rows])
+    expected_grad = compiled(whole._replace(mask=torch.ones(len(rows), dtype=torch.bool))).grad
+    mask_and_target, coefficients = (mask, spoilt.target), (spoilt.grad_log_prob, spoilt.grad_entropy, 1.0, 0, columns)
+    log_prob, entropy, _, _, maximum, log_sum = (
+        values.index_fill(0, (~mask).nonzero()[:, 0], torch.nan) for values in forward(spoilt, mask=mask)
+    )
+    arguments = (*mask_and_target, maximum, log_sum, log_prob, entropy, *coefficients)
+    grad = torch.full_like(spoilt.logits, 7.0)
+    operators.policy_backward(spoilt.logits, grad, *arguments)
+    assert torch.equal(grad[mask], expected_grad)
+    assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask]))
+    operators.policy_backward_(spoilt.logits, *arguments)
+    assert torch.equal(spoilt.logits, grad)
+
+
+def test_partials_of_masked_rows_are_zero() -> None:
+    problem, mask = make_problem(5, 100), torch.tensor(MASKS["some"])
+    partials = operators.row_partials(problem.logits, None, mask, problem.target, problem.topk_ids, 1.0, 0, 100)
+    assert torch.equal(partials[~mask], torch.zeros(2, 7))
+    assert bool((partials[mask] != 0).any(dim=1).all())
 
 
 def test_a_row_that_nothing_flows_back_through_is_zero_filled_without_being_read() -> None:
@@ -242,23 +285,21 @@ def test_rows_may_lie_apart_and_unaligned() -> None:
     problem = make_problem(4, 1001, torch.bfloat16)
     wide = torch.full((4, 1019), torch.nan, dtype=torch.bfloat16)
     wide[:, 3:1004] = problem.logits
-    arguments = (None, problem.target, problem.topk_ids, 1.0, 0, 1001)
+    arguments = (None, None, problem.target, problem.topk_ids, 1.0, 0, 1001)
     expected = operators.row_partials(problem.logits, *arguments)
     assert torch.equal(operators.row_partials(wide[:, 3:1004], *arguments), expected)
 
 
 def test_shards_merge_to_the_whole() -> None:
-    problem = make_problem(5, 3001)
-    whole = native.merge_shards(
-        native.shard_partials(problem.logits, None, problem.target, problem.topk_ids, 0.7, 0, 3001)[None]
-    )
+    problem = make_problem(5, 3001)._replace(temperature=0.7)
     parts = [
-        native.shard_partials(
-            part.contiguous(), None, problem.target, problem.topk_ids, 0.7, 1000 * i, max(0, min(1000, 3001 - 1000 * i))
+        operators.row_partials(
+            *(part.contiguous(), None, None, problem.target, problem.topk_ids, 0.7),
+            *(1000 * i, max(0, min(1000, 3001 - 1000 * i))),
         )
         for i, part in enumerate(torch.nn.functional.pad(problem.logits, (0, 1999)).split(1000, dim=1))
     ]
-    for together, alone in zip(native.merge_shards(torch.stack(parts)), whole, strict=True):
+    for together, alone in zip(operators.merge_partials(torch.stack(parts), None), forward(problem), strict=True):
         # Two ways to round the same sums: a few units in the last place of numbers below 32.
         torch.testing.assert_close(together, alone, rtol=2e-6, atol=8e-6)
 
@@ -275,6 +316,9 @@ def test_shards_merge_to_the_whole() -> None:
         ({"topk_ids": torch.zeros(2, 6, dtype=torch.int64)[:, ::2]}, "topk_ids must be contiguous"),
         ({"rows": torch.zeros(5, dtype=torch.int64)}, "rows lists 5 rows"),
         ({"rows": torch.tensor([0, 2])}, "rows holds 2"),
+        ({"mask": torch.ones(2)}, "mask must be Bool"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must have shape"),
+        ({"rows": torch.tensor([0, 1]), "mask": torch.ones(2, dtype=torch.bool)}, "rows and mask exclude each other"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"num_columns": 5}, "num_columns must be in"),
     ],
@@ -283,6 +327,7 @@ def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> N
     arguments: dict[str, object] = {
         "logits": torch.zeros(2, 4),
         "rows": None,
+        "mask": None,
         "target": torch.zeros(2, dtype=torch.int64),
         "topk_ids": None,
         "temperature": 1.0,
@@ -305,10 +350,10 @@ def test_operators_describe_themselves_to_the_compiler() -> None:
     problem = make_problem(3, 50)
     arguments = backward_arguments(problem)
     checks = ("test_schema", "test_faketensor")
-    partial_arguments = (problem.logits, None, problem.target, problem.topk_ids, 1.0, 0, 50)
+    partial_arguments = (problem.logits, None, problem.mask, problem.target, problem.topk_ids, 1.0, 0, 50)
     torch.library.opcheck(operators.row_partials.default, partial_arguments, test_utils=checks)
     partials = operators.row_partials(*partial_arguments)[None]
-    torch.library.opcheck(operators.merge_partials.default, (partials,), test_utils=checks)
+    torch.library.opcheck(operators.merge_partials.default, (partials, problem.mask), test_utils=checks)
     grad = torch.empty_like(problem.logits)
     torch.library.opcheck(operators.policy_backward.default, (problem.logits, grad, *arguments), test_utils=checks)
     torch.library.opcheck(operators.policy_backward_.default, (problem.logits, *arguments), test_utils=checks)
@@ -318,7 +363,8 @@ def test_a_graph_captured_by_torch_compile_gives_the_same() -> None:
     problem = make_problem(3, 50)
 
     def statistics(logits: torch.Tensor) -> torch.Tensor:
-        return native.merge_shards(native.shard_partials(logits, None, problem.target, None, 1.0, 0, 50)[None]).entropy
+        partials = operators.row_partials(logits, None, problem.mask, problem.target, None, 1.0, 0, 50)
+        return operators.merge_partials(partials[None], problem.mask)[1]
 
     captured = torch.compile(statistics, backend="eager", fullgraph=True)
     assert torch.equal(captured(problem.logits), statistics(problem.logits))

@@ -1,11 +1,12 @@
-"""The exact-divergence operator: plain torch's numbers, for plain and hybrid rollout policies, whole or in shards.
+"""The exact-divergence operator against float64, for plain and hybrid rollout policies, whole or in shards.
 
-Tolerance: in either implementation (x - max) / T - log_sum is off by a few 2^-24 of its largest intermediate, M = the
-largest |x| / T or log-prob, which scales a probability by 1 + 4 M 2^-24, and a KL's term has the same error times mu.
+Tolerance: (x - max) / T - log_sum is off by a few 2^-24 of its largest intermediate, M = the largest |x| / T or log-prob,
+which scales a probability by 1 + 4 M 2^-24, and a KL's term has the same error times mu.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,15 +14,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dppo.ops import torch_backend
-from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
-from megatron_dppo.ops.shard_merge import MergedRows
-
-native = pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")
+pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")
 operators = torch.ops.megatron_dppo
+LOG_ZERO = -1e5  # megatron_dppo/ops/probability.py
+NO_ID = -100
 
 
-@settings(max_examples=50, deadline=None)
+def normaliser(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n] float32 max and log_sum of z, computed in float64."""
+    z = logits.double() / temperature
+    top = z.max(1).values
+    return top.float(), (z - top[:, None]).logsumexp(1).float()
+
+
+def expected_divergence(
+    kind: str,
+    pi: torch.Tensor,
+    mu: torch.Tensor,
+    temperature: float,
+    known: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n] D(mu || pi) in float64, and the size of the terms in it, from logits of the true vocabulary."""
+    log_pi, log_mu = ((x.double() / temperature).log_softmax(1) for x in (pi, mu))
+    if known is not None:
+        ids, log_prob, log_rescale = known
+        log_mu = log_mu + log_rescale[:, None]
+        for row, slot in (ids >= 0).nonzero().tolist():
+            log_mu[row, ids[row, slot]] = log_prob[row, slot]
+    log_pi, log_mu = log_pi.clamp(min=LOG_ZERO), log_mu.clamp(min=LOG_ZERO)
+    p, m = log_pi.exp(), log_mu.exp()
+    if kind == "tv":
+        return 0.5 * (m - p).abs().sum(1), (m + p).sum(1)
+    return (m * (log_mu - log_pi)).sum(1), (m * (1 + (log_mu - log_pi).abs())).sum(1)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["tv", "kl"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -29,62 +56,90 @@ operators = torch.ops.megatron_dppo
     padding=st.sampled_from([0, 5]),
     known=st.integers(0, 5),
     temperature=st.sampled_from([1.0, 0.7]),
+    select=st.sampled_from(["all", "rows", "mask"]),
     seed=st.integers(0, 2**31),
 )
 def test_it_is_the_definition(
-    kind: Any, dtype: torch.dtype, vocab: int, padding: int, known: int, temperature: float, seed: int
+    kind: str,
+    dtype: torch.dtype,
+    vocab: int,
+    padding: int,
+    known: int,
+    temperature: float,
+    select: str,
+    seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
+    temperature = float(torch.tensor(temperature))  # as the kernel knows it
     mu = (5 * torch.randn(4, vocab + padding, generator=g)).to(dtype)
     pi = (mu.float() + torch.randn(4, vocab + padding, generator=g)).to(dtype)
     mu[0, :vocab:3] = -torch.inf  # impossible under mu alone, under pi alone
     pi[1, 1:vocab:3] = -torch.inf
-    mask = torch.tensor([True, True, False, True])
+    mask = torch.tensor([True, True, False, True]) if select != "all" else torch.ones(4, dtype=torch.bool)
+    rows = mask.nonzero()[:, 0]
+    n, pi_true, mu_true = len(rows), pi[rows, :vocab], mu[rows, :vocab]
     hybrid = None
     if known:
-        ids = torch.stack([torch.randperm(vocab, generator=g)[:known] for _ in range(3)])
+        ids = torch.stack([torch.randperm(vocab, generator=g)[:known] for _ in range(n)])
+        ids[torch.rand(ids.shape, generator=g) < 0.2] = -1
         share = 0.9 * torch.rand(ids.shape, generator=g) / known
-        hybrid = KnownProbabilities(ids, share.log(), torch.rand(ids.shape, generator=g) < 0.8)
-
-    def divergence(backend: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        logits = (x if dtype is None else x.to(dtype) for x in (pi, mu))
-        return vocab_parallel_divergence(kind, *logits, mask, hybrid, temperature, vocab, backend=backend)
-
-    exact, ours = divergence("torch", torch.float64), divergence("cpu")
-    finite = mu[:, :vocab].double()
+        hybrid = (ids, share.log(), 2 * torch.rand(n, generator=g) - 1)
+    per_row = (*normaliser(pi_true, temperature), *normaliser(mu_true, temperature), *(hybrid or (None,) * 3))
+    pi[~mask] = mu[~mask] = torch.nan
+    spread = []
+    for values in per_row:
+        if select == "mask" and values is not None:
+            full = values.new_full((4, *values.shape[1:]), NO_ID if values.dtype == torch.int64 else math.nan)
+            full[rows] = values
+            values = full
+        spread.append(values)
+    selection = {"all": (None, None), "rows": (rows, None), "mask": (None, mask)}[select]
+    got = operators.shard_divergence(pi, mu, *selection, *spread, kind, temperature, 0, vocab)
+    if select == "mask":
+        assert torch.equal(got[~mask], torch.zeros(1))
+        got = got[mask]
+    exact, size = expected_divergence(kind, pi_true, mu_true, temperature, hybrid)
+    finite = torch.cat([pi_true, mu_true]).double()
     largest = float(finite[finite.isfinite()].abs().max()) / temperature + 32
-    # Where pi alone is 0 the terms are mu * 1e5 (LOG_ZERO); elsewhere they are of order 1 (TV) or `largest` (KL). The rest
-    # of a hybrid mu is divided by a mass that is good to 2^-22 and may be as small as 1 / 100 here, or else is rounding.
-    sizes = 1.0 + exact + (0.0 if kind == "tv" else largest)
-    well_posed = (
-        torch.ones(3, dtype=torch.bool) if hybrid is None else rest_of(mu[mask], hybrid, vocab, temperature) > 1e-2
-    )
-    tolerance = 8 * largest * 2.0**-24 * sizes * (1.0 if hybrid is None else 100.0)
-    assert bool(((ours - exact).abs() <= tolerance)[well_posed].all()), (ours - exact, tolerance)
-    assert bool(ours.isfinite().all())
+    assert bool(((got - exact).abs() <= 8 * largest * 2.0**-24 * size).all())
+    assert bool(got.isfinite().all())
 
 
-def rest_of(mu: torch.Tensor, hybrid: KnownProbabilities, vocab: int, temperature: float) -> torch.Tensor:
-    """[n] what the recomputed policy leaves to the tokens that the engine did not report."""
-    p = (mu[:, :vocab].double() / temperature).softmax(-1)
-    return 1 - (p.gather(1, hybrid.ids) * hybrid.valid).sum(1)
+@pytest.mark.parametrize("inside", [[True, False, True], [True] * 3, [False] * 3])
+@pytest.mark.parametrize("vocab", [50, 300_001])
+def test_masked_rows_are_not_read_and_the_others_are_as_if_listed(inside: list[bool], vocab: int) -> None:
+    torch.set_num_threads(2)
+    whole, mask = arguments(3, vocab), torch.tensor(inside)
+    rows = mask.nonzero()[:, 0]
+    logits = ("logits", "rollout_logits")
+    listed = {
+        name: values[rows] if isinstance(values, torch.Tensor) and name not in logits else values
+        for name, values in whole.items()
+    }
+    spoilt = dict(whole)
+    for name, values in whole.items():
+        if isinstance(values, torch.Tensor):
+            spoilt[name] = values.clone()
+            spoilt[name][~mask] = NO_ID if values.dtype == torch.int64 else math.nan
+    got = operators.shard_divergence(**(spoilt | {"mask": mask}))
+    assert torch.equal(got[mask], operators.shard_divergence(**(listed | {"rows": rows})))
+    assert torch.equal(got[~mask], torch.zeros(int((~mask).sum())))
 
 
 def arguments(n: int = 3, vocab: int = 50) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     pi, mu = torch.randn(2, n, vocab, generator=g)
-    normalisers = (
-        [x.max(1).values for x in (pi, mu)],
-        [(x - x.max(1, keepdim=True).values).logsumexp(1) for x in (pi, mu)],
-    )
+    pi_max, pi_log_sum = normaliser(pi, 1.0)
+    mu_max, mu_log_sum = normaliser(mu, 1.0)
     return {
         "logits": pi,
         "rollout_logits": mu,
         "rows": None,
-        "max": normalisers[0][0],
-        "log_sum": normalisers[1][0],
-        "rollout_max": normalisers[0][1],
-        "rollout_log_sum": normalisers[1][1],
+        "mask": None,
+        "max": pi_max,
+        "log_sum": pi_log_sum,
+        "rollout_max": mu_max,
+        "rollout_log_sum": mu_log_sum,
         "known_ids": torch.tensor([[3, 49, -1]] * n),
         "known_log_prob": torch.full((n, 3), -2.0),
         "log_rescale": torch.full((n,), -0.3),
@@ -110,22 +165,11 @@ def test_shards_add_up_to_the_whole() -> None:
 def test_a_long_row_is_split_over_threads() -> None:
     torch.set_num_threads(2)
     long = arguments(1, 300_001)
-    merged = [
-        MergedRows(*[torch.empty(0)] * 4, long[prefix + "max"], long[prefix + "log_sum"]) for prefix in ("", "rollout_")
-    ]
-    known = (long["known_ids"], long["known_log_prob"], long["log_rescale"])
-    shared = ("kl", long["logits"], long["rollout_logits"], None, *merged, *known, 1.0, 0, 300_001)
-    # Sums of 300,001 terms in two orders, of total size 1.
+    known = tuple(long[name] for name in ("known_ids", "known_log_prob", "log_rescale"))
+    exact, size = expected_divergence("kl", long["logits"], long["rollout_logits"], 1.0, known)
     torch.testing.assert_close(
-        native.shard_divergence(*shared), torch_backend.shard_divergence(*shared), rtol=1e-4, atol=1e-5
+        operators.shard_divergence(**long).double(), exact, rtol=0, atol=8 * 32 * 2.0**-24 * float(size)
     )
-
-
-def test_different_dtypes_are_compared_in_the_wider() -> None:
-    pi, mu = torch.randn(2, 3, 40)
-    mask = torch.ones(3, dtype=torch.bool)
-    mixed = vocab_parallel_divergence("tv", pi.bfloat16(), mu, mask, backend="cpu")
-    assert torch.equal(mixed, vocab_parallel_divergence("tv", pi.bfloat16().float(), mu, mask, backend="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +178,9 @@ def test_different_dtypes_are_compared_in_the_wider() -> None:
         ({"rollout_logits": torch.zeros(3, 49)}, "rollout_logits must match logits"),
         ({"rollout_logits": torch.zeros(3, 50, dtype=torch.bfloat16)}, "rollout_logits must match logits"),
         ({"rollout_logits": torch.zeros(50, 3).t()}, "rollout_logits must have contiguous columns"),
+        ({"rows": torch.tensor([3])}, "rows holds 3"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, "mask must have shape"),
+        ({"rows": torch.arange(3), "mask": torch.ones(3, dtype=torch.bool)}, "rows and mask exclude each other"),
         ({"rollout_max": torch.zeros(2)}, "rollout_max must have shape"),
         ({"known_ids": torch.zeros(3, dtype=torch.int64)}, "known_ids must be a matrix"),
         ({"known_log_prob": None}, "known_ids needs known_log_prob and log_rescale"),

@@ -19,6 +19,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "machine.h"
+
 #undef __global__
 #undef __device__
 #undef __launch_bounds__
@@ -39,23 +41,9 @@
 
 namespace megatron_dppo::emulation {
 
-struct Context {
-  uint3 thread, block;
-  dim3 block_dim, grid_dim;
-};
-extern Context context;  // of the fiber that runs
-
-// Implemented by scheduler.cpp. Whatever a kernel does wrong is thrown out of run_grid as std::runtime_error.
-void run_grid(const char* kernel, dim3 grid, dim3 block, void (*body)(void*), void* argument);
-void sync_threads(const char* file, int line);
-void thread_fence();
-uint64_t exchange(unsigned mask, uint64_t value, int source_lane);  // the value that `source_lane` brought
-void* shared_array(const char* file, int line, size_t bytes);       // this block's array of that source line
-int lane();
-
-template <typename Body>
-void launch(const char* kernel, dim3 grid, dim3 block, Body body) {
-  run_grid(kernel, grid, block, [](void* b) { (*static_cast<Body*>(b))(); }, &body);
+template <typename Kernel>
+void launch(const char* name, dim3 grid, dim3 block, Kernel kernel) {
+  run_grid(name, grid, block, [](void* k) { (*static_cast<Kernel*>(k))(); }, &kernel);
 }
 
 }  // namespace megatron_dppo::emulation

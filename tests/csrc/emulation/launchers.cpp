@@ -52,10 +52,10 @@ DPPO_EXPORT const char* emulated_shard_divergence(const DivergenceArguments* arg
 DPPO_EXPORT int64_t emulated_divergence_segments(const DivergenceArguments* args, int multiprocessors) {
   return cuda::divergence_segments(*args, multiprocessors);
 }
-DPPO_EXPORT const char* emulated_token_update(const TokenUpdateArguments* args, int multiprocessors) {
+DPPO_EXPORT const char* emulated_token_objective(const TokenObjectiveArguments* args, int multiprocessors) {
   return guarded([&] {
-    void* workspace = std::malloc(cuda::token_update_workspace_bytes(args->n, multiprocessors));
-    const cudaError_t error = cuda::launch_token_update(*args, multiprocessors, workspace, nullptr);
+    void* workspace = std::malloc(cuda::token_objective_workspace_bytes(args->n, multiprocessors));
+    const cudaError_t error = cuda::launch_token_objective(*args, multiprocessors, workspace, nullptr);
     std::free(workspace);
     return error;
   });

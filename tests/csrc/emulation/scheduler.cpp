@@ -21,15 +21,11 @@
 #include <string>
 #include <vector>
 
+#include "machine.h"
 #include "sanitizers.h"
 
 namespace megatron_dppo::emulation {
 
-// As in cuda_emulation.h, which is not included: its macros would take effect here too.
-struct Context {
-  uint3 thread, block;
-  dim3 block_dim, grid_dim;
-};
 Context context;
 
 namespace {
@@ -67,7 +63,7 @@ struct SharedArray {
 // One launch. The main context walks over blocks and fibers; a fiber runs until it waits or ends.
 class Grid {
  public:
-  Grid(const char* kernel, dim3 grid, dim3 block, void (*body)(void*), void* argument);
+  Grid(const char* kernel, dim3 grid, dim3 block, Body body, void* argument);
   ~Grid();
   void run();
 
@@ -96,7 +92,7 @@ class Grid {
   static std::string name_of(const Fiber& fiber);
 
   const char* kernel_;
-  void (*body_)(void*);
+  Body body_;
   void* argument_;
   size_t num_blocks_;
   bool fresh_fibers_;
@@ -134,7 +130,7 @@ char* allocate_stack() {
 
 void free_stack(char* stack) { munmap(stack - kPageBytes, kStackBytes + kPageBytes); }
 
-Grid::Grid(const char* kernel, dim3 grid, dim3 block, void (*body)(void*), void* argument)
+Grid::Grid(const char* kernel, dim3 grid, dim3 block, Body body, void* argument)
     : kernel_(kernel),
       body_(body),
       argument_(argument),
@@ -387,7 +383,7 @@ std::string Grid::name_of(const Fiber& fiber) {
 
 }  // namespace
 
-void run_grid(const char* kernel, dim3 grid, dim3 block, void (*body)(void*), void* argument) {
+void run_grid(const char* kernel, dim3 grid, dim3 block, Body body, void* argument) {
   Grid launch(kernel, grid, block, body, argument);
   grid_that_runs = &launch;
   launch.run();

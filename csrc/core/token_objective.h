@@ -1,10 +1,10 @@
-// What one token's update is worth: megatron_dppo/loss/objective.py in single precision, metrics in double. That
+// One token's share of the objective: megatron_dppo/loss/objective.py in single precision, metrics in double. That
 // file, and those it calls (divergences, direction, trust_region, metrics), are the definition; the order of operations
 // is theirs.
 #pragma once
 
 #include "probability.h"
-#include "token_update_arguments.h"
+#include "token_objective_arguments.h"
 
 namespace megatron_dppo {
 
@@ -28,7 +28,7 @@ struct KnownTokens {
   }
 };
 
-DPPO_HOST_DEVICE KnownTokens known_tokens(const TokenUpdateArguments& args, int64_t i) {
+DPPO_HOST_DEVICE KnownTokens known_tokens(const TokenObjectiveArguments& args, int64_t i) {
   KnownTokens known;
   bool sampled_is_known = false;
   for (int64_t k = i * args.topk; k < (i + 1) * args.topk; ++k) {
@@ -39,7 +39,7 @@ DPPO_HOST_DEVICE KnownTokens known_tokens(const TokenUpdateArguments& args, int6
   return known;
 }
 
-DPPO_HOST_DEVICE float divergence_of(const TokenUpdateArguments& args, int64_t i, const KnownTokens& known) {
+DPPO_HOST_DEVICE float divergence_of(const TokenObjectiveArguments& args, int64_t i, const KnownTokens& known) {
   const float log_mu = args.log_mu[i], log_pi = args.log_pi[i];
   switch (args.settings.divergence) {
     case Divergence::kBinaryTv:
@@ -65,7 +65,7 @@ DPPO_HOST_DEVICE float divergence_of(const TokenUpdateArguments& args, int64_t i
 DPPO_HOST_DEVICE float sign_of(float x) { return x > 0.f ? 1.f : (x < 0.f ? -1.f : 0.f * x); }
 
 // Sign of the change of KL(mu || pi) to first order, but for the advantage's: see loss/direction.py.
-DPPO_HOST_DEVICE float divergence_growth(const TokenUpdateArguments& args, int64_t i, const KnownTokens& known) {
+DPPO_HOST_DEVICE float divergence_growth(const TokenObjectiveArguments& args, int64_t i, const KnownTokens& known) {
   const float mu_other = known.mu_mass.left(), pi_other = known.pi_mass.left();
   float other_square, other_cross;
   if (args.settings.direction == Direction::kExactCollision) {
@@ -88,19 +88,20 @@ DPPO_HOST_DEVICE bool ppo_clips(float advantage, float log_ratio, float log_low,
 
 DPPO_HOST_DEVICE float weight_of(const TrustRegionSettings& settings, float advantage, float log_ratio, float ratio,
                                  float probability_change, float divergence, float outward) {
-  const float delta = advantage > 0.f ? settings.delta_high : settings.delta_low;
+  const Limits& limits = settings.limits;
+  const float delta = advantage > 0.f ? limits.delta_high : limits.delta_low;
   switch (settings.trust_region) {
     case TrustRegion::kMask:
       return outward > 0.f && divergence > delta ? 0.f : 1.f;
     case TrustRegion::kSmooth:
       return 1.f - outward * fabsf(probability_change) / delta;
     case TrustRegion::kPpoClip:
-      return ppo_clips(advantage, log_ratio, settings.log_clip_low, settings.log_clip_high) ||
-                     (advantage < 0.f && log_ratio > settings.log_dual_clip)
+      return ppo_clips(advantage, log_ratio, limits.log_clip_low, limits.log_clip_high) ||
+                     (advantage < 0.f && log_ratio > limits.log_dual_clip)
                  ? 0.f
                  : 1.f;
     case TrustRegion::kCispo:
-      return nan_min(nan_max(ratio, settings.cispo_ratio_min), settings.cispo_ratio_max) / ratio;
+      return nan_min(nan_max(ratio, limits.cispo_ratio_min), limits.cispo_ratio_max) / ratio;
     case TrustRegion::kNone:
       return 1.f;
   }
@@ -114,19 +115,23 @@ DPPO_HOST_DEVICE double combine_totals(int which, double a, double b) {
 DPPO_HOST_DEVICE double empty_total(int which) { return which < kNumSums ? 0.0 : -INFINITY; }
 
 // Bin of a divergence; NaN belongs with the largest.
-DPPO_HOST_DEVICE int histogram_bin(const MetricSettings& metrics, float divergence) {
-  const double decades = log10(static_cast<double>(divergence)) - metrics.histogram_lowest;
-  const double at = floor(decades * metrics.bins_per_decade) + 1.0;
+DPPO_HOST_DEVICE int histogram_bin(float divergence) {
+  const double decades = log10(static_cast<double>(divergence)) - kHistogramLowest;
+  const double at = floor(decades * kHistogramBinsPerDecade) + 1.0;
   if (at <= 0.0) return 0;
-  return at <= metrics.histogram_bins ? static_cast<int>(at) : metrics.histogram_bins + 1;
+  return at <= kHistogramBins ? static_cast<int>(at) : kHistogramBins + 1;
 }
 
 // Writes token i's results, adds what it contributes to `totals`, and returns its histogram bin, or -1 without one.
-DPPO_HOST_DEVICE int update_token(const TokenUpdateArguments& args, int64_t i, double* totals) {
+DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, double* totals) {
+  if (args.mask.skips(i)) {
+    args.coefficient[i] = args.weight[i] = args.divergence[i] = 0.f;
+    return -1;
+  }
   const float advantage = args.advantage[i], log_mu = args.log_mu[i], log_pi = args.log_pi[i];
   const float log_ratio = log_pi - log_mu;
   const float ratio = expf(nan_min(nan_max(log_ratio, -kLogRatioClamp), kLogRatioClamp));
-  const float capped_ratio = nan_min(ratio, args.settings.ratio_cap);
+  const float capped_ratio = nan_min(ratio, args.settings.limits.ratio_cap);
   const float mu = expf(log_mu), pi = expf(log_pi);
 
   const bool reads_known = args.settings.direction != Direction::kRatio ||
@@ -142,38 +147,37 @@ DPPO_HOST_DEVICE int update_token(const TokenUpdateArguments& args, int64_t i, d
   args.weight[i] = weight;
   args.divergence[i] = divergence;
 
-  totals[kAbsLogRatio] += fabsf(log_ratio);
-  totals[kK1] -= log_ratio;
+  totals[kTokens] += 1.0;
+  totals[kAbsLogRatioSum] += fabsf(log_ratio);
+  totals[kK1Sum] -= log_ratio;
   // r - 1 - log r is of second order: in single precision it would drown in the rounding of r.
-  totals[kK3] += expm1(static_cast<double>(log_ratio)) - log_ratio;
+  totals[kK3Sum] += expm1(static_cast<double>(log_ratio)) - log_ratio;
   totals[kRatioSum] += ratio;
-  totals[kRatioSquared] += ratio * ratio;
+  totals[kRatioSquaredSum] += ratio * ratio;
   totals[kEntropySum] += args.entropy[i];
   totals[kRatioMax] = maximum(totals[kRatioMax], ratio);
   totals[kNegatedRatioMax] = maximum(totals[kNegatedRatioMax], -ratio);
-  totals[kProbabilityChangeMax] = maximum(totals[kProbabilityChangeMax], fabsf(pi - mu));
+  totals[kProbChangeMax] = maximum(totals[kProbChangeMax], fabsf(pi - mu));
   if (advantage == 0.f) return -1;
 
-  const MetricSettings& metrics = args.metrics;
   const double masked = weight == 0.f ? 1.0 : 0.0;
-  const bool clips = ppo_clips(advantage, log_ratio, metrics.log_clip_low, metrics.log_clip_high);
+  const bool clips = ppo_clips(advantage, log_ratio, kReferenceLogClipLow, kReferenceLogClipHigh);
   totals[kMoved] += 1.0;
   totals[kMasked] += masked;
   totals[advantage > 0.f ? kPositive : kNegative] += 1.0;
   totals[advantage > 0.f ? kMaskedPositive : kMaskedNegative] += masked;
-  for (int bin = 0; bin < kProbabilityBins; ++bin) {
-    const bool below = mu < metrics.bin_edges[bin + 1] || bin == kProbabilityBins - 1;
-    if (!(mu >= metrics.bin_edges[bin] && below)) continue;
-    totals[kMovedInBin + bin] += 1.0;
-    totals[kMaskedInBin + bin] += masked;
+  const int bin = probability_bin(mu);
+  if (bin >= 0) {
+    totals[kMovedInBin0 + bin] += 1.0;
+    totals[kMaskedInBin0 + bin] += masked;
   }
   totals[kWeightSum] += weight;
   totals[kDivergenceSum] += divergence;
-  totals[kPpoClips] += clips ? 1.0 : 0.0;
-  totals[kPpoAgrees] += clips == (weight == 0.f) ? 1.0 : 0.0;
-  totals[kBadUpdates] += advantage < 0.f && mu - pi >= metrics.bad_update_drop ? 1.0 : 0.0;
+  totals[kPpoClipped] += clips ? 1.0 : 0.0;
+  totals[kPpoAgreeing] += clips == (weight == 0.f) ? 1.0 : 0.0;
+  totals[kBadUpdates] += advantage < 0.f && mu - pi >= static_cast<float>(kBadUpdateDrop) ? 1.0 : 0.0;
   totals[kDivergenceMax] = maximum(totals[kDivergenceMax], divergence);
-  return histogram_bin(metrics, divergence);
+  return histogram_bin(divergence);
 }
 
 }  // namespace megatron_dppo

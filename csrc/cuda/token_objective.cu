@@ -1,4 +1,4 @@
-// What every token's update is worth, and the sums and extrema of all tokens' metrics, in one launch.
+// Every token's share of the objective, and the sums and extrema of all tokens' metrics, in one launch.
 //
 // A thread takes a token at a time and keeps its totals in its own row of shared memory. The block adds the rows up,
 // leaves the sums in global memory, and the block that comes last adds those, always in the blocks' order:
@@ -7,7 +7,8 @@
 
 #include <algorithm>
 
-#include "../core/token_update.h"
+#include "../core/token_objective.h"
+#include "last_block.cuh"
 #include "launch.h"
 #include "toolchain.cuh"
 
@@ -18,7 +19,7 @@ constexpr int kThreads = 128;
 constexpr int kSlices = kThreads / 32;
 constexpr int kBlocksPerMultiprocessor = 2;
 static_assert(kNumTotals <= 32, "one lane for every total");
-static_assert(kNumTotals % 2 == 1, "rows of an odd number of doubles do not share their banks");
+constexpr int kRowSize = kNumTotals | 1;  // rows of an odd number of doubles do not share their banks
 
 // Scratch memory: every block's totals, then a counter of finished blocks.
 struct Workspace {
@@ -46,41 +47,27 @@ __device__ __forceinline__ double combine_rows(int rows, const Row& row) {
   return total;
 }
 
-// True in every thread of the block that comes last, which then sees what the others wrote.
-__device__ __forceinline__ bool is_last_block(unsigned* finished) {
-  DPPO_SHARED(int, is_last, 1);
-  __threadfence();  // this thread's totals are visible before the count says so
-  __syncthreads();
-  if (threadIdx.x == 0) is_last[0] = atomicAdd(finished, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (is_last[0] == 0) return false;
-  __threadfence();
-  return true;
-}
-
-__global__ void __launch_bounds__(kThreads) token_update_kernel(TokenUpdateArguments args, Workspace workspace) {
-  DPPO_SHARED(double, rows, kThreads* kNumTotals);
-  DPPO_SHARED(unsigned, counts, kMaxHistogramBins + 2);
-  const int bins = args.metrics.histogram_bins + 2;
-  for (int bin = threadIdx.x; bin < bins; bin += kThreads) counts[bin] = 0;
-  double* const own = rows + threadIdx.x * kNumTotals;
+__global__ void __launch_bounds__(kThreads) token_objective_kernel(TokenObjectiveArguments args, Workspace workspace) {
+  DPPO_SHARED(double, rows, kThreads* kRowSize);
+  DPPO_SHARED(unsigned, counts, kHistogramSize);
+  for (int bin = threadIdx.x; bin < kHistogramSize; bin += kThreads) counts[bin] = 0;
+  double* const own = rows + threadIdx.x * kRowSize;
 #pragma unroll 1
   for (int which = 0; which < kNumTotals; ++which) own[which] = empty_total(which);
   __syncthreads();
 
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < args.n;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int bin = update_token(args, i, own);
+    const int bin = add_token(args, i, own);
     if (bin >= 0) atomicAdd(counts + bin, 1u);
   }
   __syncthreads();
 
-  for (int bin = threadIdx.x; bin < bins; bin += kThreads)
+  for (int bin = threadIdx.x; bin < kHistogramSize; bin += kThreads)
     if (counts[bin] != 0) atomicAdd(reinterpret_cast<unsigned long long*>(args.histogram) + bin, 1ull * counts[bin]);
-  double total = combine_rows(kThreads, [&](int row, int which) { return rows[row * kNumTotals + which]; });
+  double total = combine_rows(kThreads, [&](int row, int which) { return rows[row * kRowSize + which]; });
   if (threadIdx.x < kNumTotals) workspace.totals[int64_t{blockIdx.x} * kNumTotals + threadIdx.x] = total;
-  if (!is_last_block(workspace.finished)) return;
-  // Past the first-level cache, which other blocks' writes do not reach.
+  if (!is_last_block(workspace.finished, gridDim.x)) return;
   total = combine_rows(static_cast<int>(gridDim.x), [&](int block, int which) {
     return __ldcg(workspace.totals + int64_t{block} * kNumTotals + which);
   });
@@ -95,20 +82,20 @@ unsigned number_of_blocks(int64_t n, int multiprocessors) {
 
 }  // namespace
 
-int64_t token_update_workspace_bytes(int64_t n, int multiprocessors) {
+int64_t token_objective_workspace_bytes(int64_t n, int multiprocessors) {
   return number_of_blocks(n, multiprocessors) * int64_t{kNumTotals} * sizeof(double) + sizeof(unsigned);
 }
 
-cudaError_t launch_token_update(const TokenUpdateArguments& args, int multiprocessors, void* workspace,
-                                cudaStream_t stream) {
+cudaError_t launch_token_objective(const TokenObjectiveArguments& args, int multiprocessors, void* workspace,
+                                   cudaStream_t stream) {
   const unsigned blocks = number_of_blocks(args.n, multiprocessors);
   Workspace shared{static_cast<double*>(workspace), nullptr};
   shared.finished = reinterpret_cast<unsigned*>(shared.totals + int64_t{blocks} * kNumTotals);
   cudaError_t error = cudaMemsetAsync(shared.finished, 0, sizeof(unsigned), stream);
   if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(args.histogram, 0, (args.metrics.histogram_bins + 2) * sizeof(int64_t), stream);
+  error = cudaMemsetAsync(args.histogram, 0, kHistogramSize * sizeof(int64_t), stream);
   if (error != cudaSuccess) return error;
-  DPPO_LAUNCH(token_update_kernel, dim3(blocks), dim3(kThreads), stream, args, shared);
+  DPPO_LAUNCH(token_objective_kernel, dim3(blocks), dim3(kThreads), stream, args, shared);
   return DPPO_LAUNCH_STATUS();
 }
 

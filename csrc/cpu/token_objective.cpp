@@ -1,7 +1,7 @@
-// What every token's update is worth. Totals are summed over chunks of tokens whose size does not depend on the number
-// of threads, then in the chunks' order: the same batch gives the same bits.
+// Every token's share of the objective. Totals are summed over chunks of tokens whose size does not depend on the
+// number of threads, then in the chunks' order: the same batch gives the same bits.
 
-#include "../core/token_update.h"
+#include "../core/token_objective.h"
 
 #include <ATen/Parallel.h>
 
@@ -27,12 +27,12 @@ Totals empty_totals() {
 
 }  // namespace
 
-void token_update(const TokenUpdateArguments& args) {
-  std::fill_n(args.histogram, args.metrics.histogram_bins + 2, 0);
+void token_objective(const TokenObjectiveArguments& args) {
+  std::fill_n(args.histogram, kHistogramSize, 0);
   std::vector<Totals> chunks((args.n + kChunk - 1) / kChunk, empty_totals());
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kChunk; i < std::min(end * kChunk, args.n); ++i) {
-      const int bin = update_token(args, i, chunks[i / kChunk].data());
+      const int bin = add_token(args, i, chunks[i / kChunk].data());
       if (bin >= 0) std::atomic_ref<int64_t>(args.histogram[bin]).fetch_add(1, std::memory_order_relaxed);
     }
   });
