@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
+from megatron_dppo.distributed.collectives import split_ranks
 
 MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
 
@@ -149,7 +150,8 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     global _replica_group
-    _replica_group = _new_replica_group()
+    # Ranks with the same data-parallel rank: core has groups for TP x PP and TP x CP, none for all three.
+    _replica_group = split_ranks(parallel_state.get_data_parallel_rank())
 
 
 def replica_group() -> dist.ProcessGroup:
@@ -161,20 +163,3 @@ def replica_group() -> dist.ProcessGroup:
     if _replica_group is None or not parallel_state.model_parallel_is_initialized():
         raise RuntimeError("replica_group() needs initialize_model_parallel first")
     return _replica_group
-
-
-def is_replica_leader() -> bool:
-    """True on one rank of each replica: the first."""
-    return dist.get_group_rank(replica_group(), dist.get_rank()) == 0
-
-
-def _new_replica_group() -> dist.ProcessGroup:
-    """Ranks with the same data-parallel rank. Core has groups for TP x PP and TP x CP, none for all three."""
-    replica_of_rank: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(replica_of_rank, parallel_state.get_data_parallel_rank())
-    members = [
-        [rank for rank, replica in enumerate(replica_of_rank) if replica == this]
-        for this in sorted(set(replica_of_rank))
-    ]
-    group, _ = dist.new_subgroups_by_enumeration(members)
-    return group

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dppo.distributed.collectives import on_one_rank
 from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.tasks.scoring import Scorer
@@ -37,13 +37,11 @@ class RolloutPhase:
         scorer: Scorer,
         decode: Callable[[Sequence[int]], str],
         replica_group: dist.ProcessGroup,
-        is_leader: bool,
     ) -> None:
         self.engine = engine
         self._scorer = scorer
         self._decode = decode
         self._group = replica_group
-        self._is_leader = is_leader
 
     def collect(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> ScoredRollouts:
         """Sample and score responses to this replica's prompts."""
@@ -57,13 +55,11 @@ class RolloutPhase:
         return ScoredRollouts(samples, responses, failures)
 
     def _score(self, samples: Sequence[Sample], responses: Sequence[str]) -> tuple[list[float], int]:
-        """Grade on the leader only: a scorer need not be deterministic or cheap, the ranks must agree all the same."""
-        box: list[Any] = [None]
-        if self._is_leader:
-            results = self._scorer.score(
-                [(sample.prompt.metadata["problem"], text) for sample, text in zip(samples, responses, strict=True)]
-            )
-            box = [([result.reward for result in results], sum(result.failure is not None for result in results))]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
-        rewards, failures = box[0]
-        return rewards, failures
+        """Grade on one rank only: a scorer need not be deterministic or cheap, the ranks must agree all the same."""
+        pairs = [(sample.prompt.metadata["problem"], text) for sample, text in zip(samples, responses, strict=True)]
+
+        def score() -> tuple[list[float], int]:
+            results = self._scorer.score(pairs)
+            return [result.reward for result in results], sum(result.failure is not None for result in results)
+
+        return on_one_rank(score, group=self._group)

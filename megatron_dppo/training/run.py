@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transformer_engine
-from megatron_dppo.distributed.layout import initialize_model_parallel, is_replica_leader, replica_group
+from megatron_dppo.distributed.collectives import broadcast_object, on_one_rank
+from megatron_dppo.distributed.layout import initialize_model_parallel, replica_group
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import build_policy, initialize_randomly
@@ -47,15 +48,12 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
     """Train as configured, on all ranks that torchrun started."""
     with ExitStack() as stack:
         stack.enter_context(joined_ranks(device))
-        name = [config.run.name]  # it may hold the time of the start, which ranks read at different moments
-        dist.broadcast_object_list(name, src=0)
-        config.run.name = name[0]
+        # It may hold the time of the start, which ranks read at different moments.
+        config.run.name = broadcast_object(config.run.name)
         folder = RunFolder(config)
         initialize_model_parallel(config.parallel, config.run.seed)
+        on_one_rank(lambda: folder.create(config))
         writes = dist.get_rank() == 0
-        if writes:
-            folder.create(config)
-        dist.barrier()
         log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
         log.say(environment_report())
         policy = build_trainable_policy(config, inputs, device)
@@ -63,7 +61,7 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         scorer = stack.enter_context(
             Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
         )
-        phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group(), is_replica_leader())
+        phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group())
         section = config.checkpoint
         writer = stack.enter_context(CheckpointWriter(folder.checkpoints, section.keep, section.async_save))
         Trainer(config, inputs, folder, policy, phase, writer, log).train()
@@ -91,11 +89,10 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
     return SGLangEngine(
         config.rollout.sglang,
         config.model.path,
-        policy.vocab_size,
-        policy.dtype,
-        folder.logs,
-        replica_group(),
-        is_replica_leader(),
+        vocab_size=policy.vocab_size,
+        dtype=policy.dtype,
+        log_folder=folder.logs,
+        replica_group=replica_group(),
         return_routed_experts=config.algorithm.routing_replay,
     )
 

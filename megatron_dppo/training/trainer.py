@@ -154,7 +154,7 @@ class Trainer:
             stop_token_ids=self.inputs.stop_token_ids,
             seed=self.config.run.seed,
         )
-        return evaluate(self.rollout_phase, self.inputs.eval_prompts, sampling, self.device)
+        return evaluate(self.rollout_phase, self.inputs.eval_prompts, sampling)
 
     def is_due(self, every: int) -> bool:
         """Every so many steps, and after the last one."""
@@ -177,7 +177,7 @@ class Trainer:
         computed_tokens = float(other_metrics["batch/computed_tokens"])
         metrics = {
             # sync_weights has moved on by one since these samples were drawn
-            **rollout_metrics(rollouts, self.state.weight_version - 1, self.device),
+            **rollout_metrics(rollouts, self.state.weight_version - 1),
             **phase_metrics(rollouts, computed_tokens, seconds, self.device),
             **other_metrics,
         }

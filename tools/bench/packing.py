@@ -62,9 +62,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
         initialize_model_parallel(ParallelConfig(), seed=0)
         policy, optimizer_state = small_policy(options, device)
-        batches = {
-            name: MicroBatcher(train, ParallelConfig(), device).micro_batches(examples) for name, train in ways.items()
-        }
+        batches = {name: MicroBatcher(train, ParallelConfig()).micro_batches(examples) for name, train in ways.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.turns + 1):
             for name, train in ways.items():

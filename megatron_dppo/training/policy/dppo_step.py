@@ -35,8 +35,7 @@ class DPPOUpdate:
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
-        self._device = next(policy.chunks[0].parameters()).device
-        self._batcher = MicroBatcher(config.train, config.parallel, self._device)
+        self._batcher = MicroBatcher(config.train, config.parallel)
         loss_config = config.algorithm.loss
         self._loss = DPPOLoss(loss_config, parallel_state.get_tensor_model_parallel_group(), policy.vocab_size)
         exact = loss_config.divergence.startswith("exact_")
@@ -73,7 +72,7 @@ class DPPOUpdate:
             **every.reduce(),
             **on_policy,
             **replayed,
-            **batches.reduce(self._device),
+            **batches.reduce(),
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
         }
