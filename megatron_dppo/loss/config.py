@@ -94,6 +94,21 @@ class DPPOConfig:
             raise ConfigError("DPPOConfig.horizon must be set for aggregation='seq_mean_token_sum_norm'")
 
     @property
+    def partition(self) -> str:
+        """Over what the divergence is taken: binary | topk | exact."""
+        return self.divergence.partition("_")[0]
+
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the engine has to return top-K log-probs."""
+        return self.partition == "topk" or self.direction == "predictive"
+
+    @property
+    def needs_rollout_logits(self) -> bool:
+        """Whether the rollout policy's logits are compared with the policy's."""
+        return self.partition == "exact"
+
+    @property
     def thresholds(self) -> tuple[float, float]:
         """``(delta_low, delta_high)`` in force."""
         if self.trust_region == "smooth":

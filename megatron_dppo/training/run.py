@@ -17,17 +17,19 @@ from megatron_dppo.distributed.layout import initialize_model_parallel, replica_
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.models.hf.weights import load_hf_weights
+from megatron_dppo.models.hf.weights import load_hf_weights, save_hf_checkpoint
 from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
+from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
+from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
 from megatron_dppo.training.trainer import Trainer
 
@@ -37,7 +39,7 @@ _STEPS_COMPARED = 5
 
 def check_run_folder(config: Config) -> None:
     """Raise ConfigError if the folder holds a run that must not be continued."""
-    folder = RunFolder(config)
+    folder = RunFolder(config.run)
     if config.run.resume == "never" and folder.config_path.exists():
         raise ConfigError(
             f"{folder.path} holds a run already: choose another run.name, or run.resume=auto to continue it"
@@ -50,7 +52,7 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         stack.enter_context(joined_ranks(device))
         # It may hold the time of the start, which ranks read at different moments.
         config.run.name = broadcast_object(config.run.name)
-        folder = RunFolder(config)
+        folder = RunFolder(config.run)
         initialize_model_parallel(config.parallel, config.run.seed)
         on_one_rank(lambda: folder.create(config))
         writes = dist.get_rank() == 0
@@ -61,10 +63,14 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         scorer = stack.enter_context(
             Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
         )
-        phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group())
-        section = config.checkpoint
-        writer = stack.enter_context(CheckpointWriter(folder.checkpoints, section.keep, section.async_save))
-        Trainer(config, inputs, folder, policy, phase, writer, log).train()
+        rollout_phase = RolloutPhase(config, inputs, engine=engine, scorer=scorer, replica_group=replica_group())
+        keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
+        checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
+        if config.warm_start.steps and last_checkpoint(folder.checkpoints) is None:
+            warm_start(policy, config, inputs, log)
+        Trainer(config, policy, rollout_phase=rollout_phase, checkpoint_writer=checkpoint_writer, log=log).train()
+        if config.checkpoint.export_hf and not folder.exported_policy.exists():
+            save_hf_checkpoint(policy.chunks, policy.hf_config, folder.exported_policy, inputs.tokenizer_folder)
         log.say(summary(folder))
 
 

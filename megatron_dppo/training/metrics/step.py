@@ -70,9 +70,7 @@ class BatchMetrics:
         }
 
 
-def phase_metrics(
-    rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float], device: torch.device
-) -> dict[str, float]:
+def phase_metrics(rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each phase, tokens per second over all replicas, peak memory of this rank. Collective.
 
     ``computed_tokens`` are those of the update's forward-backward passes, padding included.
@@ -88,12 +86,12 @@ def phase_metrics(
         "throughput/rollout_tokens_per_s": generated / seconds["rollout"],
         "throughput/update_tokens_per_s": trained / seconds["update"],
         "throughput/update_computed_tokens_per_s": computed_tokens / seconds["update"],
-        "memory/peak_bytes": float(peak_memory_bytes(device)),
+        "memory/peak_bytes": float(peak_memory_bytes()),
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on the GPU, or the resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory_bytes() -> int:
+    """Most memory held so far: allocated on this rank's GPU, or the resident set of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
