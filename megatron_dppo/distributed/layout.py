@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -11,6 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
 from megatron_dppo.distributed.collectives import split_ranks
+from megatron_dppo.errors import ConfigError
 
 MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
 
@@ -39,10 +39,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    # Optional[...] and not "| None": OmegaConf reads these annotations on every supported Python.
-    expert_tensor_parallel_size: Optional[int] = None  # noqa: UP045
-    sequence_parallel: Optional[bool] = None  # noqa: UP045
-    virtual_pipeline_model_parallel_size: Optional[int] = None  # noqa: UP045
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool | None = None
+    virtual_pipeline_model_parallel_size: int | None = None
     moe_token_dispatcher: str = "alltoall"
     use_distributed_optimizer: bool = False
 
@@ -57,19 +56,19 @@ class ParallelConfig:
         ):
             size = getattr(self, name)
             if size is not None and size < 1:
-                raise ValueError(f"ParallelConfig.{name} must be at least 1, not {size}")
+                raise ConfigError(f"ParallelConfig.{name} must be at least 1, not {size}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError(
+            raise ConfigError(
                 "ParallelConfig.sequence_parallel=True needs tensor_model_parallel_size > 1: it splits over the "
                 "tensor-parallel ranks (leave it None to have it follow)"
             )
         if self.chunks_per_stage > 1 and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
+            raise ConfigError(
                 f"ParallelConfig.virtual_pipeline_model_parallel_size={self.chunks_per_stage} needs "
                 "pipeline_model_parallel_size > 1: without a pipeline there is nothing to interleave (leave it None)"
             )
         if self.moe_token_dispatcher not in MOE_TOKEN_DISPATCHERS:
-            raise ValueError(
+            raise ConfigError(
                 f"ParallelConfig.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of "
                 f"{', '.join(MOE_TOKEN_DISPATCHERS)}"
             )
@@ -99,7 +98,7 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise ValueError if the groups do not divide the number of ranks."""
+        """Raise ConfigError if the groups do not divide the number of ranks."""
         expert = self.expert_model_parallel_size * self.expert_tensor_size * self.pipeline_model_parallel_size
         for size, formula in (
             (
@@ -114,7 +113,7 @@ class ParallelConfig:
             ),
         ):
             if world_size % size:
-                raise ValueError(
+                raise ConfigError(
                     f"the parallel layout {formula} = {size} does not divide the {world_size} ranks: "
                     f"start a multiple of {size} ranks, or choose sizes that divide {world_size}"
                 )
@@ -130,7 +129,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     expert-parallel ranks get streams of their own from it, data-parallel ranks the same ones (the policy has no dropout).
 
     Raises:
-        ValueError: the layout does not divide the world.
+        ConfigError: the layout does not divide the world.
         RuntimeError: torch.distributed is not initialised, or the model-parallel groups already are.
     """
     if not dist.is_initialized():

@@ -24,7 +24,7 @@ from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
 from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
-from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.metrics.sinks import MetricsLog
@@ -33,7 +33,6 @@ from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
 from megatron_dppo.training.trainer import Trainer
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STEPS_COMPARED = 5
 
 
@@ -76,7 +75,7 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
 
 def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.device) -> TrainablePolicy:
     """The policy with its first weights, ready for training."""
-    dtype = _DTYPES[config.model.dtype]
+    dtype = MODEL_DTYPES[config.model.dtype]
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     chunks = build_policy(
         inputs.hf_config, config.parallel, dtype, device, **(recompute if config.model.recompute_activations else {})
