@@ -21,7 +21,7 @@ from megatron_dppo.distributed.ranks import choose_device, joined_ranks
 from megatron_dppo.integrations.megatron_lm import make_loss_func
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.config import load_hf_config
-from megatron_dppo.training.config.schema import OptimizerSection
+from megatron_dppo.training.config.schema import AdamConfig
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
 
 BATCH, LENGTH, VOCAB = 8, 16, 1000
@@ -55,7 +55,7 @@ def existing_training_setup(device: torch.device):
         "loss_mask": torch.ones(BATCH, LENGTH, dtype=torch.bool, device=device),
         "advantages": torch.randn(BATCH, 1, generator=generator).expand(BATCH, LENGTH).contiguous().to(device),
     }
-    return policy, build_optimizer(policy, OptimizerSection(lr=1e-2), total_steps=10), batch
+    return policy, build_optimizer(policy, AdamConfig(lr=1e-2), total_steps=10), batch
 
 
 def rollout_log_probs(policy, batch) -> torch.Tensor:

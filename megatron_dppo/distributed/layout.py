@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
+from megatron_dppo.distributed.collectives import split_ranks
+from megatron_dppo.errors import ConfigError
 
 MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
 
@@ -38,10 +39,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    # Optional[...] and not "| None": OmegaConf reads these annotations on every supported Python.
-    expert_tensor_parallel_size: Optional[int] = None  # noqa: UP045
-    sequence_parallel: Optional[bool] = None  # noqa: UP045
-    virtual_pipeline_model_parallel_size: Optional[int] = None  # noqa: UP045
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool | None = None
+    virtual_pipeline_model_parallel_size: int | None = None
     moe_token_dispatcher: str = "alltoall"
     use_distributed_optimizer: bool = False
 
@@ -56,19 +56,19 @@ class ParallelConfig:
         ):
             size = getattr(self, name)
             if size is not None and size < 1:
-                raise ValueError(f"ParallelConfig.{name} must be at least 1, not {size}")
+                raise ConfigError(f"ParallelConfig.{name} must be at least 1, not {size}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError(
+            raise ConfigError(
                 "ParallelConfig.sequence_parallel=True needs tensor_model_parallel_size > 1: it splits over the "
                 "tensor-parallel ranks (leave it None to have it follow)"
             )
         if self.chunks_per_stage > 1 and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
+            raise ConfigError(
                 f"ParallelConfig.virtual_pipeline_model_parallel_size={self.chunks_per_stage} needs "
                 "pipeline_model_parallel_size > 1: without a pipeline there is nothing to interleave (leave it None)"
             )
         if self.moe_token_dispatcher not in MOE_TOKEN_DISPATCHERS:
-            raise ValueError(
+            raise ConfigError(
                 f"ParallelConfig.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of "
                 f"{', '.join(MOE_TOKEN_DISPATCHERS)}"
             )
@@ -98,7 +98,7 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise ValueError if the groups do not divide the number of ranks."""
+        """Raise ConfigError if the groups do not divide the number of ranks."""
         expert = self.expert_model_parallel_size * self.expert_tensor_size * self.pipeline_model_parallel_size
         for size, formula in (
             (
@@ -113,7 +113,7 @@ class ParallelConfig:
             ),
         ):
             if world_size % size:
-                raise ValueError(
+                raise ConfigError(
                     f"the parallel layout {formula} = {size} does not divide the {world_size} ranks: "
                     f"start a multiple of {size} ranks, or choose sizes that divide {world_size}"
                 )
@@ -129,7 +129,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     expert-parallel ranks get streams of their own from it, data-parallel ranks the same ones (the policy has no dropout).
 
     Raises:
-        ValueError: the layout does not divide the world.
+        ConfigError: the layout does not divide the world.
         RuntimeError: torch.distributed is not initialised, or the model-parallel groups already are.
     """
     if not dist.is_initialized():
@@ -149,7 +149,8 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     global _replica_group
-    _replica_group = _new_replica_group()
+    # Ranks with the same data-parallel rank: core has groups for TP x PP and TP x CP, none for all three.
+    _replica_group = split_ranks(parallel_state.get_data_parallel_rank())
 
 
 def replica_group() -> dist.ProcessGroup:
@@ -161,20 +162,3 @@ def replica_group() -> dist.ProcessGroup:
     if _replica_group is None or not parallel_state.model_parallel_is_initialized():
         raise RuntimeError("replica_group() needs initialize_model_parallel first")
     return _replica_group
-
-
-def is_replica_leader() -> bool:
-    """True on one rank of each replica: the first."""
-    return dist.get_group_rank(replica_group(), dist.get_rank()) == 0
-
-
-def _new_replica_group() -> dist.ProcessGroup:
-    """Ranks with the same data-parallel rank. Core has groups for TP x PP and TP x CP, none for all three."""
-    replica_of_rank: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(replica_of_rank, parallel_state.get_data_parallel_rank())
-    members = [
-        [rank for rank, replica in enumerate(replica_of_rank) if replica == this]
-        for this in sorted(set(replica_of_rank))
-    ]
-    group, _ = dist.new_subgroups_by_enumeration(members)
-    return group

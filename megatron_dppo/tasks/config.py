@@ -10,17 +10,32 @@ from omegaconf import MISSING
 
 @dataclass
 class TaskConfig:
-    """Prompts and how their responses are graded."""
+    """Prompts and how their responses are graded.
 
-    name: str = MISSING  # part of problem ids and metric names
-    kind: str = "reasoning_gym"  # reasoning_gym | jsonl | custom
-    dataset: str | None = None  # reasoning_gym: the library's name of the dataset; None: the same as name
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the generator, or of the custom factory
-    path: str | None = None  # jsonl: the file; custom: package.module:factory
-    size: int | None = None  # number of problems; None: 1000 generated ones, or every line of the file
-    seed: int = 0  # of the generator
-    weight: float = 1.0  # share of the training prompts, relative to the other tasks' weights
-    reward: str | None = None  # package.module:function that grades instead of the task's verifier
-    answer_extraction: str = "none"  # none | last_line | last_number | boxed | tag
+    Attributes:
+        name: part of problem ids and metric names.
+        kind: reasoning_gym | jsonl | custom.
+        dataset: reasoning_gym: the library's name of the dataset. None: the same as name.
+        parameters: of the generator, or of the custom factory.
+        path: jsonl: the file; custom: package.module:factory.
+        size: number of problems. None: 1000 generated ones, or every line of the file.
+        seed: of the generator.
+        weight: share of the training prompts, relative to the other tasks' weights.
+        reward: package.module:function that grades instead of the task's verifier.
+        answer_extraction: none | last_line | last_number | boxed | tag.
+        prompt_template: ``{question}`` is replaced by the question.
+        system_prompt: needs a tokenizer with a chat template.
+    """
+
+    name: str = MISSING
+    kind: str = "reasoning_gym"
+    dataset: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    size: int | None = None
+    seed: int = 0
+    weight: float = 1.0
+    reward: str | None = None
+    answer_extraction: str = "none"
     prompt_template: str = "{question}"
-    system_prompt: str | None = None  # needs a tokenizer with a chat template
+    system_prompt: str | None = None

@@ -12,31 +12,33 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transformer_engine
-from megatron_dppo.distributed.layout import initialize_model_parallel, is_replica_leader, replica_group
+from megatron_dppo.distributed.collectives import broadcast_object, on_one_rank
+from megatron_dppo.distributed.layout import initialize_model_parallel, replica_group
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.models.hf.weights import load_hf_weights
+from megatron_dppo.models.hf.weights import load_hf_weights, save_hf_checkpoint
 from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.tasks.scoring import Scorer
+from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
-from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
+from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
 from megatron_dppo.training.trainer import Trainer
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STEPS_COMPARED = 5
 
 
 def check_run_folder(config: Config) -> None:
     """Raise ConfigError if the folder holds a run that must not be continued."""
-    folder = RunFolder(config)
+    folder = RunFolder(config.run)
     if config.run.resume == "never" and folder.config_path.exists():
         raise ConfigError(
             f"{folder.path} holds a run already: choose another run.name, or run.resume=auto to continue it"
@@ -47,15 +49,12 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
     """Train as configured, on all ranks that torchrun started."""
     with ExitStack() as stack:
         stack.enter_context(joined_ranks(device))
-        name = [config.run.name]  # it may hold the time of the start, which ranks read at different moments
-        dist.broadcast_object_list(name, src=0)
-        config.run.name = name[0]
-        folder = RunFolder(config)
+        # It may hold the time of the start, which ranks read at different moments.
+        config.run.name = broadcast_object(config.run.name)
+        folder = RunFolder(config.run)
         initialize_model_parallel(config.parallel, config.run.seed)
+        on_one_rank(lambda: folder.create(config))
         writes = dist.get_rank() == 0
-        if writes:
-            folder.create(config)
-        dist.barrier()
         log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
         log.say(environment_report())
         policy = build_trainable_policy(config, inputs, device)
@@ -63,16 +62,20 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         scorer = stack.enter_context(
             Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
         )
-        phase = RolloutPhase(engine, scorer, inputs.encoder.decode, replica_group(), is_replica_leader())
-        section = config.checkpoint
-        writer = stack.enter_context(CheckpointWriter(folder.checkpoints, section.keep, section.async_save))
-        Trainer(config, inputs, folder, policy, phase, writer, log).train()
+        rollout_phase = RolloutPhase(config, inputs, engine=engine, scorer=scorer, replica_group=replica_group())
+        keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
+        checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
+        if config.warm_start.steps and last_checkpoint(folder.checkpoints) is None:
+            warm_start(policy, config, inputs, log)
+        Trainer(config, policy, rollout_phase=rollout_phase, checkpoint_writer=checkpoint_writer, log=log).train()
+        if config.checkpoint.export_hf and not folder.exported_policy.exists():
+            save_hf_checkpoint(policy.chunks, policy.hf_config, folder.exported_policy, inputs.tokenizer_folder)
         log.say(summary(folder))
 
 
 def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.device) -> TrainablePolicy:
     """The policy with its first weights, ready for training."""
-    dtype = _DTYPES[config.model.dtype]
+    dtype = MODEL_DTYPES[config.model.dtype]
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     chunks = build_policy(
         inputs.hf_config, config.parallel, dtype, device, **(recompute if config.model.recompute_activations else {})
@@ -91,11 +94,10 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
     return SGLangEngine(
         config.rollout.sglang,
         config.model.path,
-        policy.vocab_size,
-        policy.dtype,
-        folder.logs,
-        replica_group(),
-        is_replica_leader(),
+        vocab_size=policy.vocab_size,
+        dtype=policy.dtype,
+        log_folder=folder.logs,
+        replica_group=replica_group(),
         return_routed_experts=config.algorithm.routing_replay,
     )
 

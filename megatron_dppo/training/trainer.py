@@ -1,6 +1,7 @@
-"""The training loop: generate -> score -> advantages -> update -> sync.
+"""The training loop: generate and score -> optimizer steps -> weight sync -> evaluation -> record -> checkpoint.
 
-``Trainer.train`` is the page to read first; everything it calls is a method below it or a file beside it.
+``Trainer.train`` is the page to read first; everything it calls is a method below it or a file beside it. From the loop to
+the loss: ``dppo_step.run`` -> ``optimizer_step`` -> ``DPPOLoss`` -> ``loss/objective.py``.
 """
 
 from __future__ import annotations
@@ -8,28 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.loss.advantages import group_advantages
-from megatron_dppo.models.hf.weights import export_hf_weights, save_hf_checkpoint
-from megatron_dppo.rollout.sample import SamplingParams
+from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.training.checkpoint.info import TrainerState
 from megatron_dppo.training.checkpoint.load import last_checkpoint, load_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.micro_batch import TrainingExample, example_from_sample
-from megatron_dppo.training.evaluation import evaluate
-from megatron_dppo.training.inputs import RunInputs
-from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
-from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase, ScoredRollouts
 
 
@@ -39,94 +33,58 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        inputs: RunInputs,
-        folder: RunFolder,
         policy: TrainablePolicy,
+        *,
         rollout_phase: RolloutPhase,
         checkpoint_writer: CheckpointWriter,
         log: MetricsLog,
     ) -> None:
+        """``policy`` is as training starts: it is the reference policy too, also where a run is resumed."""
         self.config = config
-        self.inputs = inputs
-        self.folder = folder
         self.policy = policy
         self.rollout_phase = rollout_phase
         self.checkpoint_writer = checkpoint_writer
         self.log = log
+        optimizer_steps = config.train.steps * config.train.updates_per_rollout
+        self.optimizer_state = build_optimizer(policy, config.train.optimizer, optimizer_steps)
+        self.dppo_step = DPPOStep(config, policy, self.optimizer_state)
         self.state = TrainerState()
-        self.device = next(policy.chunks[0].parameters()).device
         self._seconds: dict[str, float] = {}
 
     def train(self) -> None:
         """Run until ``train.steps`` steps are done; goes on where a stopped run left off."""
-        self.start_or_resume()
-        try:
-            self.run_steps()
-        except RolloutError:
-            saved = self.save_checkpoint()
-            self.checkpoint_writer.finish()
-            self.log.say(f"no more rollouts; step {self.state.step} is saved in {saved}, from where the run can resume")
-            raise
+        self.resume()
+        with self.saved_if_rollouts_stop():
+            while self.state.step < self.config.train.steps:
+                with self.timed("rollout"):
+                    rollouts = self.generate_and_score()
+                with self.timed("update"):
+                    metrics = self.dppo_step.run(self.learnable_examples(rollouts))
+                self.state.step += 1
+                with self.recorded(rollouts, metrics):
+                    with self.timed("sync"):
+                        self.sync_weights()
+                    if self.is_due(self.config.eval.every):
+                        metrics |= self.rollout_phase.evaluate()
+                if self.is_due(self.config.checkpoint.every):
+                    self.save_checkpoint()
         self.checkpoint_writer.finish()
-        self.export_policy()
 
-    def run_steps(self) -> None:
-        """The loop itself."""
-        while self.state.step < self.config.train.steps:
-            with self.timed("rollout"):
-                rollouts = self.generate_and_score()
-            with self.timed("update"):
-                update_metrics = self.update.run(self.learnable_examples(rollouts))
-            self.state.step += 1
-            evaluation: dict[str, float] = {}
-            try:
-                with self.timed("sync"):
-                    self.sync_weights()
-                if self.is_due(self.config.eval.every):
-                    evaluation = self.evaluate()
-            except RolloutError:
-                self.record_step(rollouts, update_metrics)  # it is done, and will be in the checkpoint
-                raise
-            self.record_step(rollouts, {**update_metrics, **evaluation})
-            if self.is_due(self.config.checkpoint.every):
-                self.save_checkpoint()
-
-    def start_or_resume(self) -> None:
-        """Bring weights, optimizer and engine to where training starts or was stopped."""
-        checkpoint = last_checkpoint(self.folder.checkpoints)
-        if checkpoint is None and self.config.warm_start.steps:
-            warm_start(self.policy, self.config, self.inputs, self.log)
-        train = self.config.train
-        self.optimizer_state = build_optimizer(self.policy, train.optimizer, train.steps * train.updates_per_rollout)
-        self.update = DPPOStep(self.config, self.policy, self.optimizer_state)
+    def resume(self) -> None:
+        """Bring weights, optimizer and engine to where the run was stopped, or to the start."""
+        checkpoint = last_checkpoint(self.checkpoint_writer.folder)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
             self.log.say(f"resuming from {checkpoint}")
         self.log.start(self.state.step)
         self.sync_weights()
         if self.state.step == 0:
-            self.log.record(0, self.evaluate())
+            self.log.record(0, self.rollout_phase.evaluate())
 
     def generate_and_score(self) -> ScoredRollouts:
-        """Sample responses to this replica's share of the next prompts and grade them."""
-        rollout = self.config.rollout
-        prompts = self.inputs.train_prompts(
-            self.state.prompts_drawn,
-            rollout.prompts_per_step,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
-        sampling = SamplingParams(
-            max_new_tokens=rollout.max_response_tokens,
-            temperature=self.config.algorithm.loss.temperature,
-            samples_per_prompt=rollout.samples_per_prompt,
-            stop_token_ids=self.inputs.stop_token_ids,
-            topk_log_probs=self.config.algorithm.topk if self.config.algorithm.needs_topk else 0,
-            return_routed_experts=self.config.algorithm.routing_replay,
-            seed=self.config.run.seed * 1_000_003 + self.state.step,
-        )
-        rollouts = self.rollout_phase.collect(prompts, sampling)
-        self.state.prompts_drawn += rollout.prompts_per_step
+        """Responses to this replica's share of the next prompts, with rewards."""
+        rollouts = self.rollout_phase.collect(first_prompt=self.state.prompts_drawn, step=self.state.step)
+        self.state.prompts_drawn += self.config.rollout.prompts_per_step
         return rollouts
 
     def learnable_examples(self, rollouts: ScoredRollouts) -> list[TrainingExample]:
@@ -144,53 +102,57 @@ class Trainer:
         self.state.weight_version += 1
         self.rollout_phase.engine.update_weights(export_hf_weights(self.policy.chunks), self.state.weight_version)
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy with the present weights."""
-        section = self.config.eval
-        sampling = SamplingParams(
-            max_new_tokens=self.config.rollout.max_response_tokens,
-            temperature=section.temperature,
-            samples_per_prompt=section.samples_per_prompt,
-            stop_token_ids=self.inputs.stop_token_ids,
-            seed=self.config.run.seed,
-        )
-        return evaluate(self.rollout_phase, self.inputs.eval_prompts, sampling, self.device)
-
     def is_due(self, every: int) -> bool:
         """Every so many steps, and after the last one."""
         return self.state.step == self.config.train.steps or (every > 0 and self.state.step % every == 0)
 
-    def save_checkpoint(self) -> Path:
-        """Write a checkpoint, or begin to (``checkpoint.async_save``); returns the folder that it is, or will be, in."""
-        return self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
+        self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
 
-    def export_policy(self) -> None:
-        """Write the trained policy as a Hugging Face folder."""
-        if self.config.checkpoint.export_hf and not self.folder.exported_policy.exists():
-            save_hf_checkpoint(
-                self.policy.chunks, self.policy.hf_config, self.folder.exported_policy, self.inputs.tokenizer_folder
+    @contextmanager
+    def saved_if_rollouts_stop(self) -> Iterator[None]:
+        """Whatever was trained when the engine gave out is in a checkpoint, from where the run can go on."""
+        try:
+            yield
+        except RolloutError:
+            folder = self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
+            self.checkpoint_writer.finish()
+            self.log.say(
+                f"no more rollouts; step {self.state.step} is saved in {folder}, from where the run can resume"
             )
+            raise
 
-    def record_step(self, rollouts: ScoredRollouts, other_metrics: dict[str, float | str]) -> None:
-        """Log everything there is to report of the step that was just done. Collective."""
+    @contextmanager
+    def recorded(self, rollouts: ScoredRollouts, metrics: dict[str, float | str]) -> Iterator[None]:
+        """Log everything there is to report of the step that was just done, once what follows it is done too.
+
+        Also if the engine gives out within: the step is done, and will be in the checkpoint. Collective.
+        """
+        sampled_version = self.state.weight_version
+        stopped: RolloutError | None = None
+        try:
+            yield
+        except RolloutError as error:
+            stopped = error
         seconds, self._seconds = self._seconds, {}
-        computed_tokens = float(other_metrics["batch/computed_tokens"])
-        metrics = {
-            # sync_weights has moved on by one since these samples were drawn
-            **rollout_metrics(rollouts, self.state.weight_version - 1, self.device),
-            **phase_metrics(rollouts, computed_tokens, seconds, self.device),
-            **other_metrics,
-        }
+        metrics |= rollout_metrics(rollouts, sampled_version)
+        metrics |= phase_metrics(rollouts, float(metrics["batch/computed_tokens"]), seconds)
         self.log.record(self.state.step, metrics)
         self.log.samples(self.state.step, rollouts, self.config.logging.samples_per_step)
+        if stopped is not None:
+            raise stopped
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the duration of a phase to this step's times."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait_for_device()
         start = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait_for_device()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -25,7 +25,7 @@ from megatron_dppo.loss.config import AGGREGATIONS, DPPOConfig
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.models.policy_head import PolicyHead
-from megatron_dppo.training.config.schema import AlgorithmConfig, Config, OptimizerSection, TrainConfig
+from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
 from megatron_dppo.training.data.micro_batch import TrainingExample
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer, wrap_for_training
@@ -135,7 +135,7 @@ def loss_of(aggregation: str) -> DPPOConfig:
 
 # Adam's first step with a huge epsilon is -lr / eps times the gradient. With the usual epsilon it would be the gradient's
 # sign, and where the gradient is almost 0 rounding would decide. A long step drowns the rounding of the weights.
-_GRADIENT_DESCENT = OptimizerSection(lr=1e6, adam_eps=1e3, clip_grad=0.0)
+_GRADIENT_DESCENT = AdamConfig(lr=1e6, adam_eps=1e3, clip_grad=0.0)
 
 
 @dataclass(frozen=True)

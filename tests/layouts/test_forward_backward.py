@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from megatron_dppo.distributed.layout import (
     ParallelConfig,
     initialize_model_parallel,
-    is_replica_leader,
     replica_group,
 )
 from megatron_dppo.models.build import build_policy, initialize_randomly
@@ -108,9 +107,9 @@ def test_gradients_are_those_of_the_hugging_face_model(
             )
 
 
-def _replica(layout: dict[str, Any]) -> tuple[list[int], bool]:
+def _replica(layout: dict[str, Any]) -> list[int]:
     initialize_model_parallel(ParallelConfig(**layout), seed=1)
-    return dist.get_process_group_ranks(replica_group()), is_replica_leader()
+    return dist.get_process_group_ranks(replica_group())
 
 
 def test_a_replica_is_every_rank_that_holds_part_of_one_copy(ranks: RankPools) -> None:

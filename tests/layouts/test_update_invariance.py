@@ -13,7 +13,7 @@ from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_pa
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.weights import export_hf_weights
-from megatron_dppo.training.config.schema import AlgorithmConfig, Config, OptimizerSection, TrainConfig
+from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
 from tests.example_sequences import examples
@@ -21,7 +21,7 @@ from tests.models.tiny_policies import tiny_hf_config
 
 # Adam with a huge epsilon moves weights in proportion to the gradient, so comparing weights compares gradients. At the usual
 # epsilon the first step is the sign of the gradient, and rounding decides where it is almost 0.
-GRADIENT_DESCENT = OptimizerSection(lr=1e3, adam_eps=1e3, clip_grad=0.0)
+GRADIENT_DESCENT = AdamConfig(lr=1e3, adam_eps=1e3, clip_grad=0.0)
 LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)
 LAYERS = 4  # two stages of two chunks
 METRICS = ("loss", "entropy", "grad_norm", "dppo/mask_fraction", "dppo/divergence_mean", "dppo/divergence_max")

@@ -27,7 +27,7 @@ from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_pa
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.config import load_hf_config
-from megatron_dppo.training.config.schema import OptimizerSection, TrainConfig
+from megatron_dppo.training.config.schema import AdamConfig, TrainConfig
 from megatron_dppo.training.data.batcher import MicroBatcher
 from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample
 from megatron_dppo.training.policy.head_outputs import response_log_probs
@@ -62,9 +62,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
         initialize_model_parallel(ParallelConfig(), seed=0)
         policy, optimizer_state = small_policy(options, device)
-        batches = {
-            name: MicroBatcher(train, ParallelConfig(), device).micro_batches(examples) for name, train in ways.items()
-        }
+        batches = {name: MicroBatcher(train, ParallelConfig()).micro_batches(examples) for name, train in ways.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.turns + 1):
             for name, train in ways.items():
@@ -107,7 +105,7 @@ def small_policy(options: argparse.Namespace, device: torch.device) -> tuple[Tra
     chunks = build_policy(hf_config, ParallelConfig(), dtype, device)
     initialize_randomly(chunks, seed=0)
     policy = wrap_for_training(chunks, hf_config, dtype)
-    return policy, build_optimizer(policy, OptimizerSection(), total_steps=1000)
+    return policy, build_optimizer(policy, AdamConfig(), total_steps=1000)
 
 
 def time_step(

@@ -131,7 +131,9 @@ def generate(folder: Path, logs: Path, args: argparse.Namespace) -> list[Sample]
     ]
     config = SGLangConfig(python=args.server_python, dtype=args.server_dtype)
     dtype = getattr(torch, args.server_dtype)
-    engine = SGLangEngine(config, folder, vocab_size, dtype, logs, return_routed_experts=True)
+    engine = SGLangEngine(
+        config, folder, vocab_size=vocab_size, dtype=dtype, log_folder=logs, return_routed_experts=True
+    )
     with closing(engine):
         engine.update_weights(export_hf_weights(load_policy(folder, dtype)), 1)
         params = SamplingParams(args.tokens, samples_per_prompt=args.samples_per_prompt, return_routed_experts=True)

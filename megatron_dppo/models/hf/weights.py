@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from megatron_dppo.distributed.collectives import gather_objects, on_one_rank
 from megatron_dppo.models.build import padded_vocab_size, set_from_whole
 from megatron_dppo.models.hf.names import (
     EMBEDDING,
@@ -67,7 +68,7 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path)
         ValueError: no safetensors in ``folder``; a tensor is missing, not part of the model or of another shape.
     """
     hf_config = unwrapped(model_chunks)[0].hf_config
-    checkpoint = _Checkpoint(Path(folder))
+    checkpoint = _CheckpointReader(Path(folder))
     checkpoint.check_against(hf_config)
     for name, parameter in local_parameters(model_chunks):
         whole = from_hf(name, [checkpoint.read(hf) for hf in hf_names(name)], hf_config)
@@ -119,10 +120,10 @@ def save_hf_checkpoint(
 
     Raises:
         ValueError: ``folder`` exists.
-        OSError: rank 0 could not write; on the other ranks RuntimeError with the same message.
+        OSError: rank 0 could not write. Both, like anything else that fails there, on every rank.
     """
     folder = Path(folder)
-    writer = _CheckpointWriter(folder) if dist.get_rank() == 0 else None
+    writer = _FolderWriter(folder) if dist.get_rank() == 0 else None
     error: Exception | None = None
     if writer is not None:
         error = _attempt(writer.start)
@@ -130,22 +131,21 @@ def save_hf_checkpoint(
         # Rank 0 goes on drawing after an error: the others wait for it in collectives.
         if writer is not None and error is None:
             error = _attempt(writer.add, name, tensor)
-    if writer is not None and error is None:
-        error = _attempt(writer.finish, hf_config, tokenizer_folder)
-    message = [None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(message, src=0)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise RuntimeError(f"rank 0 could not write the checkpoint {folder}: {message[0]}")
+
+    def finish() -> None:
+        assert writer is not None
+        if error is not None:
+            raise error
+        writer.finish(hf_config, tokenizer_folder)
+
+    on_one_rank(finish)
 
 
 def _pipeline_stages(local: dict[str, torch.Tensor]) -> dict[int, int]:
     """The pipeline stage that holds each layer."""
     layers = sorted({layer for name in local if (layer := layer_index(name)) is not None})
     group = parallel_state.get_pipeline_model_parallel_group()
-    layers_of_stage: list[list[int]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(layers_of_stage, layers, group=group)
+    layers_of_stage = gather_objects(layers, group=group)
     return {layer: stage for stage, layers in enumerate(layers_of_stage) for layer in layers}
 
 
@@ -200,7 +200,7 @@ def _attempt(step: Callable[..., None], *args: Any) -> Exception | None:
     return None
 
 
-class _Checkpoint:
+class _CheckpointReader:
     """The tensors of a checkpoint folder, read when asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -252,7 +252,7 @@ def _is_redundant(hf_name: str, hf_config: PretrainedConfig) -> bool:
     return hf_name.endswith("rotary_emb.inv_freq") or (hf_name == "lm_head.weight" and hf_config.tie_word_embeddings)
 
 
-class _CheckpointWriter:
+class _FolderWriter:
     """Collects tensors into files of at most ``_MAX_FILE_BYTES`` and gives them their final names at the end."""
 
     def __init__(self, folder: Path) -> None:

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
+from megatron_dppo.distributed.collectives import first_rank_where
 from megatron_dppo.distributed.layout import replica_group
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
@@ -60,7 +61,8 @@ class EmbeddedEngine:
         self._max_length: int = models[0].max_sequence_length
         self._lockstep = _Lockstep(config.moe_token_dispatcher_type if config.num_moe_experts else None)
         self._group = replica_group()
-        self._drawing_rank = _drawing_rank(self._group, any(model.post_process for model in models))
+        has_logits = any(model.post_process for model in models)
+        self._drawing_rank = dist.get_global_rank(self._group, first_rank_where(has_logits, group=self._group))
         self._routing: ReplicaRouting | None = None  # made when first asked for
         self._weight_version = 0
         self._closed = False
@@ -319,14 +321,6 @@ class _Lockstep:
         flag = torch.tensor([int(working)], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
-
-
-def _drawing_rank(group: dist.ProcessGroup, has_logits: bool) -> int:
-    """Global rank of the first rank of the replica that has logits. Collective over the replica."""
-    ranks = dist.get_process_group_ranks(group)
-    all_has_logits: list[bool] = [False] * len(ranks)
-    dist.all_gather_object(all_has_logits, has_logits, group=group)
-    return ranks[all_has_logits.index(True)]
 
 
 def _left_pad(token_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

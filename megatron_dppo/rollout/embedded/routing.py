@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.distributed.collectives import gather_objects
 from megatron_dppo.models.routing_replay import RoutingRecorder
 
 
@@ -18,8 +19,7 @@ class ReplicaRouting:
         """Collective over ``group``, the ranks of the replica. Raises ValueError if the policy cannot record."""
         self.recorder = RoutingRecorder(model_chunks)
         self.group = group
-        layers_of_rank: list[tuple[int, ...]] = [()] * group.size()
-        dist.all_gather_object(layers_of_rank, tuple(self.recorder.layers), group=group)
+        layers_of_rank = gather_objects(tuple(self.recorder.layers), group=group)
         # Ranks with the same layers compute the same tokens: the first of them speaks for all.
         self.owners: dict[tuple[int, ...], int] = {}
         for rank, layers in zip(dist.get_process_group_ranks(group), layers_of_rank, strict=True):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Optional  # noqa: UP035 (OmegaConf's structured configs on Python 3.10 read these spellings)
+
+from megatron_dppo.errors import ConfigError
 
 VERIFY_CHOICES = ("checksum", "none")
+SERVED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -17,7 +19,7 @@ class SGLangConfig:
         urls: attach to these running servers instead of starting any, e.g. ``["http://10.0.0.5:30000"]``.
         num_servers: servers to start; each holds a full copy of the policy.
         tensor_model_parallel_size: GPUs (or processes, on a CPU) per server.
-        dtype: dtype the servers compute in (``float32``, ``bfloat16``, ``float16``); None: the trainer's.
+        dtype: dtype the servers compute in: float32 | bfloat16 | float16; None: the trainer's.
         host: address that started servers listen on and that every trainer rank reaches them by.
         base_gpu_id: first GPU of the first server; None: the one after the trainer's own on this machine.
         deterministic: honour ``SamplingParams.seed`` (SGLang's batch-invariant mode, which is slower on a GPU).
@@ -38,13 +40,13 @@ class SGLangConfig:
         extra_args: further arguments for ``python -m sglang.launch_server``, e.g. ``["--mem-fraction-static", "0.8"]``.
     """
 
-    python: Optional[str] = None  # noqa: UP045
-    urls: List[str] = field(default_factory=list)  # noqa: UP006
+    python: str | None = None
+    urls: list[str] = field(default_factory=list)
     num_servers: int = 1
     tensor_model_parallel_size: int = 1
-    dtype: Optional[str] = None  # noqa: UP045
+    dtype: str | None = None
     host: str = "127.0.0.1"
-    base_gpu_id: Optional[int] = None  # noqa: UP045
+    base_gpu_id: int | None = None
     deterministic: bool = False
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 1800.0
@@ -55,20 +57,22 @@ class SGLangConfig:
     max_concurrent_requests: int = 256
     bucket_bytes: int = 512 * 1024 * 1024
     verify: str = "checksum"
-    master_address: Optional[str] = None  # noqa: UP045
-    extra_args: List[str] = field(default_factory=list)  # noqa: UP006
+    master_address: str | None = None
+    extra_args: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise ValueError naming the first field whose value cannot work."""
+        """Raise ConfigError naming the first field whose value cannot work."""
         positive = (
             "num_servers tensor_model_parallel_size startup_timeout_s request_timeout_s generate_timeout_s "
             "sync_timeout_s control_timeout_s max_attempts max_concurrent_requests bucket_bytes"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:
-                raise ValueError(f"SGLangConfig.{name} must be positive, not {getattr(self, name)}")
+                raise ConfigError(f"SGLangConfig.{name} must be positive, not {getattr(self, name)}")
         if self.verify not in VERIFY_CHOICES:
-            raise ValueError(f"SGLangConfig.verify must be one of {', '.join(VERIFY_CHOICES)}, not {self.verify!r}")
+            raise ConfigError(f"SGLangConfig.verify must be one of {', '.join(VERIFY_CHOICES)}, not {self.verify!r}")
+        if self.dtype is not None and self.dtype not in SERVED_DTYPES:
+            raise ConfigError(f"SGLangConfig.dtype must be one of {', '.join(SERVED_DTYPES)}, not {self.dtype!r}")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")
+                raise ConfigError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")

@@ -7,15 +7,16 @@ wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.errors import InvalidSampleError, RolloutError, WeightSyncError
+from megatron_dppo.distributed.collectives import first_error, on_one_rank, split_ranks
+from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.rollout.engine import NamedTensors
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
@@ -28,8 +29,6 @@ from megatron_dppo.rollout.sglang.weight_sync import ServerFacts, WeightSync
 
 T = TypeVar("T")
 
-# Errors that mean the same on every rank; anything else becomes a RolloutError elsewhere.
-_SHARED_ERRORS = (RolloutError, InvalidSampleError, ValueError)
 _COLLECTIVE_MARGIN_S = 120.0
 
 
@@ -45,11 +44,12 @@ class SGLangEngine:
         self,
         config: SGLangConfig,
         model_folder: str | Path,
+        *,
         vocab_size: int,
         dtype: torch.dtype,
         log_folder: str | Path,
         replica_group: dist.ProcessGroup | None = None,
-        is_leader: bool = True,
+        leader: int = 0,
         return_routed_experts: bool = False,
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
@@ -61,7 +61,7 @@ class SGLangEngine:
             dtype: the trainer's dtype, used unless ``config.dtype`` names another.
             log_folder: where servers write their logs, normally the run folder.
             replica_group: the ranks that share one copy of the policy and its prompts; None: this rank alone.
-            is_leader: whether this rank asks the servers on behalf of its replica. One rank per replica does.
+            leader: the rank, within ``replica_group``, that asks the servers on behalf of its replica.
             return_routed_experts: start servers that can return expert choices, for
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
         """
@@ -74,9 +74,13 @@ class SGLangEngine:
         self._failed = False
         self._unusable_because: str | None = "no weights were sent yet: call update_weights before generating"
         self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
-        self._is_leader = is_leader
-        self._world = _gloo_group(None, config)
-        self._replica = _gloo_group(replica_group, config) if replica_group is not None else None
+        self._leader = leader
+        self._world: dist.ProcessGroup | None = None  # both are None without torch.distributed, and once closed
+        self._replica: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            own_replica = [dist.get_rank()] if replica_group is None else dist.get_process_group_ranks(replica_group)
+            self._world = _patient_group(range(dist.get_world_size()), config)
+            self._replica = _patient_group(own_replica, config)
         self._transport = Transport()
         self._client = RolloutClient(self._transport, config, vocab_size, self._routing)
         self._servers: list[SGLangServer] = []
@@ -110,8 +114,11 @@ class SGLangEngine:
                 "SamplingParams.return_routed_experts needs SGLangEngine(return_routed_experts=True) and an MoE policy: "
                 "the servers of this engine were not asked to keep expert choices"
             )
-        return _run_on_one(
-            lambda: self._client.generate(prompts, sampling, self._weight_version), self._is_leader, self._replica
+        return on_one_rank(
+            lambda: self._client.generate(prompts, sampling, self._weight_version),
+            rank=self._leader,
+            group=self._replica,
+            failure=_shared_error,
         )
 
     def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
@@ -136,12 +143,12 @@ class SGLangEngine:
 
     def _finish_update(self, error: Exception | None, version: int) -> None:
         """Agree on the outcome, so that no rank goes on with weights that another failed to send."""
-        failures = [failure for failure in _all_gather(_portable(error), self._world) if failure is not None]
-        if failures:
+        failure = first_error(error and _shared_error(error), group=self._world)
+        if failure is not None:
             self._failed = True
-            self._unusable_because = f"the weight update to version {version} failed: {failures[0]}"
-            if isinstance(failures[0], WeightSyncError):
-                raise failures[0]
+            self._unusable_because = f"the weight update to version {version} failed: {failure}"
+            if isinstance(failure, WeightSyncError):
+                raise failure
             raise WeightSyncError(self._unusable_because) from error
         self._share_urls()
         self._weight_version = version
@@ -174,7 +181,7 @@ class SGLangEngine:
             raise RolloutError(f"the SGLang engine cannot be used: {self._unusable_because}")
 
     def _on_owner(self, action: Callable[[], T]) -> T:
-        return _run_on_one(action, self._is_owner, self._world)
+        return on_one_rank(action, group=self._world, failure=_shared_error)
 
     def _prepare_servers(self) -> None:
         if self._config.urls:
@@ -220,56 +227,17 @@ class SGLangEngine:
         self._client.set_servers(self._on_owner(urls))
 
 
-def _gloo_group(like: dist.ProcessGroup | None, config: SGLangConfig) -> dist.ProcessGroup | None:
-    """A gloo group of the same ranks as ``like`` (None: all), patient enough to wait for generation and start-up.
+def _patient_group(ranks: Iterable[int], config: SGLangConfig) -> dist.ProcessGroup:
+    """A gloo group of ``ranks``, this one among them, patient enough to wait for generation and start-up.
 
     The trainer's own groups would do on a CPU, but NCCL's give up after minutes, while a rollout may take longer.
     """
-    if not dist.is_initialized():
-        return None
     patience = max(config.generate_timeout_s, config.startup_timeout_s + config.sync_timeout_s) + _COLLECTIVE_MARGIN_S
-    timeout = timedelta(seconds=patience)
-    if like is None:
-        return dist.new_group(backend="gloo", timeout=timeout)
-    own = tuple(dist.get_process_group_ranks(like))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    mine = None
-    for ranks in sorted(set(everyone)):  # making a group is collective over all ranks, members or not
-        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-        if ranks == own:
-            mine = group
-    return mine
+    return split_ranks(tuple(ranks), backend="gloo", timeout=timedelta(seconds=patience))
 
 
-def _portable(error: Exception | None) -> Exception | None:
-    """An error that means something on another rank, where its class or its cause may not."""
-    if error is None or isinstance(error, _SHARED_ERRORS):
+def _shared_error(error: Exception) -> Exception:
+    """What all ranks raise for an error of one: what is no error of rollouts or of the request becomes a RolloutError."""
+    if isinstance(error, (RolloutError, ValueError)):
         return error
     return RolloutError(f"{type(error).__name__}: {error}")
-
-
-def _all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    if group is None:
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
-def _run_on_one(action: Callable[[], T], is_the_one: bool, group: dist.ProcessGroup | None) -> T:
-    """Run ``action`` on one rank of ``group`` and return its result, or raise its error, on all of them."""
-    result: Any = None
-    error: Exception | None = None
-    if is_the_one:
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-            if group is None:
-                raise
-    outcomes = _all_gather((is_the_one, result, _portable(error)), group)
-    result, failure = next((result, failure) for one, result, failure in outcomes if one)
-    if failure is not None:
-        raise failure from error
-    return result

@@ -21,6 +21,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.distributed.collectives import on_one_rank
 from megatron_dppo.errors import CheckpointError
 from megatron_dppo.training.checkpoint.info import CheckpointInfo, TrainerState, describe
 from megatron_dppo.training.checkpoint.load import checkpoint_path, complete_checkpoints
@@ -142,14 +143,10 @@ class CheckpointWriter:
             shutil.rmtree(old)
 
 
-def _on_first_rank(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None) -> None:
-    """Do something on rank 0; if it fails, every rank raises."""
-    message: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            message = [f"{failure}: {type(error).__name__}: {error}"]
-    dist.broadcast_object_list(message, src=0, group=group)
-    if message[0] is not None:
-        raise CheckpointError(message[0])
+def _on_first_rank(action: Callable[[], None], what_fails: str, group: dist.ProcessGroup | None) -> None:
+    """Do something on rank 0; if it fails, every rank raises CheckpointError."""
+    on_one_rank(
+        action,
+        group=group,
+        failure=lambda error: CheckpointError(f"{what_fails}: {type(error).__name__}: {error}"),
+    )

@@ -8,17 +8,14 @@ from megatron_dppo.errors import ConfigError
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
-from megatron_dppo.training.config.schema import Config, OptimizerSection
+from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
 
 
 def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -> None:
     """Raise ConfigError for the first thing in ``config`` that cannot work with this model on so many ranks."""
     _check_choices(config)
-    try:
-        check_policy_fits(hf_config, config.parallel, world_size)
-        config.rollout.sglang.check()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_policy_fits(hf_config, config.parallel, world_size)
+    config.rollout.sglang.check()
     _check_sampling(config, hf_config)
     _check_algorithm(config, hf_config)
     _check_batch_sizes(config, world_size // config.parallel.replica_size)
@@ -32,7 +29,7 @@ def _check_choices(config: Config) -> None:
         ("run.device", config.run.device, ("auto", "cuda", "cpu")),
         ("run.resume", config.run.resume, ("auto", "never")),
         ("model.init", config.model.init, ("pretrained", "random")),
-        ("model.dtype", config.model.dtype, ("bf16", "fp32")),
+        ("model.dtype", config.model.dtype, tuple(MODEL_DTYPES)),
         ("algorithm.advantage", config.algorithm.advantage, ADVANTAGE_KINDS),
         ("algorithm.anchor", config.algorithm.anchor, ("rollout", "recomputed")),
         ("rollout.engine", config.rollout.engine, ("embedded", "sglang")),
@@ -45,16 +42,6 @@ def _check_choices(config: Config) -> None:
 
 def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:
     rollout = config.rollout
-    for key, value, neutral in (
-        ("top_p", rollout.top_p, 1.0),
-        ("top_k", rollout.top_k, -1),
-        ("min_p", rollout.min_p, 0.0),
-    ):
-        if value != neutral:
-            raise ConfigError(
-                f"rollout.{key}={value}: truncated sampling changes the support of the rollout policy, and the log-probs that"
-                f" the trust region is measured with would not be those of the sampled distribution; leave it at {neutral}"
-            )
     _at_least(
         1,
         ("rollout.max_prompt_tokens", rollout.max_prompt_tokens),
@@ -74,18 +61,17 @@ def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:
 def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
     algorithm = config.algorithm
     _check_topk(config, hf_config)
-    if algorithm.needs_topk and algorithm.anchor == "recomputed":
+    if algorithm.loss.needs_topk and algorithm.anchor == "recomputed":
         raise ConfigError(
             "algorithm.anchor=recomputed exchanges the sampled tokens' log-probs only: use it with a binary divergence and"
             " direction=ratio"
         )
-    exact = algorithm.loss.divergence.startswith("exact_")
-    if exact and config.parallel.pipeline_model_parallel_size > 1:
+    if algorithm.loss.needs_rollout_logits and config.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(
             f"algorithm.loss.divergence={algorithm.loss.divergence} recomputes the rollout policy's logits beside the"
             " policy's own, which pipeline stages cannot: set parallel.pipeline_model_parallel_size=1 or use topk_*"
         )
-    if exact and config.train.fused_linear:
+    if algorithm.loss.needs_rollout_logits and config.train.fused_linear:
         raise ConfigError(
             f"algorithm.loss.divergence={algorithm.loss.divergence} compares whole distributions and needs logits, which"
             " train.fused_linear never makes: set one of them otherwise"
@@ -104,7 +90,7 @@ def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
 def _check_topk(config: Config, hf_config: PretrainedConfig) -> None:
     """Both engines return as many log-probs per token as there are tokens in the vocabulary, and no more."""
     topk = config.algorithm.topk
-    if config.algorithm.needs_topk and not 1 <= topk <= hf_config.vocab_size:
+    if config.algorithm.loss.needs_topk and not 1 <= topk <= hf_config.vocab_size:
         raise ConfigError(
             f"algorithm.topk={topk}: with this divergence or direction it must lie between 1 and the model's vocabulary"
             f" size, {hf_config.vocab_size}"
@@ -146,10 +132,10 @@ def _check_batch_sizes(config: Config, replicas: int) -> None:
     _at_least(replicas, ("eval.prompts", config.eval.prompts))
     if not config.tasks.train or not config.tasks.eval:
         raise ConfigError("tasks.train and tasks.eval must each name at least one task")
-    per_update, rest = divmod(
+    per_step, rest = divmod(
         rollout.prompts_per_step // replicas * rollout.samples_per_prompt, train.updates_per_rollout
     )
-    if rest or per_update == 0:
+    if rest or per_step == 0:
         raise ConfigError(
             f"train.updates_per_rollout={train.updates_per_rollout} does not divide the"
             f" {rollout.prompts_per_step // replicas} x {rollout.samples_per_prompt} samples of each replica"
@@ -157,7 +143,7 @@ def _check_batch_sizes(config: Config, replicas: int) -> None:
     if train.batching == "packed":
         _check_token_budget(config)
     elif config.parallel.pipeline_model_parallel_size > 1:
-        _check_pipeline_micro_batches(config, "the samples of one update", per_update)
+        _check_pipeline_micro_batches(config, "the samples of one optimizer step", per_step)
         if config.warm_start.steps:
             _check_pipeline_micro_batches(
                 config, "warm_start.batch_size per replica", config.warm_start.batch_size // replicas
@@ -197,14 +183,12 @@ def _check_kernels(config: Config) -> None:
         raise ConfigError(f"train.kernel_backend={backend} cannot be used here: {state}; auto takes what there is")
 
 
-def _check_optimizer(key: str, section: OptimizerSection) -> None:
-    if section.lr_decay_style not in ("constant", "linear", "cosine"):
-        raise ConfigError(f"{key}.lr_decay_style must be constant, linear or cosine, not {section.lr_decay_style!r}")
-    if not section.lr > 0 or not 0 <= section.min_lr <= section.lr:
-        raise ConfigError(
-            f"{key}: lr must be positive and 0 <= min_lr <= lr, not lr={section.lr}, min_lr={section.min_lr}"
-        )
-    if section.lr_warmup_steps < 0 or section.clip_grad < 0:
+def _check_optimizer(key: str, adam: AdamConfig) -> None:
+    if adam.lr_decay_style not in ("constant", "linear", "cosine"):
+        raise ConfigError(f"{key}.lr_decay_style must be constant, linear or cosine, not {adam.lr_decay_style!r}")
+    if not adam.lr > 0 or not 0 <= adam.min_lr <= adam.lr:
+        raise ConfigError(f"{key}: lr must be positive and 0 <= min_lr <= lr, not lr={adam.lr}, min_lr={adam.min_lr}")
+    if adam.lr_warmup_steps < 0 or adam.clip_grad < 0:
         raise ConfigError(f"{key}: lr_warmup_steps and clip_grad must not be negative")
 
 

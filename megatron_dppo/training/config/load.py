@@ -19,6 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.schema import Config
 
+# Options that exist elsewhere and must not exist here: who sets one is told why.
+_TRUNCATION = (
+    "truncated sampling changes the support of the rollout policy, and the log-probs that the trust region is measured with"
+    " would not be those of the sampled distribution; responses are drawn from the whole softmax"
+)
+_REFUSED_KEYS = {f"rollout.{key}": _TRUNCATION for key in ("top_p", "top_k", "min_p")}
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration. Raises ConfigError, naming file and key."""
@@ -35,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _refuse_unknown_keys(tree, schema, prefix="", source=str(path))
     try:
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, tree)))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ConfigError) as error:
         named = getattr(error, "full_key", None)
         where = f"{path}: {named}: " if named else f"{path}: "
         raise ConfigError(where + _first_line(error)) from error
@@ -79,8 +86,7 @@ def _refuse_unknown_keys(tree: DictConfig, schema: DictConfig, prefix: str, sour
     for key in map(str, tree):
         name = f"{prefix}{key}"
         if key not in schema:
-            near = _nearest_key(name, key, schema, prefix)
-            raise ConfigError(f"{source}: unknown key `{name}`" + (f"; did you mean `{near}`?" if near else ""))
+            raise ConfigError(f"{source}: unknown key `{name}`{_advice(name, key, schema, prefix)}")
         child, child_schema = tree._get_node(key), schema._get_node(key)
         if not isinstance(child_schema, DictConfig) or OmegaConf.get_type(child_schema) is dict:
             continue  # a leaf, a list or a free-form mapping: OmegaConf checks its type when merging
@@ -89,6 +95,13 @@ def _refuse_unknown_keys(tree: DictConfig, schema: DictConfig, prefix: str, sour
                 f"{source}: `{name}` is a section; set its keys, e.g. `{name}.{next(map(str, child_schema))}`"
             )
         _refuse_unknown_keys(child, child_schema, f"{name}.", source)
+
+
+def _advice(name: str, key: str, schema: DictConfig, prefix: str) -> str:
+    if name in _REFUSED_KEYS:
+        return f": {_REFUSED_KEYS[name]}"
+    near = _nearest_key(name, key, schema, prefix)
+    return f"; did you mean `{near}`?" if near else ""
 
 
 def _nearest_key(name: str, key: str, schema: DictConfig, prefix: str) -> str | None:

@@ -1,91 +1,130 @@
 """Every option of a training run, its default and its meaning: the only place where defaults of the trainer live.
 
 Sections that belong to a lower layer are that layer's own dataclasses (``DPPOConfig``, ``ParallelConfig``,
-``SGLangConfig``, ``TaskConfig``), so a default is never stated twice. ``load_config`` (config_loading.py) reads YAML into
-these classes; ``check_config`` (config_checks.py) refuses what cannot work.
+``SGLangConfig``, ``TaskConfig``), so a default is never stated twice. ``load_config`` (load.py) reads YAML into
+these classes; ``check_config`` (check.py) refuses what cannot work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.tasks.config import TaskConfig
 
+# The names of dtypes in the configuration.
+MODEL_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @dataclass
 class RunConfig:
-    """Where the run lives and how it is repeated."""
+    """Where the run lives and how it is repeated.
 
-    name: str | None = None  # None: the configuration file's name and the time of the start
+    Attributes:
+        name: of the run's folder. None: the configuration file's name and the time of the start.
+        root: the folder of run folders.
+        seed: of prompts, sampling and initial weights.
+        device: auto | cuda | cpu.
+        resume: auto: from the last complete checkpoint, if the run folder has one | never: refuse a used folder.
+    """
+
+    name: str | None = None
     root: str = "runs"
     seed: int = 1234
-    device: str = "auto"  # auto | cuda | cpu
-    resume: str = (
-        "auto"  # auto: from the last complete checkpoint, if the run folder has one | never: refuse a used folder
-    )
+    device: str = "auto"
+    resume: str = "auto"
 
 
 @dataclass
 class ModelConfig:
-    """The policy: a Hugging Face folder with config.json, tokenizer and (unless init is random) safetensors."""
+    """The policy: a Hugging Face folder with config.json, tokenizer and (unless init is random) safetensors.
+
+    Attributes:
+        path: of the folder.
+        tokenizer: folder of the tokenizer. None: the model's.
+        chat: use the tokenizer's chat template, if it has one.
+        init: pretrained | random.
+        dtype: of weights and activations: bf16 | fp32.
+        recompute_activations: full recomputation of every layer in the backward pass.
+    """
 
     path: str = ""
-    tokenizer: str | None = None  # None: the model's folder
-    chat: bool = True  # use the tokenizer's chat template, if it has one
-    init: str = "pretrained"  # pretrained | random
-    dtype: str = "bf16"  # bf16 | fp32
-    recompute_activations: bool = False  # full recomputation of every layer in the backward pass
+    tokenizer: str | None = None
+    chat: bool = True
+    init: str = "pretrained"
+    dtype: str = "bf16"
+    recompute_activations: bool = False
 
 
 @dataclass
 class AlgorithmConfig:
-    """What is optimised beyond the loss itself."""
+    """What is optimised beyond the loss itself.
+
+    Attributes:
+        loss: the loss.
+        advantage: mean_baseline | rloo | grpo.
+        topk: K of topk_tv, topk_kl and of the predictive direction's estimators.
+        anchor: what the ratio and the divergence are measured against: rollout | recomputed. The latter, the policy's own
+            log-probs before the first optimizer step, is the ablation that the paper shows to collapse; it also costs one
+            more forward pass.
+        routing_replay: MoE policies: route every token in training as the engine routed it, so that a router that rounds
+            differently does not show up as a policy that has moved.
+    """
 
     loss: DPPOConfig = field(default_factory=DPPOConfig)
-    advantage: str = "mean_baseline"  # mean_baseline | rloo | grpo
-    topk: int = 20  # K of topk_tv, topk_kl and of the predictive direction's estimators
-    # What the ratio and the divergence are measured against. "recomputed" (the policy's own log-probs before the first
-    # update) is the ablation that the paper shows to collapse; it also costs one more forward pass.
-    anchor: str = "rollout"  # rollout | recomputed
-    # MoE policies: route every token in training as the engine routed it, so that a router that rounds differently does not
-    # show up as a policy that has moved.
+    advantage: str = "mean_baseline"
+    topk: int = 20
+    anchor: str = "rollout"
     routing_replay: bool = False
-
-    @property
-    def needs_topk(self) -> bool:
-        """Whether the engine has to return top-K log-probs."""
-        return self.loss.divergence.startswith("topk_") or self.loss.direction == "predictive"
 
 
 @dataclass
 class RolloutConfig:
-    """How responses are sampled."""
+    """How responses are sampled: untruncated, at ``algorithm.loss.temperature``, under which they are scored too.
 
-    engine: str = "embedded"  # embedded | sglang
-    prompts_per_step: int = 16  # over all data-parallel replicas
+    Attributes:
+        engine: embedded | sglang.
+        prompts_per_step: over all data-parallel replicas.
+        samples_per_prompt: responses to each prompt; they are each other's baseline.
+        max_prompt_tokens: longer prompts are left out.
+        max_response_tokens: responses end here.
+        max_batch_size: embedded: sequences decoded at once per replica.
+        sglang: options of the sglang engine.
+    """
+
+    engine: str = "embedded"
+    prompts_per_step: int = 16
     samples_per_prompt: int = 8
     max_prompt_tokens: int = 512
     max_response_tokens: int = 512
-    # The sampling temperature is algorithm.loss.temperature: responses are drawn and scored under the same one.
-    # Truncated sampling changes the support of the rollout policy and is refused; the options exist to say so.
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    max_batch_size: int = 256  # embedded: sequences decoded at once per replica
+    max_batch_size: int = 256
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
 
 @dataclass
-class OptimizerSection:
-    """Adam with weight decay, learning-rate warm-up and decay, and gradient clipping by global norm."""
+class AdamConfig:
+    """Adam with weight decay, learning-rate warm-up and decay, and gradient clipping by global norm.
+
+    Attributes:
+        lr: the learning rate after the warm-up.
+        min_lr: that decay ends at.
+        lr_warmup_steps: optimizer steps in which the learning rate rises from 0.
+        lr_decay_style: constant | linear | cosine.
+        weight_decay: decoupled weight decay.
+        adam_beta1: decay of the first moment.
+        adam_beta2: decay of the second moment.
+        adam_eps: added to the root of the second moment.
+        clip_grad: largest global gradient norm; 0: gradients are not clipped.
+    """
 
     lr: float = 1e-6
     min_lr: float = 0.0
-    lr_warmup_steps: int = 0  # optimizer steps
-    lr_decay_style: str = "constant"  # constant | linear | cosine
+    lr_warmup_steps: int = 0
+    lr_decay_style: str = "constant"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -95,69 +134,109 @@ class OptimizerSection:
 
 @dataclass
 class TrainConfig:
-    """The update phase."""
+    """How much is learned from each rollout batch, and how it is computed.
 
-    steps: int = 100  # rollout batches
-    updates_per_rollout: int = 2  # optimizer steps per rollout batch; from the second on the data are off-policy
-    # padded: sequences of similar length, padded to the longest of each micro-batch | packed: sequences end to end, no
-    # padding, as many as fit a token budget. Same numbers; packed wastes nothing where lengths differ widely.
+    Attributes:
+        steps: rollout batches.
+        updates_per_rollout: optimizer steps per rollout batch; from the second on the data are off-policy.
+        batching: padded: sequences of similar length, padded to the longest of each micro-batch | packed: sequences end to
+            end, no padding, as many as fit a token budget. Same numbers; packed wastes nothing where lengths differ widely.
+        micro_batch_size: padded: sequences per forward pass and replica.
+        tokens_per_micro_batch: packed: most tokens per forward pass and replica.
+        fused_linear: compute log-probs straight from hidden states, a few rows of logits at a time: the logits of a
+            micro-batch, often its largest tensor, never exist as a whole. Costs a second pass over the output matrix. Not
+            with exact_* divergences.
+        kernel_backend: which kernels reduce the vocabulary: auto | cuda | cpu | torch; a named one is demanded.
+        optimizer: of the policy.
+    """
+
+    steps: int = 100
+    updates_per_rollout: int = 2
     batching: str = "padded"
-    micro_batch_size: int = 8  # padded: sequences per forward pass and replica
-    tokens_per_micro_batch: int = 8192  # packed: most tokens per forward pass and replica
-    # Compute log-probs straight from hidden states, a few rows of logits at a time: the logits of a micro-batch, often its
-    # largest tensor, never exist as a whole. Costs a second pass over the output matrix. Not with exact_* divergences.
+    micro_batch_size: int = 8
+    tokens_per_micro_batch: int = 8192
     fused_linear: bool = False
-    kernel_backend: str = (
-        "auto"  # auto | cuda | cpu | torch: which kernels reduce the vocabulary; a named one is demanded
-    )
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    kernel_backend: str = "auto"
+    optimizer: AdamConfig = field(default_factory=AdamConfig)
 
 
 @dataclass
 class WarmStartConfig:
-    """A supervised phase on the training tasks' reference answers, so that reinforcement learning has signal."""
+    """A supervised phase on the training tasks' reference answers, so that reinforcement learning has signal.
 
-    steps: int = 0  # 0: none
-    batch_size: int = 64  # over all data-parallel replicas
-    optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-3))
+    Attributes:
+        steps: optimizer steps; 0: none.
+        batch_size: answers per step over all data-parallel replicas.
+        optimizer: of this phase only.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    optimizer: AdamConfig = field(default_factory=lambda: AdamConfig(lr=1e-3))
 
 
 @dataclass
 class TasksConfig:
-    """What is trained on and what is held out."""
+    """What is trained on and what is held out.
+
+    Attributes:
+        train: at least one task.
+        eval: at least one task; its problems are never trained on.
+        score_timeout_s: per response; a scorer that takes longer gives reward 0 and is counted.
+        score_workers: processes that score.
+    """
 
     train: list[TaskConfig] = field(default_factory=list)
     eval: list[TaskConfig] = field(default_factory=list)
-    score_timeout_s: float = 10.0  # per response; a scorer that takes longer gives reward 0 and is counted
+    score_timeout_s: float = 10.0
     score_workers: int = 1
 
 
 @dataclass
 class EvalConfig:
-    """Accuracy on held-out prompts, before training, every ``every`` steps and at the end."""
+    """Accuracy on held-out prompts, before training, every ``every`` steps and at the end.
 
-    every: int = 10  # training steps; 0: only before and after
+    Attributes:
+        every: training steps; 0: only before and after.
+        prompts: how many.
+        samples_per_prompt: responses to each.
+        temperature: 0: greedy.
+    """
+
+    every: int = 10
     prompts: int = 128
     samples_per_prompt: int = 1
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0
 
 
 @dataclass
 class CheckpointConfig:
-    """What is kept in the run folder."""
+    """What is kept in the run folder.
 
-    every: int = 50  # training steps; 0: only at the end
-    keep: int = 2  # older complete checkpoints are deleted
-    export_hf: bool = True  # write the final policy as a Hugging Face folder
-    async_save: bool = False  # go on training while a checkpoint is written
+    Attributes:
+        every: training steps; 0: only at the end.
+        keep: older complete checkpoints are deleted.
+        export_hf: write the final policy as a Hugging Face folder.
+        async_save: go on training while a checkpoint is written.
+    """
+
+    every: int = 50
+    keep: int = 2
+    export_hf: bool = True
+    async_save: bool = False
 
 
 @dataclass
 class LoggingConfig:
-    """Sinks."""
+    """Sinks.
+
+    Attributes:
+        tensorboard: write TensorBoard files.
+        samples_per_step: decoded samples written to samples.jsonl.
+    """
 
     tensorboard: bool = True
-    samples_per_step: int = 4  # decoded samples written to samples.jsonl
+    samples_per_step: int = 4
 
 
 @dataclass

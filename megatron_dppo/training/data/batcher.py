@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dppo.distributed.collectives import max_over_ranks
 from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.training.config.schema import TrainConfig
 from megatron_dppo.training.data.micro_batch import PADDING, MicroBatch, TrainingExample, make_micro_batch
@@ -34,14 +33,12 @@ class MicroBatcher:
     Args:
         train: how to batch, and how much at once.
         parallel: the layout, which is initialised.
-        device: of the policy, for what the ranks tell each other.
     """
 
-    def __init__(self, train: TrainConfig, parallel: ParallelConfig, device: torch.device) -> None:
+    def __init__(self, train: TrainConfig, parallel: ParallelConfig) -> None:
         self._packed = train.batching == "packed"
         self._budget = train.tokens_per_micro_batch
         self._size = train.micro_batch_size
-        self._device = device
         self._context_parallel_size = parallel.context_parallel_size
         # Context parallelism cuts every sequence into 2 CP chunks; sequence parallelism what a rank then has into TP parts.
         self._sequence_multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
@@ -106,6 +103,4 @@ class MicroBatcher:
 
     def _agree_on(self, value: int) -> int:
         """The largest of the replicas' values."""
-        largest = torch.tensor(value, device=self._device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
-        return int(largest)
+        return int(max_over_ranks([value], group=parallel_state.get_data_parallel_group())[0])

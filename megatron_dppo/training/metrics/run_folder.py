@@ -8,16 +8,16 @@ from typing import Any
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.load import save_config
-from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.config.schema import Config, RunConfig
 
 
 class RunFolder:
     """Paths and append-only files of one run. Only the rank that logs writes to it."""
 
-    def __init__(self, config: Config) -> None:
-        if config.run.name is None:
+    def __init__(self, run: RunConfig) -> None:
+        if run.name is None:
             raise ConfigError("run.name is not set")
-        self.path = Path(config.run.root) / config.run.name
+        self.path = Path(run.root) / run.name
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"

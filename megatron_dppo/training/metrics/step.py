@@ -6,32 +6,19 @@ import resource
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dppo.distributed.collectives import max_over_ranks, sum_over_ranks
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.rollouts import ScoredRollouts
 
 
-def sum_over_replicas(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum of each value over all data-parallel replicas. Collective."""
-    return _reduce_over_replicas(values, device, dist.ReduceOp.SUM)
-
-
-def _reduce_over_replicas(
-    values: Sequence[float], device: torch.device, operation: dist.ReduceOp.RedOpType
-) -> list[float]:
-    totals = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(totals, op=operation, group=parallel_state.get_data_parallel_group())
-    return [float(total) for total in totals]
-
-
-def rollout_metrics(rollouts: ScoredRollouts, weight_version: int, device: torch.device) -> dict[str, float]:
+def rollout_metrics(rollouts: ScoredRollouts, weight_version: int) -> dict[str, float]:
     """Rewards, lengths and staleness over all replicas. Collective.
 
     ``weight_version`` is the newest there was when the update began; staleness counts versions behind it.
     """
-    samples = rollouts.samples
+    samples, replicas = rollouts.samples, parallel_state.get_data_parallel_group()
     rewards = [float(sample.reward or 0.0) for sample in samples]
     sums = [
         float(len(samples)),
@@ -42,7 +29,7 @@ def rollout_metrics(rollouts: ScoredRollouts, weight_version: int, device: torch
         float(sum(sample.finish_reason == "abort" for sample in samples)),
         float(rollouts.scoring_failures),
     ]
-    count, reward, reward_squared, tokens, cut, aborted, failures = sum_over_replicas(sums, device)
+    count, reward, reward_squared, tokens, cut, aborted, failures = sum_over_ranks(sums, group=replicas)
     staleness = max(weight_version - sample.oldest_weight_version for sample in samples)
     mean = reward / count
     return {
@@ -52,7 +39,7 @@ def rollout_metrics(rollouts: ScoredRollouts, weight_version: int, device: torch
         "rollout/length_mean": tokens / count,
         "rollout/cut_fraction": cut / count,
         "rollout/aborted": aborted,
-        "rollout/staleness_max": _reduce_over_replicas([staleness], device, dist.ReduceOp.MAX)[0],
+        "rollout/staleness_max": max_over_ranks([staleness], group=replicas)[0],
     }
 
 
@@ -70,11 +57,12 @@ class BatchMetrics:
         self._computed += sum(batch.tokens.numel() for batch in micro_batches)
         self._padding += sum(batch.num_padding for batch in micro_batches)
 
-    def reduce(self, device: torch.device) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """Over all data- and context-parallel ranks. Collective."""
-        totals = torch.tensor([self._computed, self._padding], dtype=torch.float64, device=device)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        computed, padding = totals.tolist()
+        computed, padding = sum_over_ranks(
+            [self._computed, self._padding],
+            group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
         return {
             "batch/micro_batches": float(self._micro_batches),
             "batch/computed_tokens": computed,
@@ -82,16 +70,14 @@ class BatchMetrics:
         }
 
 
-def phase_metrics(
-    rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float], device: torch.device
-) -> dict[str, float]:
+def phase_metrics(rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each phase, tokens per second over all replicas, peak memory of this rank. Collective.
 
     ``computed_tokens`` are those of the update's forward-backward passes, padding included.
     """
     generated = float(sum(len(sample.response_ids) for sample in rollouts.samples))
     trained = float(sum(len(sample.token_ids) for sample in rollouts.samples))
-    generated, trained = sum_over_replicas([generated, trained], device)
+    generated, trained = sum_over_ranks([generated, trained], group=parallel_state.get_data_parallel_group())
     step_seconds = sum(seconds.values())
     return {
         **{f"time/{phase}_s": duration for phase, duration in seconds.items()},
@@ -100,12 +86,12 @@ def phase_metrics(
         "throughput/rollout_tokens_per_s": generated / seconds["rollout"],
         "throughput/update_tokens_per_s": trained / seconds["update"],
         "throughput/update_computed_tokens_per_s": computed_tokens / seconds["update"],
-        "memory/peak_bytes": float(peak_memory_bytes(device)),
+        "memory/peak_bytes": float(peak_memory_bytes()),
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on the GPU, or the resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory_bytes() -> int:
+    """Most memory held so far: allocated on this rank's GPU, or the resident set of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -36,11 +36,9 @@ class DPPOStep:
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
-        example = next(policy.chunks[0].parameters())
-        self._device = example.device
         # Which kernels the loss takes: the logits have the parameters' dtype.
-        self._backend = choose_backend(config.train.kernel_backend, example.detach()).name
-        self._batcher = MicroBatcher(config.train, config.parallel, self._device)
+        self._backend = choose_backend(config.train.kernel_backend, next(policy.chunks[0].parameters()).detach()).name
+        self._batcher = MicroBatcher(config.train, config.parallel)
         loss_config = config.algorithm.loss
         self._loss = DPPOLoss(
             loss_config,
@@ -91,7 +89,7 @@ class DPPOStep:
             **global_metrics(every),
             **on_policy,
             **replayed,
-            **batches.reduce(self._device),
+            **batches.reduce(),
             "backend": self._backend,
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
-from megatron_dppo.training.config.schema import OptimizerSection
+from megatron_dppo.training.config.schema import AdamConfig
 
 
 @dataclass
@@ -79,19 +79,19 @@ def wrap_for_training(
     return TrainablePolicy(chunks, hf_config, dtype, use_distributed_optimizer)
 
 
-def build_optimizer(policy: TrainablePolicy, section: OptimizerSection, total_steps: int) -> OptimizerState:
+def build_optimizer(policy: TrainablePolicy, adam: AdamConfig, total_steps: int) -> OptimizerState:
     """A fresh optimizer and schedule over the policy's parameters; the schedule is in optimizer steps."""
     bf16 = policy.dtype is torch.bfloat16
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=section.lr,
-            min_lr=section.min_lr,
-            weight_decay=section.weight_decay,
-            adam_beta1=section.adam_beta1,
-            adam_beta2=section.adam_beta2,
-            adam_eps=section.adam_eps,
-            clip_grad=section.clip_grad,
+            lr=adam.lr,
+            min_lr=adam.min_lr,
+            weight_decay=adam.weight_decay,
+            adam_beta1=adam.adam_beta1,
+            adam_beta2=adam.adam_beta2,
+            adam_eps=adam.adam_eps,
+            clip_grad=adam.clip_grad,
             bf16=bf16,
             params_dtype=policy.dtype,
             use_distributed_optimizer=policy.uses_distributed_optimizer,
@@ -102,13 +102,13 @@ def build_optimizer(policy: TrainablePolicy, section: OptimizerSection, total_st
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=section.lr,
-        min_lr=section.min_lr,
-        lr_warmup_steps=section.lr_warmup_steps,
-        lr_decay_steps=max(total_steps, section.lr_warmup_steps + 1),
-        lr_decay_style=section.lr_decay_style,
-        start_wd=section.weight_decay,
-        end_wd=section.weight_decay,
+        max_lr=adam.lr,
+        min_lr=adam.min_lr,
+        lr_warmup_steps=adam.lr_warmup_steps,
+        lr_decay_steps=max(total_steps, adam.lr_warmup_steps + 1),
+        lr_decay_style=adam.lr_decay_style,
+        start_wd=adam.weight_decay,
+        end_wd=adam.weight_decay,
         wd_incr_steps=max(total_steps, 1),
         wd_incr_style="constant",
     )

@@ -28,7 +28,7 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
     """Run ``warm_start.steps`` supervised steps with an optimizer of their own. Collective over all ranks."""
     section, start = config.warm_start, time.perf_counter()
     optimizer_state = build_optimizer(policy, section.optimizer, section.steps)
-    batcher = MicroBatcher(config.train, config.parallel, next(policy.chunks[0].parameters()).device)
+    batcher = MicroBatcher(config.train, config.parallel)
     for step in range(section.steps):
         micro_batches = batcher.micro_batches(_replica_examples(inputs, step * section.batch_size, section.batch_size))
         outcome = optimizer_step(

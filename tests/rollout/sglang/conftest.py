@@ -45,9 +45,9 @@ class RunningServer:
         return SGLangEngine(
             config,
             self.model_folder,
-            250,
-            torch.float32,
-            self.log_folder,
+            vocab_size=250,
+            dtype=torch.float32,
+            log_folder=self.log_folder,
             return_routed_experts=return_routed_experts,
         )
 

@@ -134,7 +134,14 @@ def test_a_dense_policy_has_no_expert_choices(tmp_path):
     with pytest.raises(ValueError, match="this policy is dense"):
         RoutingShape.from_folder(tmp_path)
     with pytest.raises(ValueError, match="this policy is dense"):
-        SGLangEngine(SGLangConfig(), tmp_path, 250, torch.float32, tmp_path, return_routed_experts=True)
+        SGLangEngine(
+            SGLangConfig(),
+            tmp_path,
+            vocab_size=250,
+            dtype=torch.float32,
+            log_folder=tmp_path,
+            return_routed_experts=True,
+        )
 
 
 @pytest.mark.parametrize("token_ids", [(), (3, 250), (-1,)])

@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 
 def _engine(server: RunningServer, **layout: object) -> SGLangEngine:
-    return SGLangEngine(server.config, server.model_folder, 250, torch.float32, server.log_folder, **layout)
+    return SGLangEngine(
+        server.config, server.model_folder, vocab_size=250, dtype=torch.float32, log_folder=server.log_folder, **layout
+    )
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -33,7 +35,7 @@ def _collectively(tensors: dict[str, torch.Tensor], fails_on: str = "") -> objec
 
 
 def _generate_as_one_replica(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[list[int]]:
-    engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 0)
+    engine = _engine(server, replica_group=dist.group.WORLD)
     engine.update_weights(_collectively(tensors), version=1)
     samples = engine.generate(make_prompts(250, [4, 7]), SamplingParams(max_new_tokens=5, samples_per_prompt=2))
     engine.health()
@@ -49,7 +51,7 @@ def test_all_ranks_of_a_replica_get_the_same_samples(ranks, servers):
 
 def _generate_as_two_replicas(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    engine = _engine(server, replica_group=groups[dist.get_rank()], is_leader=True)
+    engine = _engine(server, replica_group=groups[dist.get_rank()])
     engine.update_weights(_collectively(tensors), version=1)
     prompts = make_prompts(250, [3 + dist.get_rank()] * 2, seed=dist.get_rank())
     samples = engine.generate(prompts, SamplingParams(max_new_tokens=5))
@@ -65,14 +67,14 @@ def test_each_replica_generates_for_its_own_prompts(ranks, servers):
 
 
 def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) -> tuple[str, str, str]:
-    engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 1)
+    engine = _engine(server, replica_group=dist.group.WORLD, leader=1)
     with pytest.raises(WeightSyncError) as missing:
         engine.update_weights(_collectively(tensors, fails_on="model.norm.weight"), version=1)
     with pytest.raises(RolloutError) as unusable:
         engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
     engine.close()
 
-    engine = _engine(server, replica_group=dist.group.WORLD, is_leader=dist.get_rank() == 1)
+    engine = _engine(server, replica_group=dist.group.WORLD, leader=1)
     engine.update_weights(_collectively(tensors), version=1)
     with pytest.raises(RolloutError) as refused:  # 400 tokens are more than the model has positions for
         engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=400))

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 def _engine(folder: Path, **options: object) -> SGLangEngine:
     model_folder = write_tiny_hf_model("llama", folder / "model", seed=0)
-    return SGLangEngine(server_config(**options), model_folder, 250, torch.float32, folder)
+    return SGLangEngine(server_config(**options), model_folder, vocab_size=250, dtype=torch.float32, log_folder=folder)
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
@@ -76,7 +76,7 @@ def test_a_server_that_is_too_slow_to_start_is_given_up(tmp_path):
 
 def test_a_model_folder_without_a_config_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        SGLangEngine(server_config(), tmp_path, 250, torch.float32, tmp_path)
+        SGLangEngine(server_config(), tmp_path, vocab_size=250, dtype=torch.float32, log_folder=tmp_path)
 
 
 @pytest.mark.timeout(600)
@@ -119,7 +119,7 @@ _TRAINER = """
 import sys, time, torch
 from megatron_dppo.rollout.sglang import SGLangEngine
 from tests.rollout.sglang.conftest import server_config
-engine = SGLangEngine(server_config(), sys.argv[1] + "/model", 250, torch.float32, sys.argv[1])
+engine = SGLangEngine(server_config(), sys.argv[1] + "/model", vocab_size=250, dtype=torch.float32, log_folder=sys.argv[1])
 print("ready", flush=True)
 time.sleep(1000)
 """

@@ -20,13 +20,13 @@ from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.ops.policy_stats import vocab_parallel_policy_stats
 from megatron_dppo.training.checkpoint.load import TrainerState, load_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
-from megatron_dppo.training.config.schema import OptimizerSection
+from megatron_dppo.training.config.schema import AdamConfig
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy, build_optimizer, wrap_for_training
 from tests.models.policy_runs import Inputs, rows
 from tests.models.tiny_policies import tiny_hf_config
 
 # A schedule whose learning rate differs from step to step, decay and clipping: whatever is not restored shows in the loss.
-OPTIMIZER = OptimizerSection(
+OPTIMIZER = AdamConfig(
     lr=3e-3, lr_warmup_steps=3, lr_decay_style="cosine", weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0
 )
 TOTAL_STEPS = 20

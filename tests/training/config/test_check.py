@@ -24,9 +24,6 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        (["rollout.top_p=0.9"], 2, r"rollout\.top_p=0\.9: truncated sampling"),
-        (["rollout.top_k=50"], 2, r"rollout\.top_k=50"),
-        (["rollout.min_p=0.1"], 2, r"rollout\.min_p"),
         (["rollout.engine=vllm"], 2, r"rollout\.engine must be one of embedded, sglang"),
         (["parallel.tensor_model_parallel_size=3"], 6, "num_attention_heads"),
         ([], 3, "does not divide the 3 ranks"),
@@ -59,7 +56,7 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (
             [*ONE_RANK, *INTERLEAVED, "train.micro_batch_size=128"],
             2,
-            r"the samples of one update are 1 micro-batches .* multiple of the 2 pipeline stages",
+            r"the samples of one optimizer step are 1 micro-batches .* multiple of the 2 pipeline stages",
         ),
         ([*ONE_RANK, *INTERLEAVED, "parallel.virtual_pipeline_model_parallel_size=3"], 2, "num_hidden_layers"),
     ],

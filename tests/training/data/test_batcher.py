@@ -36,7 +36,7 @@ def examples_of(sizes: list[tuple[int, int]]) -> list[TrainingExample]:
 
 
 def batcher(parallel: ParallelConfig, **train: Any) -> MicroBatcher:
-    return MicroBatcher(TrainConfig(**train), parallel, torch.device("cpu"))
+    return MicroBatcher(TrainConfig(**train), parallel)
 
 
 def log_probs(policy: TrainablePolicy, examples: list[TrainingExample], **train: Any) -> torch.Tensor:

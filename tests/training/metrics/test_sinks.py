@@ -13,7 +13,7 @@ from megatron_dppo.training.metrics.sinks import MetricsLog
 
 def test_numbers_and_texts_reach_the_file_and_tensorboard(tmp_path):
     config = Config(run=RunConfig(name="run", root=str(tmp_path)))
-    folder = RunFolder(config)
+    folder = RunFolder(config.run)
     folder.create(config)
     log = MetricsLog(folder, total_steps=3, tensorboard=True, writes=True)
     log.start(0)

@@ -13,7 +13,7 @@ import torch
 from megatron_dppo import DPPOConfig
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.training.config.schema import AlgorithmConfig, Config, OptimizerSection, TrainConfig
+from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
 from megatron_dppo.training.policy import optimizer_step
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
@@ -38,7 +38,7 @@ def _waits(
         algorithm=AlgorithmConfig(loss=DPPOConfig(**loss)),
         train=TrainConfig(updates_per_rollout=1, micro_batch_size=2, tokens_per_micro_batch=40, **train),
     )
-    step = DPPOStep(config, policy, build_optimizer(policy, OptimizerSection(), total_steps=1))
+    step = DPPOStep(config, policy, build_optimizer(policy, AdamConfig(), total_steps=1))
     found: list[tuple[str, str]] = []
     run_schedule = optimizer_step._run_schedule
 

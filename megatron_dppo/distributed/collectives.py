@@ -1,0 +1,151 @@
+"""The few collectives on Python values: one rank's value or outcome on all ranks, all ranks' values on each, sums, maxima.
+
+``group=None`` means all ranks, and this process alone where torch.distributed is not initialised. Ranks are counted within
+the group. Values travel between CPUs: nothing here waits for a device, and every group has to carry CPU tensors (as those
+of ``joined_ranks`` do).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Hashable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_dppo import errors
+
+T = TypeVar("T")
+
+
+def broadcast_object(value: T, *, rank: int = 0, group: dist.ProcessGroup | None = None) -> T:
+    """The ``value`` that ``rank`` gave, on every rank; what the others give is ignored."""
+    if _size(group) == 1:
+        return value
+    box: list[Any] = [value if _rank(group) == rank else None]
+    dist.broadcast_object_list(box, src=_global_rank(rank, group), group=group)
+    return box[0]
+
+
+def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank. For small ones: each takes as much memory as the largest."""
+    if _size(group) == 1:
+        return [value]
+    gathered: list[Any] = [None] * _size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def first_rank_where(condition: bool, *, group: dist.ProcessGroup | None = None) -> int:
+    """The first rank on which ``condition`` holds. Raises ValueError, on every rank, if there is none."""
+    return gather_objects(bool(condition), group=group).index(True)
+
+
+def on_one_rank(
+    action: Callable[[], T],
+    *,
+    rank: int = 0,
+    group: dist.ProcessGroup | None = None,
+    failure: Callable[[Exception], Exception] | None = None,
+) -> T:
+    """Run ``action`` on one rank, and return its result, or raise its error, on all of them.
+
+    Each rank receives the outcome once, and a rank that waits for it is never left waiting by an error of ``action``.
+
+    Args:
+        action: called on ``rank`` only; its result must be picklable where there is more than one rank.
+        rank: within ``group``.
+        group: the ranks that call this together.
+        failure: turns what ``action`` raised into what every rank raises. It has to be an exception that other ranks can
+            unpickle. Default: ``portable_error``.
+    """
+    acts = _rank(group) == rank
+    result: Any = None
+    cause: Exception | None = None
+    error: Exception | None = None
+    if acts:
+        try:
+            result = action()
+        except Exception as caught:
+            cause, error = caught, (failure or portable_error)(caught)
+    try:
+        result, error = broadcast_object((result, error), rank=rank, group=group)
+    except (pickle.PicklingError, AttributeError, TypeError) as caught:
+        if not acts:
+            raise
+        # The result cannot be pickled, which is found before anything is sent: the other ranks still wait.
+        cause, error = caught, portable_error(caught)
+        broadcast_object((None, error), rank=rank, group=group)
+    if error is None:
+        return result  # type: ignore[no-any-return]
+    if error is cause:
+        raise error
+    raise error from cause
+
+
+def first_error(error: Exception | None, *, group: dist.ProcessGroup | None = None) -> Exception | None:
+    """What the first of the ranks that failed has to report, on every rank; None if none failed.
+
+    ``error`` is what this rank met, made portable by the caller or else by ``portable_error``.
+    """
+    mine = None if error is None else portable_error(error)
+    return next((found for found in gather_objects(mine, group=group) if found is not None), None)
+
+
+def portable_error(error: Exception) -> Exception:
+    """``error`` itself if its class is Python's or this package's, else a RuntimeError that names class and message.
+
+    Another rank may not have the class of any other exception, or not the classes of what it holds.
+    """
+    if type(error).__module__ in ("builtins", errors.__name__):
+        try:
+            pickle.loads(pickle.dumps(error))
+            return error
+        except Exception:
+            pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def sum_over_ranks(values: Sequence[float], *, group: dist.ProcessGroup | None = None) -> list[float]:
+    """The sum of each value over the ranks, in float64."""
+    return _reduce(values, dist.ReduceOp.SUM, group)
+
+
+def max_over_ranks(values: Sequence[float], *, group: dist.ProcessGroup | None = None) -> list[float]:
+    """The largest of each value over the ranks, in float64."""
+    return _reduce(values, dist.ReduceOp.MAX, group)
+
+
+def split_ranks(key: Hashable, *, backend: str | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """A new group of the ranks that give the same ``key`` (of a type that sorts). Collective over all ranks."""
+    keys: list[Any] = gather_objects(key)
+    mine: dist.ProcessGroup | None = None
+    for this in sorted(set(keys)):  # making a group is collective over all ranks, members or not
+        group = dist.new_group([rank for rank, k in enumerate(keys) if k == this], backend=backend, timeout=timeout)
+        if this == key:
+            mine = group
+    assert mine is not None
+    return mine
+
+
+def _reduce(
+    values: Sequence[float], operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+) -> list[float]:
+    totals = torch.tensor(values, dtype=torch.float64, device="cpu")
+    if _size(group) > 1:
+        dist.all_reduce(totals, op=operation, group=group)
+    return [float(total) for total in totals]
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
