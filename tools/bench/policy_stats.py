@@ -114,7 +114,8 @@ def read_charts(folder: Path) -> dict[str, dict[str, Result]]:
     """What ``keep_record`` kept."""
     charts: dict[str, dict[str, Result]] = {}
     for entry in read_metrics(folder):
-        charts.setdefault(entry.pop("chart"), {})[entry.pop("method")] = Result(**entry)
+        title, name = entry.pop("chart"), entry.pop("method")
+        charts.setdefault(title, {})[name] = Result(**entry)
     return charts
 
 
