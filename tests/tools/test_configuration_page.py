@@ -38,6 +38,10 @@ def test_the_page_is_up_to_date() -> None:
     assert page == TOOL["render"](), "run tools/check/configuration_reference.py"
 
 
+def test_every_option_says_what_it_means() -> None:
+    assert not [line for line in TOOL["render"]().splitlines() if line.endswith("|  |")]
+
+
 def test_every_way_of_saying_what_an_option_means_is_read() -> None:
     assert TOOL["field_meanings"](_Section) == {
         "listed": "said in the class, over two lines.",
