@@ -14,10 +14,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_loss_snippet_puts_the_loss_into_a_forward_step():
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    names: dict = {}
-    exec(snippet, names)
+def test_the_readme_loss_snippets_run_as_they_stand(monkeypatch):
+    from megatron.core import parallel_state
+
+    # One rank without Megatron's groups: the logits are whole.
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_group", lambda: None)
+    in_megatron, alone = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     shape, vocab = (2, 4), 151936
     logits = torch.randn(*shape, vocab, requires_grad=True)
     batch = {
@@ -28,12 +30,18 @@ def test_the_readme_loss_snippet_puts_the_loss_into_a_forward_step():
         "advantages": torch.tensor([[1.0] * 4, [-1.0] * 4]),
         "rollout_log_probs": torch.full(shape, -12.0),
     }
+    names: dict = {}
+    exec(in_megatron, names)
     output, loss_func = names["forward_step"](iter([batch]), lambda tokens, position_ids, mask: logits * 1.0)
     loss, num_tokens, report = loss_func(output)
     loss.backward()
     assert int(num_tokens) == 8
     assert logits.grad.abs().sum() > 0
     assert "dppo/mask_fraction" in report
+    of_megatron, logits.grad = logits.grad, None
+    exec(alone, {**batch, "mask": batch["loss_mask"], "logits": logits})
+    assert logits.grad.abs().sum() > 0
+    assert not torch.equal(logits.grad, of_megatron)  # another divergence, and divided by the tokens
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
     python tools/bench/policy_stats.py                                  # CPU, 2 threads, TP=1 and TP=2 (gloo)
     python tools/bench/policy_stats.py --device cuda --shapes 8192x151936 --tensor-parallel 1
+    python tools/bench/policy_stats.py --record docs/records/policy_stats   # keep the figures, redraw docs/
+    python tools/bench/policy_stats.py --redraw docs/records/policy_stats   # redraw only
 
 Compared, on the same logits: ``eager`` (log_softmax in fp32, gather, entropy), Megatron-core's vocab-parallel cross entropy
 (log-prob only: no entropy), unfused and fused, and ``read`` (x.sum(-1)), the floor that memory sets. The methods take turns,
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
 from megatron_dppo import vocab_parallel_policy_stats
+from tools.check.record_run import commit_that_ran, write_record
+from tools.plot_run import read_metrics
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 COLLECTIVES = (
@@ -63,7 +71,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, shared by the ranks")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
+    parser.add_argument("--record", type=Path, help="keep the figures in this folder (see docs/records/README.md)")
+    parser.add_argument("--redraw", type=Path, help="measure nothing: draw the figures of this record")
     options = parser.parse_args()
+    if options.redraw:
+        show_record(options.redraw, options.plot)
+        return 0
+    commit = commit_that_ran(time.time()) if options.record else ""  # refused before anything is measured
     charts = {}
     for size in map(int, options.tensor_parallel.split(",")):
         for (shape, dtype), results in run_ranks(size, options).items():
@@ -72,7 +86,62 @@ def main() -> int:
             charts[title] = results
     if options.plot:
         plot(charts, options.plot)
+    if options.record:
+        keep_record(charts, options, commit)
+        show_record(options.record, None)
     return 0
+
+
+def keep_record(charts: dict[str, dict[str, Result]], options: argparse.Namespace, commit: str) -> None:
+    """Every method's times of every turn, and how they were measured."""
+    lines = [
+        {"chart": title, "method": name, **asdict(result)}
+        for title, results in charts.items()
+        for name, result in results.items()
+    ]
+    write_record(
+        options.record,
+        {name: value for name, value in vars(options).items() if name not in ("plot", "record", "redraw")},
+        lines,
+        command=shlex.join(["python", "tools/bench/policy_stats.py", *sys.argv[1:]]),
+        draw=f"python tools/bench/policy_stats.py --redraw docs/records/{options.record.name}",
+        commit=commit,
+        ended=time.time(),
+    )
+
+
+def read_charts(folder: Path) -> dict[str, dict[str, Result]]:
+    """What ``keep_record`` kept."""
+    charts: dict[str, dict[str, Result]] = {}
+    for entry in read_metrics(folder):
+        title, name = entry.pop("chart"), entry.pop("method")
+        charts.setdefault(title, {})[name] = Result(**entry)
+    return charts
+
+
+def show_record(folder: Path, figure: Path | None) -> None:
+    """Draw a record's chart into ``figure``; without one, into docs/, and put its table into docs/kernels.md."""
+    charts = read_charts(folder)
+    plot(charts, figure or ROOT / "docs" / "figures" / f"{folder.name}.png")
+    if figure is None:
+        page = ROOT / "docs" / "kernels.md"
+        page.write_text(with_table(page.read_text(encoding="utf-8"), charts), encoding="utf-8")
+
+
+def with_table(page: str, charts: dict[str, dict[str, Result]]) -> str:
+    """The page with a new table of ratios between its two markers."""
+    begin, end = "<!-- policy_stats: begin -->\n", "<!-- policy_stats: end -->"
+    names = list(dict.fromkeys(name for results in charts.values() for name in list(results)[1:]))
+    lines = [f"| logits | ours: forward / both | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    for title, results in charts.items():
+        ours = next(iter(results.values()))
+        cells = [f"{1e3 * statistics.median(ours.forward):.3g} / {1e3 * statistics.median(ours.both):.3g} ms"]
+        for name in names:
+            both = (ratios(results, name, field) for field in ("forward", "both")) if name in results else ()
+            cells.append(" / ".join(f"{ratio:.2g}" for ratio in both) or "-")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    before, rest = page.split(begin)
+    return before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
 
 
 def run_ranks(size: int, options: argparse.Namespace) -> dict[tuple[str, str], dict[str, Result]]:
