@@ -64,7 +64,7 @@ DPPO_HOST_DEVICE float divergence_of(const TokenObjectiveArguments& args, int64_
 
 DPPO_HOST_DEVICE float sign_of(float x) { return x > 0.f ? 1.f : (x < 0.f ? -1.f : 0.f * x); }
 
-// Sign of the change of KL(mu || pi) to first order, but for the advantage's: see loss/direction.py.
+// Sign of the change of KL(mu || pi) to first order, but for the advantage's: see loss/trust_region.py.
 DPPO_HOST_DEVICE float divergence_growth(const TokenObjectiveArguments& args, int64_t i, const KnownTokens& known) {
   const float mu_other = known.mu_mass.left(), pi_other = known.pi_mass.left();
   float other_square, other_cross;
