@@ -10,10 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: drawing needs an extra: pip install 'megatron-dppo[plots]'") from error
 
 PANELS = (
     ("reward (training) and accuracy (held out)", ("reward/mean", "eval/accuracy")),

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
+
+with from_extra("train"):
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
 

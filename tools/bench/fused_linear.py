@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dppo import vocab_parallel_policy_stats
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.ops.fused_linear import CHUNK_BYTES, fused_linear_policy_stats
 from tools.bench.policy_stats import DTYPES, clock, peak_memory, ratios
 
@@ -149,10 +150,11 @@ def print_table(title: str, results: dict[str, Result], inputs: Inputs) -> None:
 
 
 def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
-    import matplotlib
+    with from_extra("plots"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(charts), 2, figsize=(8, 2.2 * len(charts)), squeeze=False, layout="constrained")
     for (time_axis, memory_axis), (title, results) in zip(axes, charts.items(), strict=True):

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from megatron_dppo import vocab_parallel_policy_stats
+from megatron_dppo.compat.extras import from_extra
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 COLLECTIVES = (
@@ -246,11 +247,12 @@ def print_table(title: str, results: dict[str, Result]) -> None:
 
 
 def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
-    import matplotlib
+    with from_extra("plots"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        import matplotlib.ticker
 
     columns = min(len(charts), 4)
     rows = -(-len(charts) // columns)

@@ -17,6 +17,8 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     try:
         check_policy_fits(hf_config, config.parallel, world_size)
         config.rollout.sglang.check()
+        if config.rollout.engine == "sglang":
+            import megatron_dppo.rollout.sglang.engine  # noqa: F401  an extra: found missing here, not on every rank later
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_sampling(config, hf_config)
