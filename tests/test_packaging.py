@@ -222,7 +222,6 @@ def test_the_check_of_the_loss_sees_what_it_must_not_do(statement: str) -> None:
         ("tenacity", "megatron_dppo.rollout.sglang.engine", "sglang"),
         ("tensorboard", "megatron_dppo.training.metrics.sinks", "train"),
         ("megatron", "megatron_dppo.distributed.layout", "train"),
-        ("matplotlib", "tools.plot_run", "plots"),
     ],
 )
 def test_an_absent_package_is_one_error_that_names_the_extra(package: str, module: str, extra: str) -> None:
@@ -231,6 +230,26 @@ def test_an_absent_package_is_one_error_that_names_the_extra(package: str, modul
     last = done.stderr.strip().splitlines()[-1]
     assert package in last
     assert f"pip install 'megatron-dppo[{extra}]'" in last
+
+
+def test_drawing_without_matplotlib_names_the_extra(tmp_path: Path) -> None:
+    statement = f"from tools.plot_run import plot; plot([], pathlib.Path({str(tmp_path)!r}))"
+    done = _python("-W", "ignore", "-c", f"import pathlib, sys; sys.modules['matplotlib'] = None; {statement}")
+    assert done.returncode == 1
+    assert "pip install 'megatron-dppo[plots]'" in done.stderr
+
+
+def test_a_run_with_sglang_is_refused_early_without_its_client() -> None:
+    from megatron_dppo.training.config.check import _check_extras
+    from megatron_dppo.training.config.schema import Config, RolloutConfig
+
+    _check_extras(Config(rollout=RolloutConfig(engine="sglang")))
+    build = "check._check_extras(schema.Config(rollout=schema.RolloutConfig(engine={engine!r})))"
+    block = "import sys; sys.modules['aiohttp'] = None\nfrom megatron_dppo.training.config import check, schema\n"
+    assert _python("-W", "ignore", "-c", block + build.format(engine="embedded")).returncode == 0
+    done = _python("-W", "ignore", "-c", block + build.format(engine="sglang"))
+    assert "ConfigError: rollout.engine=sglang: aiohttp is not installed" in done.stderr
+    assert "megatron-dppo[sglang]" in done.stderr
 
 
 def test_the_trainer_needs_the_packages_of_other_extras_only_where_they_are_used(

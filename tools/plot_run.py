@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Draw the curves of one or more runs: training reward, held-out accuracy, masked tokens, mismatch.
+"""Draw the curves of one or more runs, or records of runs: training reward, held-out accuracy, masked tokens, mismatch.
 
 python tools/plot_run.py runs/quickstart --output reward.png
+python tools/plot_run.py docs/records/quickstart --output docs/figures/quickstart.png
 """
 
 from __future__ import annotations
@@ -9,14 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: drawing needs an extra: pip install 'megatron-dppo[plots]'") from error
 
 PANELS = (
     ("reward (training) and accuracy (held out)", ("reward/mean", "eval/accuracy")),
@@ -27,6 +20,7 @@ PANELS = (
 
 
 def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's or record's metrics.jsonl."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; give the folder of a run")
@@ -34,6 +28,15 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def plot(runs: list[Path], output: Path) -> None:
+    """One panel per entry of PANELS, one line per run and metric."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: drawing needs an extra: pip install 'megatron-dppo[plots]'") from error
+
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), constrained_layout=True)
     for axis, (title, names) in zip(axes, PANELS, strict=True):
         for run in runs:
@@ -54,7 +57,7 @@ def plot(runs: list[Path], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs or records")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)")
     arguments = parser.parse_args()
     plot(arguments.runs, arguments.output)

@@ -26,7 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dppo import vocab_parallel_policy_stats
-from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.ops.fused_linear import CHUNK_BYTES, fused_linear_policy_stats
 from tools.bench.policy_stats import DTYPES, clock, peak_memory, ratios
 
@@ -150,6 +149,8 @@ def print_table(title: str, results: dict[str, Result], inputs: Inputs) -> None:
 
 
 def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
+    from megatron_dppo.compat.extras import from_extra
+
     with from_extra("plots"):
         import matplotlib
 

@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from megatron_dppo import vocab_parallel_policy_stats
-from megatron_dppo.compat.extras import from_extra
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 COLLECTIVES = (
@@ -247,6 +246,8 @@ def print_table(title: str, results: dict[str, Result]) -> None:
 
 
 def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
+    from megatron_dppo.compat.extras import from_extra
+
     with from_extra("plots"):
         import matplotlib
 

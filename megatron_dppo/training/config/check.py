@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_dppo.errors import ConfigError
+from megatron_dppo.errors import ConfigError, MissingDependencyError
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
@@ -17,14 +17,13 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     try:
         check_policy_fits(hf_config, config.parallel, world_size)
         config.rollout.sglang.check()
-        if config.rollout.engine == "sglang":
-            import megatron_dppo.rollout.sglang.engine  # noqa: F401  an extra: found missing here, not on every rank later
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_sampling(config, hf_config)
     _check_algorithm(config, hf_config)
     _check_batch_sizes(config, world_size // config.parallel.replica_size)
     _check_kernels(config)
+    _check_extras(config)
     _check_optimizer("train.optimizer", config.train.optimizer)
     _check_optimizer("warm_start.optimizer", config.warm_start.optimizer)
 
@@ -197,6 +196,14 @@ def _check_kernels(config: Config) -> None:
     state = backend_report().get(backend, "available")  # auto is always there
     if state != "available":
         raise ConfigError(f"train.kernel_backend={backend} cannot be used here: {state}; auto takes what there is")
+
+
+def _check_extras(config: Config) -> None:
+    if config.rollout.engine == "sglang":
+        try:
+            import megatron_dppo.rollout.sglang.engine  # noqa: F401  here, not on every rank when the run is built
+        except MissingDependencyError as error:
+            raise ConfigError(f"rollout.engine=sglang: {error}") from error
 
 
 def _check_optimizer(key: str, section: OptimizerSection) -> None:
