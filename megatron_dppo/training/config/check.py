@@ -191,19 +191,19 @@ def _check_pipeline_micro_batches(config: Config, name: str, sequences: int) -> 
         )
 
 
-def _check_kernels(config: Config) -> None:
-    backend = config.train.kernel_backend
-    state = backend_report().get(backend, "available")  # auto is always there
-    if state != "available":
-        raise ConfigError(f"train.kernel_backend={backend} cannot be used here: {state}; auto takes what there is")
-
-
 def _check_extras(config: Config) -> None:
     if config.rollout.engine == "sglang":
         try:
             import megatron_dppo.rollout.sglang.engine  # noqa: F401  here, not on every rank when the run is built
         except MissingDependencyError as error:
             raise ConfigError(f"rollout.engine=sglang: {error}") from error
+
+
+def _check_kernels(config: Config) -> None:
+    backend = config.train.kernel_backend
+    state = backend_report().get(backend, "available")  # auto is always there
+    if state != "available":
+        raise ConfigError(f"train.kernel_backend={backend} cannot be used here: {state}; auto takes what there is")
 
 
 def _check_optimizer(key: str, section: OptimizerSection) -> None:
