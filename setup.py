@@ -1,11 +1,20 @@
 """Package build of megatron_dppo.
 
+The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an extra:
+
+    train           what the trainer and its models need: Megatron-core, Hugging Face, configuration, metrics
+    tasks           reasoning-gym problems, and math-verify to grade JSONL files
+    sglang          the client of SGLang servers that run elsewhere: another host, container or virtual environment
+    sglang-server   the server too, in the trainer's own environment (GPU hosts; tools/setup/install_sglang_cpu.sh for CPUs)
+    te              Transformer Engine (GPU hosts; NVIDIA's apex is used too, but only its source can be installed)
+    gguf            reading GGUF weights (tools/setup/prepare_smollm2.py)
+    plots           tools/plot_run.py and the charts of tools/bench
+    test            tests of the loss and its operators (tests/loss, tests/ops)
+    dev             everything that the tests, the linters and the tools need
+
 Ranges are given here; ``tools/setup/constraints.txt`` pins the one set of versions that the tests run with:
 
     pip install -c tools/setup/constraints.txt -e '.[dev]'
-
-Extras: ``sglang`` (rollout server in the same environment, GPU hosts), ``te`` (Transformer Engine and apex, GPU hosts),
-``gguf`` (tools/setup/prepare_smollm2.py), ``dev`` (tests, linters, plots).
 
 The native kernels (csrc/) are built against the installed torch, so build without isolation:
 ``pip install --no-build-isolation .``. csrc/build_extension.py documents the environment variables; without a compiler or
@@ -25,6 +34,44 @@ sys.path.insert(0, str(HERE / "csrc"))
 
 from build_extension import build_ext_command, extension_modules  # noqa: E402
 
+OMEGACONF = "omegaconf>=2.3"  # training/config and tasks/config.py are written with it
+
+EXTRAS = {
+    "train": [
+        "megatron-core>=0.16,<0.20",
+        "numpy>=1.26",  # checksums of weights
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",  # chat templates
+        "safetensors>=0.5",
+        OMEGACONF,
+        "pyyaml>=6.0",
+        "rich>=13",
+        "tensorboard>=2.15",  # logging.tensorboard is on unless switched off
+        "psutil>=5.9",  # without it a checkpoint save of core never returns
+    ],
+    "tasks": [OMEGACONF, "reasoning-gym>=0.1.25", "math-verify>=0.9"],
+    "sglang": ["aiohttp>=3.9", "tenacity>=8.2"],
+    "te": ["transformer-engine[pytorch]>=2.0"],
+    "gguf": ["gguf>=0.17", "accelerate>=1.0"],
+    "plots": ["matplotlib>=3.8"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", OMEGACONF],
+}
+EXTRAS["sglang-server"] = [*EXTRAS["sglang"], "sglang>=0.5.20"]
+EXTRAS["dev"] = sorted(
+    {
+        *(
+            requirement
+            for name in ("train", "tasks", "sglang", "gguf", "plots", "test")
+            for requirement in EXTRAS[name]
+        ),
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "clang-format>=18",
+        "ninja>=1.11",  # compiles the extension's sources side by side
+    }
+)
+
 
 def native_extension() -> dict[str, Any]:
     """What setup() needs to build megatron_dppo._C, or nothing where it cannot or shall not be built."""
@@ -34,47 +81,16 @@ def native_extension() -> dict[str, Any]:
 
 setup(
     name="megatron-dppo",
-    version="0.1.0",
+    version="0.2.0",
     description="Divergence Proximal Policy Optimization (DPPO) for Megatron-core policies, with SGLang rollouts",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
-    package_data={"megatron_dppo": ["*.pyi"]},
+    package_data={"megatron_dppo": ["py.typed", "*.pyi"]},
     **native_extension(),
-    install_requires=[
-        "torch>=2.6",
-        "numpy>=1.26",
-        "megatron-core>=0.16,<0.20",
-        "transformers>=5.0,<6",
-        "tokenizers>=0.22",
-        "jinja2>=3.1",
-        "safetensors>=0.5",
-        "omegaconf>=2.3",
-        "rich>=13",
-        "aiohttp>=3.9",
-        "tenacity>=8.2",
-        "tensorboard>=2.15",
-        "reasoning-gym>=0.1.25",
-        "math-verify>=0.9",
-        "matplotlib>=3.8",
-    ],
-    extras_require={
-        "sglang": ["sglang>=0.5.20"],
-        "te": ["transformer-engine[pytorch]>=2.0"],
-        "gguf": ["gguf>=0.17", "accelerate>=1.0"],
-        "dev": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
-            "psutil>=5.9",
-            "hypothesis>=6.100",
-            "scipy>=1.11",
-            "ruff>=0.6",
-            "mypy>=1.11",
-            "clang-format>=18",
-            "ninja>=1.11",
-            "pybind11>=2.12",
-        ],
-    },
+    # csrc/binding.cpp asks c10::Stream for its native_handle(), which came with 2.11.
+    install_requires=["torch>=2.11"],
+    extras_require=EXTRAS,
 )

@@ -14,6 +14,10 @@ class BackendUnavailableError(ValueError):
     """A backend was asked for by name and cannot be used; the message says why."""
 
 
+class MissingDependencyError(ImportError, ValueError):
+    """What was asked for needs a package that is not installed; the message names the extra that brings it."""
+
+
 class LossInputError(ValueError):
     """An input of the loss is wrong; the message names it, the position and what is wrong."""
 

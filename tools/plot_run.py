@@ -29,10 +29,13 @@ def read_metrics(run: Path) -> list[dict]:
 
 def plot(runs: list[Path], output: Path) -> None:
     """One panel per entry of PANELS, one line per run and metric."""
-    import matplotlib
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: drawing needs an extra: pip install 'megatron-dppo[plots]'") from error
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), constrained_layout=True)
     for axis, (title, names) in zip(axes, PANELS, strict=True):

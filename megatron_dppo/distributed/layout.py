@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
 from megatron_dppo.distributed.collectives import split_ranks
 from megatron_dppo.errors import ConfigError
+
+with from_extra("train"):
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
 

@@ -6,7 +6,10 @@ import functools
 import logging
 from typing import Any
 
-from math_verify import parse, verify
+from megatron_dppo.compat.extras import from_extra
+
+with from_extra("tasks"):
+    from math_verify import parse, verify
 
 # With its time limits off (see below) the library warns once per call that limits are now our duty. They are: Scorer's.
 for _module in ("parser", "grader"):

@@ -7,11 +7,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from reasoning_gym.factory import DATASETS, create_dataset
-
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import check_answer_extraction, extract_answer
 from megatron_dppo.tasks.task import Problem
+
+with from_extra("tasks"):
+    from reasoning_gym.factory import DATASETS, create_dataset
 
 
 class ReasoningGymTask:

@@ -20,7 +20,7 @@ from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.weights import load_hf_weights, save_hf_checkpoint
 from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
-from megatron_dppo.rollout.sglang.engine import SGLangEngine
+from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.tasks.scoring import Scorer
 from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
@@ -87,10 +87,12 @@ def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.devi
     return wrap_for_training(chunks, inputs.hf_config, dtype, config.parallel.use_distributed_optimizer)
 
 
-def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> EmbeddedEngine | SGLangEngine:
+def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> RolloutEngine:
     """The rollout engine that the configuration names."""
     if config.rollout.engine == "embedded":
         return EmbeddedEngine(policy.chunks, policy.vocab_size, config.rollout.max_batch_size)
+    from megatron_dppo.rollout.sglang.engine import SGLangEngine  # its client is an extra
+
     return SGLangEngine(
         config.rollout.sglang,
         config.model.path,

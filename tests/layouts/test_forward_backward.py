@@ -118,18 +118,17 @@ def test_a_replica_is_every_rank_that_holds_part_of_one_copy(ranks: RankPools) -
         {"pipeline_model_parallel_size": 2},
         {"context_parallel_size": 2},
     ):
-        assert ranks(2).run(_replica, layout) == [([0, 1], True), ([0, 1], False)]
-    assert ranks(2).run(_replica, {}) == [([0], True), ([1], True)]
+        assert ranks(2).run(_replica, layout) == [[0, 1], [0, 1]]
+    assert ranks(2).run(_replica, {}) == [[0], [1]]
 
 
 @pytest.mark.slow
 def test_replicas_of_several_kinds_of_parallelism(ranks: RankPools) -> None:
     pipeline_and_data = ranks(4).run(_replica, {"pipeline_model_parallel_size": 2})
     # Pipeline stages are the outermost dimension of Megatron's rank order.
-    assert pipeline_and_data == [([0, 2], True), ([1, 3], True), ([0, 2], False), ([1, 3], False)]
+    assert pipeline_and_data == [[0, 2], [1, 3], [0, 2], [1, 3]]
     whole = ranks(4).run(_replica, {"tensor_model_parallel_size": 2, "context_parallel_size": 2})
-    assert [leader for _, leader in whole] == [True, False, False, False]
-    assert all(members == [0, 1, 2, 3] for members, _ in whole)
+    assert whole == [[0, 1, 2, 3]] * 4
 
 
 def _initialisation_error(layout: dict[str, Any]) -> str:

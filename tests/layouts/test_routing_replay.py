@@ -155,7 +155,7 @@ def test_loss_and_gradients_are_those_of_a_reference_with_the_same_experts(
     losses = {loss for loss, _ in results if loss}
     # The ranks of a pipeline or of tensor parallelism share one loss; data- and context-parallel ranks add theirs up.
     shared = layout.startswith(("TP", "PP"))
-    assert max(losses) if shared else sum(losses) == pytest.approx(expected_loss, rel=1e-5)
+    assert (max(losses) if shared else sum(losses)) == pytest.approx(expected_loss, rel=1e-5)
     for _, gradients in results:
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():

@@ -151,10 +151,13 @@ def print_table(title: str, results: dict[str, Result], inputs: Inputs) -> None:
 
 
 def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
-    import matplotlib
+    from megatron_dppo.compat.extras import from_extra
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with from_extra("plots"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(charts), 2, figsize=(8, 2.2 * len(charts)), squeeze=False, layout="constrained")
     for (time_axis, memory_axis), (title, results) in zip(axes, charts.items(), strict=True):

@@ -315,11 +315,14 @@ def print_table(title: str, results: dict[str, Result]) -> None:
 
 
 def plot(charts: dict[str, dict[str, Result]], path: Path) -> None:
-    import matplotlib
+    from megatron_dppo.compat.extras import from_extra
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
+    with from_extra("plots"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        import matplotlib.ticker
 
     columns = min(len(charts), 4)
     rows = -(-len(charts) // columns)

@@ -2,6 +2,7 @@
 #
 #   ensure_environment FOLDER     installs with the tested versions; quick when nothing changed
 #   PYTHON=python3.12             which interpreter to build it from (default: the first of 3.11, 3.12, 3.10)
+#   EXTRAS=te                     more extras of setup.py than dev, e.g. on a GPU host; separated by commas
 
 find_python() {
   local candidate
@@ -16,9 +17,9 @@ find_python() {
 }
 
 ensure_environment() {
-  local folder=$1 python stamp wanted
+  local folder=$1 python stamp wanted extras=dev${EXTRAS:+,$EXTRAS}
   stamp=$folder/.complete
-  wanted=$(cat setup.py pyproject.toml tools/setup/constraints.txt tools/setup/environment.sh $(find csrc -type f 2>/dev/null | sort) | sha256sum)
+  wanted=$extras$(cat setup.py pyproject.toml tools/setup/constraints.txt tools/setup/environment.sh $(find csrc -type f 2>/dev/null | sort) | sha256sum)
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     return
   fi
@@ -27,7 +28,7 @@ ensure_environment() {
   [[ -x $folder/bin/python ]] || "$python" -m venv "$folder" || return
   # torch first: with it in place nothing below can pull another one.
   "$folder/bin/pip" install -q -c tools/setup/constraints.txt pip setuptools wheel || return
-  "$folder/bin/pip" install -q -c tools/setup/constraints.txt torch numpy ninja pybind11 || return
-  "$folder/bin/pip" install -q -c tools/setup/constraints.txt --no-build-isolation -e '.[dev,gguf]' || return
+  "$folder/bin/pip" install -q -c tools/setup/constraints.txt torch numpy ninja || return
+  "$folder/bin/pip" install -q -c tools/setup/constraints.txt --no-build-isolation -e ".[$extras]" || return
   echo "$wanted" >"$stamp"
 }

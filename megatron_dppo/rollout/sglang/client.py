@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import RolloutError, TransientServerError
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
@@ -20,6 +19,9 @@ from megatron_dppo.rollout.sglang.wire_format import (
     request_seed,
     was_aborted,
 )
+
+with from_extra("sglang"):
+    from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 _RETRY_WAIT_S = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
 

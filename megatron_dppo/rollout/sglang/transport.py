@@ -9,9 +9,11 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import aiohttp
-
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import RefusedRequestError, TransientServerError
+
+with from_extra("sglang"):
+    import aiohttp
 
 T = TypeVar("T")
 

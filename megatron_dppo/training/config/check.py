@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_dppo.errors import ConfigError
+from megatron_dppo.errors import ConfigError, MissingDependencyError
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
@@ -20,6 +20,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     _check_algorithm(config, hf_config)
     _check_batch_sizes(config, world_size // config.parallel.replica_size)
     _check_kernels(config)
+    _check_extras(config)
     _check_optimizer("train.optimizer", config.train.optimizer)
     _check_optimizer("warm_start.optimizer", config.warm_start.optimizer)
 
@@ -174,6 +175,14 @@ def _check_pipeline_micro_batches(config: Config, name: str, sequences: int) -> 
             f" parallel.virtual_pipeline_model_parallel_size they must be a multiple of the"
             f" {parallel.pipeline_model_parallel_size} pipeline stages (train.batching=packed has no such condition)"
         )
+
+
+def _check_extras(config: Config) -> None:
+    if config.rollout.engine == "sglang":
+        try:
+            import megatron_dppo.rollout.sglang.engine  # noqa: F401  here, not on every rank when the run is built
+        except MissingDependencyError as error:
+            raise ConfigError(f"rollout.engine=sglang: {error}") from error
 
 
 def _check_kernels(config: Config) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
+from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.training.metrics.run_folder import RunFolder
 from megatron_dppo.training.rollouts import ScoredRollouts
+
+with from_extra("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 # What a person watches while a run goes on: label, metric, format.
 _HEADLINE = (

@@ -1,0 +1,287 @@
+"""What an installation needs: the loss torch alone, each sub-package its extras, and one clear error where one is absent."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from email import message_from_string
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_dppo"
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the source tree is not beside the tests")
+
+# The extras that the modules of each sub-package may import from; the longest path that fits counts.
+EXTRAS_OF = {
+    "megatron_dppo": (),  # the public names, errors, loss, ops, integrations
+    "megatron_dppo/compat": ("train",),
+    "megatron_dppo/distributed": ("train",),
+    "megatron_dppo/models": ("train",),
+    "megatron_dppo/rollout": ("train",),
+    "megatron_dppo/rollout/sglang": ("train", "sglang"),
+    "megatron_dppo/tasks": ("tasks",),
+    "megatron_dppo/training": ("train",),
+    "examples": ("train",),
+    "tests": ("dev",),
+    "tests/loss": ("test",),
+    "tests/ops": ("test",),
+    "tools": ("dev",),
+}
+# Imported although no extra brings them.
+NOT_OURS = {
+    "setuptools",  # torch brings it
+    "sgl_kernel",  # cpu_shim stands in for it in the server's process
+}
+
+
+# --- metadata, from a wheel without the compiled extension
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy of the sources: a build leaves files beside setup.py."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("csrc", "megatron_dppo"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
+    done = _python("-c", build, cwd=folder, env={"MEGATRON_DPPO_BUILD_EXT": "0"})
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next((folder / "dist").glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def requirements(wheel: zipfile.ZipFile) -> dict[str, set[str]]:
+    """Normalised names of the distributions that each extra brings; "" holds what is always installed."""
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = message_from_string(wheel.read(name).decode())
+    found: dict[str, set[str]] = {"": set(), **{extra: set() for extra in metadata.get_all("Provides-Extra", [])}}
+    for requirement in metadata.get_all("Requires-Dist", []):
+        extra = re.search(r"""extra == ['"]([\w-]+)['"]""", requirement)
+        distribution = re.match(r"[\w.-]+", requirement)
+        assert distribution is not None
+        found[extra[1] if extra else ""].add(_normalised(distribution[0]))
+    return found
+
+
+def test_torch_is_the_only_requirement_without_an_extra(requirements: dict[str, set[str]]) -> None:
+    assert requirements[""] == {"torch"}
+
+
+def test_dev_includes_every_other_extra_that_runs_without_a_gpu(requirements: dict[str, set[str]]) -> None:
+    for extra in requirements.keys() - {"te", "sglang-server"}:
+        assert requirements[extra] <= requirements["dev"] | requirements[""], extra
+    assert requirements["sglang"] < requirements["sglang-server"]
+
+
+def test_the_wheel_holds_every_package_and_the_types(wheel: zipfile.ZipFile) -> None:
+    held = set(wheel.namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert held >= modules | {"megatron_dppo/py.typed", "megatron_dppo/_C.pyi"}
+    assert {name.split("/")[0] for name in held} == {
+        "megatron_dppo",
+        next(n.split("/")[0] for n in held if "dist-info" in n),
+    }
+
+
+def test_third_party_imports_are_covered_by_the_extras(requirements: dict[str, set[str]]) -> None:
+    missing = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for top in ("megatron_dppo", "examples", "tests", "tools")
+        for path in sorted((ROOT / top).rglob("*.py"))
+        for line, module in _third_party_imports(path.read_text(encoding="utf-8"))
+        if not _distributions(module) & _allowed(path, requirements)
+    ]
+    assert missing == []
+
+
+def test_an_import_that_no_extra_covers_would_be_found(requirements: dict[str, set[str]]) -> None:
+    source = "import os\ndef f():\n    import rich.console\n    from torch.utils.tensorboard import SummaryWriter\n"
+    imports = _third_party_imports(source)
+    assert imports == [(3, "rich"), (4, "tensorboard")]
+    for _, module in imports:
+        assert not _distributions(module) & _allowed(PACKAGE / "loss" / "new.py", requirements)
+        assert _distributions(module) & _allowed(PACKAGE / "training" / "new.py", requirements)
+
+
+def _allowed(path: Path, requirements: dict[str, set[str]]) -> set[str]:
+    place = path.relative_to(ROOT)
+    extras = next(EXTRAS_OF[parent.as_posix()] for parent in place.parents if parent.as_posix() in EXTRAS_OF)
+    return requirements[""].union(*(requirements[extra] for extra in extras))
+
+
+def _third_party_imports(source: str) -> list[tuple[int, str]]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for name in names:
+            # torch's own module of that name imports a package that torch does not require.
+            module = "tensorboard" if name.startswith("torch.utils.tensorboard") else name.partition(".")[0]
+            if module not in sys.stdlib_module_names | NOT_OURS | _our_modules():
+                found.add((node.lineno, module))
+    return sorted(found)
+
+
+@functools.cache
+def _our_modules() -> frozenset[str]:
+    """What a test or tool can import from this tree: its folders, and modules of a folder that it puts on sys.path."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    return frozenset(
+        folders.union(*({path.stem for path in ROOT.glob(f"{name}/*.py")} for name in ("csrc", "tests/csrc")))
+    )
+
+
+@functools.cache
+def _installed() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+def _distributions(module: str) -> set[str]:
+    """What brings a module: installed distributions may be called otherwise (yaml comes with PyYAML)."""
+    return {_normalised(name) for name in _installed().get(module, [module])}
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --- imports, each in a fresh interpreter
+
+_ONLY_TORCH = """
+import importlib.abc, sys
+import torch
+brought_by_torch = {name.partition(".")[0] for name in sys.modules}
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        top = fullname.partition(".")[0]
+        if top != "megatron_dppo" and top not in sys.stdlib_module_names and top not in brought_by_torch - {"numpy"}:
+            raise ModuleNotFoundError(f"blocked: {fullname}", name=fullname)
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "numpy"]:
+    del sys.modules[name]
+marker = object()
+sys.modules["transformer_engine"] = sys.modules["apex"] = marker
+sys.meta_path.insert(0, Blocked())
+"""
+_LOSS = """
+import megatron_dppo
+for name in megatron_dppo.__all__:
+    assert getattr(megatron_dppo, name) is not None
+import megatron_dppo.integrations.megatron_lm
+from megatron_dppo.ops import backend
+for name in ("loss", "ops", "integrations"):
+    for module in pkgutil.iter_modules(importlib.import_module(f"megatron_dppo.{name}").__path__):
+        if module.name not in ("__main__", "native_backend"):
+            importlib.import_module(f"megatron_dppo.{name}.{module.name}")
+assert sys.modules["transformer_engine"] is marker and sys.modules["apex"] is marker
+assert not {"megatron", "transformers", "omegaconf", "numpy"} & {name.partition(".")[0] for name in sys.modules}
+assert "fused_weight_gradient_mlp_cuda" not in sys.modules
+"""
+
+
+def test_the_loss_needs_torch_alone_and_leaves_other_packages_as_they_are() -> None:
+    done = _python("-W", "ignore", "-c", f"import pkgutil, importlib\n{_ONLY_TORCH}{_LOSS}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import megatron.core",
+        "import numpy",
+        "import omegaconf",
+        "sys.modules['apex'] = None",
+        "import megatron_dppo.models",
+    ],
+)
+def test_the_check_of_the_loss_sees_what_it_must_not_do(statement: str) -> None:
+    done = _python("-W", "ignore", "-c", f"import pkgutil, importlib\n{_ONLY_TORCH}{statement}\n{_LOSS}")
+    assert done.returncode == 1
+    assert re.search("blocked: |AssertionError", done.stderr.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "extra"),
+    [
+        ("reasoning_gym", "megatron_dppo.tasks.reasoning_gym_task", "tasks"),
+        ("math_verify", "megatron_dppo.tasks.jsonl_task", "tasks"),
+        ("aiohttp", "megatron_dppo.rollout.sglang.engine", "sglang"),
+        ("tenacity", "megatron_dppo.rollout.sglang.engine", "sglang"),
+        ("tensorboard", "megatron_dppo.training.metrics.sinks", "train"),
+        ("megatron", "megatron_dppo.distributed.layout", "train"),
+    ],
+)
+def test_an_absent_package_is_one_error_that_names_the_extra(package: str, module: str, extra: str) -> None:
+    done = _python("-W", "ignore", "-c", f"import sys; sys.modules[{package!r}] = None; import {module}")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert package in last
+    assert f"pip install 'megatron-dppo[{extra}]'" in last
+
+
+def test_drawing_without_matplotlib_names_the_extra(tmp_path: Path) -> None:
+    statement = f"from tools.plot_run import plot; plot([], pathlib.Path({str(tmp_path)!r}))"
+    done = _python("-W", "ignore", "-c", f"import pathlib, sys; sys.modules['matplotlib'] = None; {statement}")
+    assert done.returncode == 1
+    assert "pip install 'megatron-dppo[plots]'" in done.stderr
+
+
+def test_a_run_with_sglang_is_refused_early_without_its_client() -> None:
+    from megatron_dppo.training.config.check import _check_extras
+    from megatron_dppo.training.config.schema import Config, RolloutConfig
+
+    _check_extras(Config(rollout=RolloutConfig(engine="sglang")))
+    build = "check._check_extras(schema.Config(rollout=schema.RolloutConfig(engine={engine!r})))"
+    block = "import sys; sys.modules['aiohttp'] = None\nfrom megatron_dppo.training.config import check, schema\n"
+    assert _python("-W", "ignore", "-c", block + build.format(engine="embedded")).returncode == 0
+    done = _python("-W", "ignore", "-c", block + build.format(engine="sglang"))
+    assert "ConfigError: rollout.engine=sglang: aiohttp is not installed" in done.stderr
+    assert "megatron-dppo[sglang]" in done.stderr
+
+
+def test_the_trainer_needs_the_packages_of_other_extras_only_where_they_are_used(
+    requirements: dict[str, set[str]],
+) -> None:
+    others = {"aiohttp", "tenacity", "reasoning_gym", "math_verify", "matplotlib", "gguf", "accelerate", "sglang"}
+    assert not {_normalised(name) for name in others} & requirements["train"]
+    block = f"import sys; sys.modules.update(dict.fromkeys({sorted(others)!r}))"
+    done = _python(
+        "-W", "ignore", "-c", f"{block}; import megatron_dppo.training.run, megatron_dppo.training.config.load"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- one set of versions
+
+
+def test_pre_commit_and_constraints_name_the_same_versions() -> None:
+    tested = (ROOT / "tools" / "setup" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    hooks = re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert len(hooks) >= 2
+    assert set(hooks) <= set(tested)
+
+
+def _python(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**environment, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
