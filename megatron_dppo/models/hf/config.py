@@ -18,8 +18,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine, probe_weight_gradient_fusion
 from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.errors import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# The supported families: model_type -> the architecture that config.json names.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 # Core has these three of Llama 3's rope scaling built in and takes only the factor (RotaryEmbedding._apply_scaling).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -28,26 +35,37 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> PretrainedConfig:
     """Read a model's config from a local folder with config.json, or from its fields. Never uses the network.
 
-    Raises ValueError if there is no config or the model is not one that can be built.
+    Raises ConfigError if there is no config or the model is not one that can be built.
     """
     if isinstance(path_or_mapping, Mapping):
         fields, source = dict(path_or_mapping), "the given config"
     else:
-        file = Path(path_or_mapping) / "config.json"
-        if not file.is_file():
-            raise ValueError(f"no config.json in {path_or_mapping}: give the local folder of a Hugging Face checkpoint")
-        fields, source = json.loads(file.read_text()), str(file)
+        fields, source = read_config_json(path_or_mapping), str(Path(path_or_mapping) / "config.json")
     model_type = fields.pop("model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     try:
         hf_config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers has validation errors of its own, which are no ValueErrors
-        raise ValueError(f"{source} is not a valid {model_type} config: {error}") from error
+        raise ConfigError(f"{source} is not a valid {model_type} config: {error}") from error
     _refuse_inexpressible(hf_config)
     return hf_config
+
+
+def read_config_json(folder: str | Path) -> dict[str, Any]:
+    """The fields of a folder's config.json as they stand there. Raises ConfigError if there is none."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"no config.json in {folder}: give the local folder of a Hugging Face checkpoint")
+    fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return fields
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``: the name that config.json, checkpoints and servers use."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_moe(hf_config: PretrainedConfig) -> bool:
@@ -61,7 +79,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 
 def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Raise ValueError, naming field, value and remedy, if the model cannot be laid out like this.
+    """Raise ConfigError, naming field, value and remedy, if the model cannot be laid out like this.
 
     Needs neither torch.distributed nor a model, so a launcher can call it on a login node.
     """
@@ -74,7 +92,7 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
     _check_divides(hf_config, "num_hidden_layers", parallel, pipeline)
     chunks = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     if hf_config.num_hidden_layers % chunks:
-        raise ValueError(
+        raise ConfigError(
             f"num_hidden_layers={hf_config.num_hidden_layers} is not divisible by pipeline_model_parallel_size="
             f"{parallel.pipeline_model_parallel_size} x virtual_pipeline_model_parallel_size={parallel.chunks_per_stage} = "
             f"{chunks}: choose chunks that divide the layers"
@@ -82,7 +100,7 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
     if not is_moe(hf_config):
         _check_divides(hf_config, "intermediate_size", parallel, tensor)
         if parallel.expert_model_parallel_size > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"expert_model_parallel_size={parallel.expert_model_parallel_size}, but a {hf_config.model_type} model "
                 f"has no experts: set it to 1"
             )
@@ -90,18 +108,18 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
     _check_divides(hf_config, "num_experts", parallel, "expert_model_parallel_size")
     expert_tensor_size = parallel.expert_tensor_size
     if hf_config.moe_intermediate_size % expert_tensor_size:
-        raise ValueError(
+        raise ConfigError(
             f"moe_intermediate_size={hf_config.moe_intermediate_size} is not divisible by "
             f"expert_tensor_parallel_size={expert_tensor_size}: choose one that divides it, e.g. 1"
         )
     if parallel.expert_model_parallel_size == 1 and expert_tensor_size != parallel.tensor_model_parallel_size:
-        raise ValueError(
+        raise ConfigError(
             f"expert_tensor_parallel_size={expert_tensor_size} with "
             f"tensor_model_parallel_size={parallel.tensor_model_parallel_size} and no expert parallelism: Megatron-core "
             "would not sum the experts' gradients over the tensor-parallel ranks; leave expert_tensor_parallel_size unset"
         )
     if parallel.tensor_model_parallel_size > 1 and not parallel.uses_sequence_parallel:
-        raise ValueError(
+        raise ConfigError(
             f"sequence_parallel=False with tensor_model_parallel_size={parallel.tensor_model_parallel_size} cannot train "
             f"an MoE model (every TP rank would route every token): leave sequence_parallel None"
         )
@@ -115,7 +133,7 @@ def to_transformer_config(
     ``overrides`` replaces any of its fields, e.g. activation recomputation or ``moe_enable_routing_replay``. Losses are
     per token (``calculate_per_token_loss``): gradients are summed over tokens and divided once, by the global count.
 
-    Raises ValueError for an override that would fail later on (core's own checks raise that or AssertionError).
+    Raises ConfigError for an override that would fail later on (core's own checks raise that or AssertionError).
     """
     fields: dict[str, Any] = {
         **_architecture_fields(hf_config),
@@ -134,7 +152,7 @@ def _refuse_recompute_without_transformer_engine(config: TransformerConfig) -> N
     if config.recompute_granularity != "selective" or "layernorm" not in config.recompute_modules:
         return
     if not (engine := probe_transformer_engine()).usable:
-        raise ValueError(
+        raise ConfigError(
             f"recompute_modules={config.recompute_modules}: 'layernorm' needs Transformer Engine ({engine.reason}); "
             "choose among core_attn, mlp and moe, or recompute_granularity='full'"
         )
@@ -234,21 +252,23 @@ def _rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
 def _refuse_inexpressible(hf_config: PretrainedConfig) -> None:
     """Everything that would silently give other numbers than the Hugging Face model."""
     kind = hf_config.model_type
-    if kind not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"model_type {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     if getattr(hf_config, "use_sliding_window", False) or (
         kind == "llama" and getattr(hf_config, "sliding_window", None)
     ):
-        raise ValueError(f"{kind} with sliding-window attention is not supported: attention is over the whole sequence")
+        raise ConfigError(
+            f"{kind} with sliding-window attention is not supported: attention is over the whole sequence"
+        )
     if any(layer != "full_attention" for layer in getattr(hf_config, "layer_types", None) or ()):
-        raise ValueError(f"layer_types={hf_config.layer_types}: only full_attention layers are supported")
+        raise ConfigError(f"layer_types={hf_config.layer_types}: only full_attention layers are supported")
     if hf_config.hidden_act != "silu":
-        raise ValueError(f"hidden_act={hf_config.hidden_act!r} is not supported: only 'silu' is")
+        raise ConfigError(f"hidden_act={hf_config.hidden_act!r} is not supported: only 'silu' is")
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, bias, False):
-            raise ValueError(f"{kind} with {bias}=True is not supported (Qwen2's query, key and value biases are)")
+            raise ConfigError(f"{kind} with {bias}=True is not supported (Qwen2's query, key and value biases are)")
     if getattr(hf_config, "attention_dropout", 0.0):
-        raise ValueError(
+        raise ConfigError(
             f"attention_dropout={hf_config.attention_dropout} would make training and rollout log-probs differ: set it to 0"
         )
     _refuse_rope(_rope_parameters(hf_config))
@@ -258,29 +278,29 @@ def _refuse_inexpressible(hf_config: PretrainedConfig) -> None:
 
 def _refuse_rope(rope: Mapping[str, Any]) -> None:
     if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported: only 'default' and 'llama3' are")
+        raise ConfigError(f"rope_type {rope['rope_type']!r} is not supported: only 'default' and 'llama3' are")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported: only 1.0 is")
+        raise ConfigError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported: only 1.0 is")
     if rope["rope_type"] == "llama3":
         for field, built_in in _LLAMA3_ROPE.items():
             if rope[field] != built_in:
-                raise ValueError(
+                raise ConfigError(
                     f"llama3 rope with {field}={rope[field]} is not supported: Megatron-core has {built_in}"
                 )
 
 
 def _refuse_moe(hf_config: PretrainedConfig) -> None:
     if hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1:
-        raise ValueError(
+        raise ConfigError(
             f"mlp_only_layers={hf_config.mlp_only_layers}, decoder_sparse_step={hf_config.decoder_sparse_step}: "
             f"only models in which every layer has experts are supported ([] and 1)"
         )
     if hf_config.num_experts_per_tok == 1 and hf_config.norm_topk_prob:
-        raise ValueError("num_experts_per_tok=1 with norm_topk_prob=True gives every expert weight 1: set it to False")
+        raise ConfigError("num_experts_per_tok=1 with norm_topk_prob=True gives every expert weight 1: set it to False")
 
 
 def _check_divides(hf_config: PretrainedConfig, field: str, parallel: ParallelConfig, size_field: str) -> None:
     value, size = getattr(hf_config, field), getattr(parallel, size_field)
     if value % size:
         divisors = ", ".join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)
-        raise ValueError(f"{field}={value} is not divisible by {size_field}={size}: choose one of {divisors}")
+        raise ConfigError(f"{field}={value} is not divisible by {size_field}={size}: choose one of {divisors}")
