@@ -28,6 +28,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 from torch.autograd import Variable
 
+from megatron_dppo.models.expert_choices import is_invalid_choice
+
 # (scores [tokens, experts], k, num_groups, group_topk) -> (scores of the chosen experts, experts), both [tokens, k]
 ComputeTopk = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -56,7 +58,8 @@ class RoutingReplay:
                 forward pass. Where all are 0 nothing was recorded (padding, a response's last token) and the router chooses.
 
         Raises:
-            ValueError: the choices do not fit the policy or the tokens.
+            ValueError: the choices do not fit the policy or the tokens. Values are looked at on the CPU only; where they
+                come from a rollout engine, ``Sample.check`` has done so.
             RuntimeError: a router did not ask for its choices, so the forward pass was not the one that was meant.
         """
         model = unwrap_model(chunk)
@@ -108,7 +111,8 @@ class RoutingReplay:
                 f"{expected[1]} experts per token]: was it recorded with another model?"
             )
         own_BSLk = routed_experts_BSLk[:, :, [chooser.layer for chooser in choosers]]
-        _check_choices(own_BSLk, [chooser.layer for chooser in choosers], config.num_moe_experts)
+        if not own_BSLk.is_cuda:  # to look at values on a GPU is to wait for it
+            _check_choices(own_BSLk, [chooser.layer for chooser in choosers], config.num_moe_experts)
         if config.sequence_parallel:
             own_BSLk = _sequence_parallel_part(own_BSLk)
         own_LSBk = own_BSLk.permute(2, 1, 0, 3).to(next(self._models[0].parameters()).device)
@@ -264,9 +268,7 @@ def _is_recorded(experts: torch.Tensor) -> torch.Tensor:
 
 def _check_choices(experts_BSLk: torch.Tensor, layers: Sequence[int], num_experts: int) -> None:
     """Raise ValueError, naming the position, for a recorded choice that is not k different experts."""
-    in_order = experts_BSLk.sort(dim=-1).values
-    bad_BSL = (in_order[..., 0] < 0) | (in_order[..., -1] >= num_experts)
-    bad_BSL |= (in_order.diff(dim=-1) == 0).any(dim=-1) & _is_recorded(experts_BSLk)
+    bad_BSL = is_invalid_choice(experts_BSLk, num_experts) & _is_recorded(experts_BSLk)
     if bad_BSL.any():
         row, position, index = (int(i) for i in bad_BSL.nonzero()[0])
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which part of which parameter this rank holds, by the names of hf_names.py, and how parts are cut and joined."""
+"""Which part of which parameter this rank holds, by the names of hf/names.py, and how parts are cut and joined."""
 
 from __future__ import annotations
 

@@ -51,3 +51,31 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """End every process and group that the engine started. Safe to call twice."""
         ...
+
+
+def check_request(
+    prompts: Sequence[Prompt], sampling: SamplingParams, *, vocab_size: int, max_length: int | None = None
+) -> None:
+    """Raise ValueError, naming the prompt, for what must not be asked of an engine. (A server may end over a wrong id.)
+
+    ``max_length``: most tokens of prompt and response, if there is a limit that the engine does not report itself.
+    """
+    if sampling.topk_log_probs > vocab_size:
+        raise ValueError(
+            f"SamplingParams.topk_log_probs={sampling.topk_log_probs} exceeds the vocabulary of {vocab_size}"
+        )
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise ValueError(f"prompt {prompt.prompt_id} is empty")
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
+            position = next(i for i, token in enumerate(prompt.token_ids) if not 0 <= token < vocab_size)
+            raise ValueError(
+                f"prompt {prompt.prompt_id}: token {position} has id {prompt.token_ids[position]}, outside the vocabulary of "
+                f"{vocab_size}; was it tokenised with another model's tokenizer?"
+            )
+        length = len(prompt.token_ids) + sampling.max_new_tokens
+        if max_length is not None and length > max_length:
+            raise ValueError(
+                f"prompt {prompt.prompt_id} with max_new_tokens={sampling.max_new_tokens} needs {length} positions, the "
+                f"policy has {max_length}"
+            )

@@ -7,13 +7,16 @@ true (unpadded) vocabulary. With ``temperature == 0`` (greedy evaluation) it is 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from megatron_dppo.errors import InvalidSampleError
+from megatron_dppo.models.expert_choices import is_invalid_choice
+
+# Rounding can put a log-prob this far above 0.
+_LOG_PROB_SLACK = 1e-3
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -118,11 +121,14 @@ class Sample:
             raise InvalidSampleError(
                 f"sample of {name}: {len(self.rollout_log_probs)} log-probs for {length} response tokens"
             )
-        for position, log_prob in enumerate(self.rollout_log_probs):
-            if not math.isfinite(log_prob) or log_prob > 1e-3:
-                raise InvalidSampleError(
-                    f"sample of {name}: token {position} (id {self.response_ids[position]}) has rollout log-prob {log_prob}"
-                )
+        log_probs = torch.tensor(self.rollout_log_probs, dtype=torch.float64, device="cpu")
+        impossible = ~(log_probs.isfinite() & (log_probs <= _LOG_PROB_SLACK))
+        if impossible.any():
+            position = int(impossible.nonzero()[0])
+            raise InvalidSampleError(
+                f"sample of {name}: token {position} (id {self.response_ids[position]}) has rollout log-prob "
+                f"{self.rollout_log_probs[position]}"
+            )
         if sum(tokens for _, tokens in self.weight_versions) != length:
             raise InvalidSampleError(
                 f"sample of {name}: weight_versions {self.weight_versions} do not cover its {length} tokens"
@@ -145,8 +151,7 @@ class Sample:
                 f"sample of {name}: routed_experts has shape {tuple(experts.shape)}, expected [{tokens} tokens of prompt "
                 "and response, layers, experts per token]"
             )
-        in_order = experts.sort(dim=-1).values
-        bad = (in_order[..., 0] < 0) | (in_order.diff(dim=-1) == 0).any(dim=-1)
+        bad = is_invalid_choice(experts)
         if bad.any():
             token, layer = (int(index) for index in bad.nonzero()[0])
             raise InvalidSampleError(

@@ -1,4 +1,4 @@
-"""The trainer: configuration, batching, update, loop, checkpoints, metrics."""
+"""The trainer: configuration, batching, optimizer steps, loop, checkpoints, metrics."""
 
 from megatron_dppo.compat.optional_dependencies import hide_unusable_dependencies
 

@@ -20,7 +20,13 @@ from megatron_dppo.compat.optional_dependencies import probe_transformer_engine,
 from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.errors import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# The supported families: model_type -> the architecture that config.json names.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 # Core has these three of Llama 3's rope scaling built in and takes only the factor (RotaryEmbedding._apply_scaling).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -29,21 +35,16 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> PretrainedConfig:
     """Read a model's config from a local folder with config.json, or from its fields. Never uses the network.
 
-    Raises ValueError if there is no config or the model is not one that can be built.
+    Raises ConfigError if there is no config or the model is not one that can be built.
     """
     if isinstance(path_or_mapping, Mapping):
         fields, source = dict(path_or_mapping), "the given config"
     else:
-        file = Path(path_or_mapping) / "config.json"
-        if not file.is_file():
-            raise ConfigError(
-                f"no config.json in {path_or_mapping}: give the local folder of a Hugging Face checkpoint"
-            )
-        fields, source = json.loads(file.read_text()), str(file)
+        fields, source = read_config_json(path_or_mapping), str(Path(path_or_mapping) / "config.json")
     model_type = fields.pop("model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     try:
         hf_config = AutoConfig.for_model(model_type, **fields)
@@ -51,6 +52,20 @@ def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> Pretraine
         raise ConfigError(f"{source} is not a valid {model_type} config: {error}") from error
     _refuse_inexpressible(hf_config)
     return hf_config
+
+
+def read_config_json(folder: str | Path) -> dict[str, Any]:
+    """The fields of a folder's config.json as they stand there. Raises ConfigError if there is none."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"no config.json in {folder}: give the local folder of a Hugging Face checkpoint")
+    fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return fields
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``: the name that config.json, checkpoints and servers use."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_moe(hf_config: PretrainedConfig) -> bool:
@@ -64,7 +79,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 
 def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Raise ValueError, naming field, value and remedy, if the model cannot be laid out like this.
+    """Raise ConfigError, naming field, value and remedy, if the model cannot be laid out like this.
 
     Needs neither torch.distributed nor a model, so a launcher can call it on a login node.
     """
@@ -118,7 +133,7 @@ def to_transformer_config(
     ``overrides`` replaces any of its fields, e.g. activation recomputation or ``moe_enable_routing_replay``. Losses are
     per token (``calculate_per_token_loss``): gradients are summed over tokens and divided once, by the global count.
 
-    Raises ValueError for an override that would fail later on (core's own checks raise that or AssertionError).
+    Raises ConfigError for an override that would fail later on (core's own checks raise that or AssertionError).
     """
     fields: dict[str, Any] = {
         **_architecture_fields(hf_config),
@@ -237,8 +252,8 @@ def _rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
 def _refuse_inexpressible(hf_config: PretrainedConfig) -> None:
     """Everything that would silently give other numbers than the Hugging Face model."""
     kind = hf_config.model_type
-    if kind not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(f"model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"model_type {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     if getattr(hf_config, "use_sliding_window", False) or (
         kind == "llama" and getattr(hf_config, "sliding_window", None)
     ):

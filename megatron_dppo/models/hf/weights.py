@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from megatron_dppo.distributed.collectives import gather_objects, on_one_rank
 from megatron_dppo.models.build import padded_vocab_size, set_from_whole
+from megatron_dppo.models.hf.config import ARCHITECTURES, dtype_name
 from megatron_dppo.models.hf.names import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -39,12 +40,6 @@ from megatron_dppo.models.sharding import (
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _MAX_FILE_BYTES = 5 * 2**30
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
@@ -261,7 +256,7 @@ class _FolderWriter:
         self.pending_bytes = 0
         self.names_in_file: list[list[str]] = []
         self.total_bytes = 0
-        self.dtype: torch.dtype | None = None
+        self.dtype = torch.float32  # of the tensor added last
 
     def start(self) -> None:
         if self.folder.exists():
@@ -287,8 +282,8 @@ class _FolderWriter:
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self.incomplete / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        config = type(hf_config).from_dict({**hf_config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")})
-        config.architectures = hf_config.architectures or [_ARCHITECTURES[hf_config.model_type]]
+        config = type(hf_config).from_dict({**hf_config.to_dict(), "dtype": dtype_name(self.dtype)})
+        config.architectures = hf_config.architectures or [ARCHITECTURES[hf_config.model_type]]
         config.save_pretrained(self.incomplete)
         if tokenizer_folder is not None:
             for pattern in _TOKENIZER_FILES:

@@ -27,7 +27,7 @@ from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
 from megatron_dppo.rollout.embedded.routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.embedded.sampling import Draw, draw_tokens
-from megatron_dppo.rollout.engine import NamedTensors
+from megatron_dppo.rollout.engine import NamedTensors, check_request
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 
 
@@ -80,10 +80,11 @@ class EmbeddedEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
         """See ``RolloutEngine.generate``. Collective over all replicas, each with its own prompts, maybe none.
 
-        Raises ValueError, before anything runs, for prompts or parameters that the policy cannot serve.
+        Raises ValueError, before anything runs, for prompts or parameters that the policy cannot serve, and
+        InvalidSampleError if its weights give NaN.
         """
         self.health()
-        self._check_request(prompts, sampling)
+        check_request(prompts, sampling, vocab_size=self._vocab_size, max_length=self._max_length)
         if sampling.return_routed_experts and self._routing is None:
             self._routing = ReplicaRouting(self._chunks, self._group)
         self._gather_parameters()
@@ -96,7 +97,7 @@ class EmbeddedEngine:
             for start in range(0, len(group_ids), self._max_batch_size):
                 batch = group_ids[start : start + self._max_batch_size]
                 samples += self._generate_batch(prompts, batch, sampling, generator)
-            while self._lockstep.anyone_working(False):
+            while self._lockstep.others_run():
                 self._policy.prefill(torch.zeros(1, 1, dtype=torch.int64, device=self._device), None)
         return samples
 
@@ -133,26 +134,6 @@ class EmbeddedEngine:
         """Nothing was started, so nothing ends; the engine refuses further work."""
         self._closed = True
 
-    def _check_request(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        if sampling.topk_log_probs > self._vocab_size:
-            raise ValueError(
-                f"SamplingParams.topk_log_probs={sampling.topk_log_probs} exceeds the vocabulary of {self._vocab_size}"
-            )
-        for prompt in prompts:
-            if not prompt.token_ids:
-                raise ValueError(f"prompt {prompt.prompt_id} is empty")
-            if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._vocab_size:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id} has token ids outside [0, {self._vocab_size}): "
-                    "the tokenizer does not belong to this policy"
-                )
-            length = len(prompt.token_ids) + sampling.max_new_tokens
-            if length > self._max_length:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id} with max_new_tokens={sampling.max_new_tokens} needs {length} "
-                    f"positions, the policy has {self._max_length}"
-                )
-
     def _generate_batch(
         self, prompts: Sequence[Prompt], group_ids: list[int], sampling: SamplingParams, generator: torch.Generator
     ) -> list[Sample]:
@@ -185,7 +166,7 @@ class EmbeddedEngine:
                     keep = (~finished).nonzero()[:, 0]
                     self._policy.select(keep, capacity)
                     rows, tokens, finished = rows[keep], tokens[keep], finished[keep]
-            self._lockstep.anyone_working(True)
+            self._lockstep.run_with_others()
             logits = self._policy.decode(tokens)
             if routing is not None:
                 routing.take_decoded(rows, step)
@@ -203,7 +184,7 @@ class EmbeddedEngine:
         routing: BatchRouting | None,
     ) -> torch.Tensor | None:
         """Read every prompt once and repeat its cache for its responses; returns logits [B, V] where there are any."""
-        self._lockstep.anyone_working(True)
+        self._lockstep.run_with_others()
         logits = self._policy.prefill(tokens_PL, padding_PL)
         self._policy.select(source_B, capacity)
         if routing is not None:
@@ -266,6 +247,7 @@ class EmbeddedEngine:
                     group_id=group_ids[row],
                 )
             )
+            samples[-1].check()
         return samples
 
 
@@ -313,12 +295,19 @@ class _Lockstep:
         # Groups of ranks are consecutive, so a multiple of the replica covers whole replicas; else play safe.
         self._group = expert_group if expert_group.size() % per_stage == 0 else dist.group.WORLD
 
-    def anyone_working(self, working: bool) -> bool:
-        """Called before every forward pass: does any of the replicas that share experts have work?"""
+    def run_with_others(self) -> None:
+        """Before every forward pass of this replica: those that share experts with it run one at the same time."""
+        self._any_runs(True)
+
+    def others_run(self) -> bool:
+        """Whether a replica that shares experts with this one, which has no work left, is about to run a forward pass."""
+        return self._any_runs(False)
+
+    def _any_runs(self, this_one: bool) -> bool:
         if self._group is None:
-            return working
+            return this_one
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        flag = torch.tensor([int(working)], device=device)
+        flag = torch.tensor([int(this_one)], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
 

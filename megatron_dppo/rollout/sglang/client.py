@@ -14,7 +14,6 @@ from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.wire_format import (
     build_request,
-    check_prompt,
     parse_response,
     request_seed,
     was_aborted,
@@ -29,13 +28,10 @@ _RETRY_WAIT_S = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
 class RolloutClient:
     """One replica's view of the servers: which are alive, and how much it has asked of each."""
 
-    def __init__(
-        self, transport: Transport, config: SGLangConfig, vocab_size: int, routing: RoutingShape | None = None
-    ) -> None:
+    def __init__(self, transport: Transport, config: SGLangConfig, routing: RoutingShape | None = None) -> None:
         """``routing``: the shape of the policy's expert choices, if they can be asked for."""
         self._transport = transport
         self._config = config
-        self._vocab_size = vocab_size
         self._routing = routing
         self._in_flight: dict[str, int] = {}
         self._health_checks: dict[str, asyncio.Future[None]] = {}
@@ -46,9 +42,7 @@ class RolloutClient:
         self._in_flight = dict.fromkeys(urls, 0)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int) -> list[Sample]:
-        """All samples of all prompts, in order. Raises RolloutError; ValueError for a prompt that must not be sent."""
-        for prompt in prompts:
-            check_prompt(prompt, self._vocab_size)
+        """All samples of all (checked) prompts, in order. Raises RolloutError or InvalidSampleError."""
         return self._transport.submit(self._generate_all(prompts, sampling, weight_version)).result()
 
     async def _generate_all(

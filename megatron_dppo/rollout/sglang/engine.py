@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import first_error, on_one_rank, split_ranks
 from megatron_dppo.errors import RolloutError, WeightSyncError
-from megatron_dppo.rollout.engine import NamedTensors
+from megatron_dppo.models.hf.config import dtype_name, load_hf_config
+from megatron_dppo.rollout.engine import NamedTensors, check_request
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
@@ -66,7 +67,8 @@ class SGLangEngine:
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
         """
         config.check()
-        self._routing = RoutingShape.from_folder(Path(model_folder)) if return_routed_experts else None
+        self._hf_config = load_hf_config(model_folder)
+        self._routing = RoutingShape.of(self._hf_config) if return_routed_experts else None
         self._config = config
         self._vocab_size = vocab_size
         self._dtype = getattr(torch, config.dtype) if config.dtype else dtype
@@ -82,7 +84,7 @@ class SGLangEngine:
             self._world = _patient_group(range(dist.get_world_size()), config)
             self._replica = _patient_group(own_replica, config)
         self._transport = Transport()
-        self._client = RolloutClient(self._transport, config, vocab_size, self._routing)
+        self._client = RolloutClient(self._transport, config, self._routing)
         self._servers: list[SGLangServer] = []
         self._sync: WeightSync | None = None
         self._model_folder, self._log_folder = Path(model_folder), Path(log_folder)
@@ -105,10 +107,7 @@ class SGLangEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
         """See ``RolloutEngine.generate``."""
         self._require_usable()
-        if sampling.topk_log_probs > self.max_topk_log_probs:
-            raise ValueError(
-                f"SamplingParams.topk_log_probs is {sampling.topk_log_probs}, more than the vocabulary of {self._vocab_size}"
-            )
+        check_request(prompts, sampling, vocab_size=self._vocab_size)
         if sampling.return_routed_experts and self._routing is None:
             raise ValueError(
                 "SamplingParams.return_routed_experts needs SGLangEngine(return_routed_experts=True) and an MoE policy: "
@@ -187,7 +186,7 @@ class SGLangEngine:
         if self._config.urls:
             return
         folder = prepare_served_folder(self._model_folder, self._log_folder / "served_model")
-        dtype = str(self._dtype).removeprefix("torch.")
+        dtype = dtype_name(self._dtype)
         for index in range(self._config.num_servers):
             server = SGLangServer(
                 self._config, folder, dtype, self._log_folder, index, return_routed_experts=self._routing is not None
@@ -210,7 +209,7 @@ class SGLangEngine:
             return
         if self._sync is not None:
             self._sync.close()
-        shape = ModelShape.from_folder(self._model_folder) if self._config.verify == "checksum" else None
+        shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
         facts = [ServerFacts.ask(self._transport, url, self._config) for url in urls]
         self._sync = WeightSync(self._transport, facts, self._config, shape, self._dtype)
 

@@ -7,17 +7,16 @@ this layout is what makes it possible to say, before asking the server, what it 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
-from megatron_dppo.errors import WeightSyncError
+from megatron_dppo.errors import ConfigError, WeightSyncError
+from megatron_dppo.models.hf.config import ARCHITECTURES, is_moe
 
-KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _VOCABULARY_PADDING = 64
 _CPU_INTERMEDIATE_PADDING = 32  # per rank
 
@@ -29,26 +28,25 @@ _VOCABULARY = re.compile(r"(model\.embed_tokens|lm_head)\.weight")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The facts of a Hugging Face ``config.json`` that decide the layout."""
+    """The facts of a model that decide the layout."""
 
     num_key_value_heads: int
     num_experts: int
     tie_word_embeddings: bool
 
     @classmethod
-    def from_folder(cls, model_folder: Path) -> ModelShape:
-        """Read ``config.json``. Raises ValueError for a family whose layout is not known here."""
-        config = json.loads((model_folder / "config.json").read_text())
-        architecture = (config.get("architectures") or ["none"])[0]
-        if architecture not in KNOWN_ARCHITECTURES:
-            raise ValueError(
-                f"{model_folder}: weight updates of {architecture} cannot be verified by checksum (known: "
-                f"{', '.join(KNOWN_ARCHITECTURES)}); set rollout.sglang.verify=none to go without"
+    def of(cls, hf_config: PretrainedConfig) -> ModelShape:
+        """Raises ConfigError for an architecture whose layout is not known here."""
+        architecture = (hf_config.architectures or ["none"])[0]
+        if architecture not in ARCHITECTURES.values():
+            raise ConfigError(
+                f"weight updates of {architecture} cannot be verified by checksum (known: "
+                f"{', '.join(ARCHITECTURES.values())}); set rollout.sglang.verify=none to go without"
             )
         return cls(
-            num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            num_experts=config.get("num_experts") or config.get("num_local_experts") or 0,
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            num_key_value_heads=hf_config.num_key_value_heads,
+            num_experts=hf_config.num_experts if is_moe(hf_config) else 0,
+            tie_word_embeddings=hf_config.tie_word_embeddings,
         )
 
 
@@ -123,20 +121,20 @@ class ServerRank:
 
 def shard(tensor: torch.Tensor, place: Placement, rank: ServerRank, shape: ModelShape, name: str) -> torch.Tensor:
     """The part of a full tensor that a server's rank holds, contiguous. Raises WeightSyncError if it cannot be divided."""
-    size, pieces, index = tensor.shape[place.dim], rank.tp_size, rank.tp_rank
+    size, shards, index = tensor.shape[place.dim], rank.tp_size, rank.tp_rank
     if place.split is Split.NONE:
         return tensor.contiguous()
     if place.split is Split.VOCABULARY:
         size = _round_up(size, _VOCABULARY_PADDING)
-        size = size if size % pieces == 0 else _round_up(size, _VOCABULARY_PADDING * pieces)
+        size = size if size % shards == 0 else _round_up(size, _VOCABULARY_PADDING * shards)
     elif place.split is Split.INTERMEDIATE and rank.device_type == "cpu":
-        size = _round_up(size, _CPU_INTERMEDIATE_PADDING * pieces)
-    elif place.split is Split.KEY_VALUE_HEADS and shape.num_key_value_heads < pieces and rank.device_type == "cuda":
-        pieces = shape.num_key_value_heads
-        index = rank.tp_rank * pieces // rank.tp_size
-    if size % pieces:
+        size = _round_up(size, _CPU_INTERMEDIATE_PADDING * shards)
+    elif place.split is Split.KEY_VALUE_HEADS and shape.num_key_value_heads < shards and rank.device_type == "cuda":
+        shards = shape.num_key_value_heads
+        index = rank.tp_rank * shards // rank.tp_size
+    if size % shards:
         raise WeightSyncError(f"{name}: {size} cannot be divided by the server's tp_size {rank.tp_size}")
-    return _padded_slice(tensor, place.dim, index * (size // pieces), size // pieces)
+    return _padded_slice(tensor, place.dim, index * (size // shards), size // shards)
 
 
 def _padded_slice(tensor: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
-from megatron_dppo.errors import RolloutError
+from megatron_dppo.errors import ConfigError, RolloutError
+from megatron_dppo.models.hf.config import is_moe
 from megatron_dppo.rollout.sample import Prompt
 
 # SGLang ends at start-up for a dense model with this flag, and ignores requests for choices without it.
@@ -25,22 +25,20 @@ SERVER_FLAG = "--enable-return-routed-experts"
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """The facts of a Hugging Face ``config.json`` that decide what a token's choices look like."""
+    """The facts of a model that decide what a token's choices look like."""
 
     layers: int
     experts: int
     experts_per_token: int
 
     @classmethod
-    def from_folder(cls, model_folder: Path) -> RoutingShape:
-        """Read ``config.json``. Raises ValueError for a dense model."""
-        config = json.loads((model_folder / "config.json").read_text())
-        experts = config.get("num_experts") or config.get("num_local_experts")
-        if not experts or not config.get("num_experts_per_tok"):
-            raise ValueError(
-                f"{model_folder}: expert choices were asked for (routing replay), but this policy is dense: it has no experts"
+    def of(cls, hf_config: PretrainedConfig) -> RoutingShape:
+        """Raises ConfigError for a dense model."""
+        if not is_moe(hf_config):
+            raise ConfigError(
+                "expert choices were asked for (routing replay), but this policy is dense: it has no experts"
             )
-        return cls(config["num_hidden_layers"], experts, config["num_experts_per_tok"])
+        return cls(hf_config.num_hidden_layers, hf_config.num_experts, hf_config.num_experts_per_tok)
 
 
 def parse_routed_experts(

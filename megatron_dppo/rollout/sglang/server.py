@@ -18,6 +18,7 @@ from typing import IO
 import torch
 
 from megatron_dppo.errors import RolloutError, TransientServerError
+from megatron_dppo.models.hf.config import read_config_json
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.routed_experts import SERVER_FLAG
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -57,14 +58,12 @@ def prepare_served_folder(model_folder: Path, target: Path) -> Path:
     SGLang always stops at the model's own eos_token_id, whereas a rollout ends at SamplingParams.stop_token_ids and
     nowhere else. The generation config, which could also switch on top-p sampling, is left out altogether.
     """
-    if not (model_folder / "config.json").is_file():
-        raise ValueError(f"{model_folder} has no config.json: it is not a Hugging Face model folder")
+    config = read_config_json(model_folder)
     shutil.rmtree(target, ignore_errors=True)  # links that an earlier run made, maybe to another model
     target.mkdir(parents=True)
     for source in model_folder.iterdir():
         if source.name not in ("config.json", "generation_config.json"):
             (target / source.name).symlink_to(source.resolve())
-    config = json.loads((model_folder / "config.json").read_text())
     config["eos_token_id"] = None
     (target / "config.json").write_text(json.dumps(config, indent=1))
     return target

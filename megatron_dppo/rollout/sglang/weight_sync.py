@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
+from megatron_dppo.models.hf.config import dtype_name
 from megatron_dppo.rollout.engine import NamedTensors
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.config import SGLangConfig
@@ -175,7 +176,7 @@ class WeightSync:
     def _start_broadcast(self, bucket: list[tuple[str, torch.Tensor]]) -> tuple[list[Future[Any]], dist.Work]:
         body = {
             "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "dtypes": [dtype_name(tensor.dtype) for _, tensor in bucket],
             "shapes": [list(tensor.shape) for _, tensor in bucket],
             "group_name": self._group_name,
             "load_format": "flattened_bucket",

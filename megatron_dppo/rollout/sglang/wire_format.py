@@ -12,18 +12,6 @@ from megatron_dppo.rollout.sample import FinishReason, Prompt, Sample, SamplingP
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape, parse_routed_experts
 
 
-def check_prompt(prompt: Prompt, vocab_size: int) -> None:
-    """Raise ValueError for a prompt that must not be sent: an id outside the vocabulary ends the server's process."""
-    if not prompt.token_ids:
-        raise ValueError(f"prompt {prompt.prompt_id} is empty")
-    for position, token_id in enumerate(prompt.token_ids):
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"prompt {prompt.prompt_id}: token {position} has id {token_id}, outside the vocabulary of "
-                f"{vocab_size}; was it tokenised with another model's tokenizer?"
-            )
-
-
 def request_seed(prompt: Prompt, prompt_index: int, sample_index: int, sampling: SamplingParams) -> int:
     """A seed that differs between the samples of a batch and is the same in every run."""
     text = f"{sampling.seed}/{prompt.prompt_id}/{prompt_index}/{sample_index}"

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
 from megatron_dppo.errors import CheckpointError
-from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.models.hf.config import dtype_name, load_hf_config
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_steps
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
@@ -145,11 +145,6 @@ def present_layout(policy: TrainablePolicy) -> dict[str, int]:
         "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
         "distributed_optimizer": int(policy.uses_distributed_optimizer),
     }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _steps_taken(optimizer_state: OptimizerState) -> int:

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: finding the last one and resuming from it. Writing them: checkpoint_writer.py.
+"""Checkpoints of a run: finding the last one and resuming from it. Writing them: save.py.
 
 A checkpoint is a folder ``step_N`` with checkpoint.json, a file of tensors for each rank that wrote and their index
 (``torch.distributed.checkpoint``). It was written under another name and renamed when everything was on disk, so a folder
-of that name is whole. Any layout can load it (checkpoint_pieces.py). The same layout goes on bit for bit.
+of that name is whole. Any layout can load it (pieces.py). The same layout goes on bit for bit.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from megatron_dppo.training.rollouts import ScoredRollouts
 def rollout_metrics(rollouts: ScoredRollouts, weight_version: int) -> dict[str, float]:
     """Rewards, lengths and staleness over all replicas. Collective.
 
-    ``weight_version`` is the newest there was when the update began; staleness counts versions behind it.
+    ``weight_version`` is the newest there was when the step's samples were drawn; staleness counts versions behind it.
     """
     samples, replicas = rollouts.samples, parallel_state.get_data_parallel_group()
     rewards = [float(sample.reward or 0.0) for sample in samples]
@@ -73,7 +73,7 @@ class BatchMetrics:
 def phase_metrics(rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each phase, tokens per second over all replicas, peak memory of this rank. Collective.
 
-    ``computed_tokens`` are those of the update's forward-backward passes, padding included.
+    ``computed_tokens`` are those of the step's forward-backward passes, padding included.
     """
     generated = float(sum(len(sample.response_ids) for sample in rollouts.samples))
     trained = float(sum(len(sample.token_ids) for sample in rollouts.samples))

@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.errors import InvalidSampleError
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sample import Sample, SamplingParams
 from tests.rollout.embedded.embedded_subject import build_tiny_policy, embedded_subject
@@ -142,6 +143,10 @@ def _what_cannot_be_served() -> None:
     engine = EmbeddedEngine(model_chunks, 250)
     with pytest.raises(ValueError, match=r"prompt/0 .* needs 130 positions, the policy has 128"):
         engine.generate(make_prompts(250, [100]), SamplingParams(max_new_tokens=30))
+    with torch.no_grad():
+        model_chunks[0].decoder.final_layernorm.weight[0] = float("nan")
+    with pytest.raises(InvalidSampleError, match=r"prompt/0: token 0 .* has rollout log-prob nan"):
+        engine.generate(make_prompts(250, [3]), SamplingParams(max_new_tokens=2))
     model_chunks[0].config.moe_expert_capacity_factor = 1.0
     with pytest.raises(ValueError, match="moe_expert_capacity_factor"):
         EmbeddedEngine(model_chunks, 250)

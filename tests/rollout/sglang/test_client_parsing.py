@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from megatron_dppo.errors import InvalidSampleError, RolloutError
+from megatron_dppo.rollout.engine import check_request
 from megatron_dppo.rollout.sample import Prompt, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import first_gpu
-from megatron_dppo.rollout.sglang.wire_format import build_request, check_prompt, parse_response, request_seed
+from megatron_dppo.rollout.sglang.wire_format import build_request, parse_response, request_seed
+from tests.models.tiny_policies import tiny_hf_config
 
 PROMPT = Prompt("train/sum/3", (5, 6, 7))
 SAMPLING = SamplingParams(max_new_tokens=8, temperature=0.7, stop_token_ids=(2,), topk_log_probs=2)
@@ -130,9 +132,7 @@ def test_missing_or_wrong_expert_choices_are_refused(field, error, message):
 
 
 def test_a_dense_policy_has_no_expert_choices(tmp_path):
-    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
-    with pytest.raises(ValueError, match="this policy is dense"):
-        RoutingShape.from_folder(tmp_path)
+    tiny_hf_config("qwen3").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="this policy is dense"):
         SGLangEngine(
             SGLangConfig(),
@@ -147,12 +147,18 @@ def test_a_dense_policy_has_no_expert_choices(tmp_path):
 @pytest.mark.parametrize("token_ids", [(), (3, 250), (-1,)])
 def test_prompts_that_would_end_the_server_are_never_sent(token_ids):
     with pytest.raises(ValueError, match="prompt bad"):
-        check_prompt(Prompt("bad", token_ids), vocab_size=250)
+        check_request([Prompt("good", (1, 249)), Prompt("bad", token_ids)], SAMPLING, vocab_size=250)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_servers", 0), ("sync_timeout_s", -1.0), ("verify", "maybe"), ("urls", ["10.0.0.1:30000"])],
+    [
+        ("num_servers", 0),
+        ("sync_timeout_s", -1.0),
+        ("verify", "maybe"),
+        ("dtype", "bf16"),
+        ("urls", ["10.0.0.1:30000"]),
+    ],
 )
 def test_a_bad_option_is_named(field, value):
     with pytest.raises(ValueError, match=f"SGLangConfig.{field}"):
