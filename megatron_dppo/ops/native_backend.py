@@ -76,6 +76,9 @@ class NativeBackend:
         )
         if grad_NV is logits_NV:  # an operator must not get one tensor both to read and, under another name, to write
             _operators.policy_backward_(logits_NV, *arguments)
+            # Autograd does not see what an operator without autograd registration writes: whoever saved these logits would
+            # compute a wrong gradient from ours, where it has to be an error.
+            torch.autograd.graph.increment_version(logits_NV)
         else:
             _operators.policy_backward(logits_NV, grad_NV, *arguments)
 

@@ -154,11 +154,14 @@ def test_inplace_backward_writes_into_the_logits_storage(masked: bool, dtype: to
     assert torch.equal(grads[True], grads[False])
 
 
-def test_inplace_backward_is_an_error_where_the_logits_are_needed_afterwards() -> None:
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_inplace_backward_is_an_error_where_the_logits_are_needed_afterwards(backend: str) -> None:
     source = torch.randn(3, 4, requires_grad=True)
     logits = source * 1
     squared = logits.square().sum()
-    stats_of(logits, torch.tensor([0, 1, 2]), inplace_backward=True).log_prob.sum().backward(retain_graph=True)
+    target = torch.tensor([0, 1, 2])
+    stats = vocab_parallel_policy_stats(logits, target, inplace_backward=True, backend=backend)
+    stats.log_prob.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
 
