@@ -61,6 +61,7 @@ class DeviceWaits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[str, str]] = []
+        self.operators = 0  # how many were dispatched, waiting or not
         self._methods = _Methods(self.found)
 
     def __enter__(self) -> DeviceWaits:
@@ -73,6 +74,7 @@ class DeviceWaits(TorchDispatchMode):
         self._methods.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
         name = func.overloadpacket.__name__
         if _waits(name, args, kwargs or {}):
             self.found.append((name, _caller()))

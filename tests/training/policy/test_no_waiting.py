@@ -5,6 +5,7 @@ Nothing in this package waits before that. What Megatron-core itself waits for i
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def _waits(
     def watched(*args: Any, **kwargs: Any) -> Any:
         with DeviceWaits() as waits:
             result = run_schedule(*args, **kwargs)
+        assert waits.operators > 100  # the watch saw the whole schedule
         found.extend(waits.found)
         return result
 
@@ -54,21 +56,24 @@ def _waits(
     return found
 
 
+_PACKAGES = re.compile(r".*/(megatron/core|megatron_dppo)/")
 # core's file and function -> what it asks the device
 MEGATRON_WAITS = {
     "distributed/finalize_model_grads.py:finalize_model_grads": "whether there are any tokens, after the last backward",
     "models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd": "packed: the sequences' bounds, in every layer",
     "tensor_parallel/layers.py:forward": "TP: which ids of the embedding are another rank's (a boolean index)",
     "tensor_parallel/random.py:fork": "TP, CPU only: the random state",
-    "transformer/moe/moe_utils.py:permute": "MoE: how many tokens each expert gets",
+    "transformer/moe/experts.py:forward": "MoE: how many tokens each expert gets",
+    "transformer/moe/moe_utils.py:permute": "MoE: which tokens each expert gets (a boolean index)",
+    "transformer/moe/moe_utils.py:sort_chunks_by_idxs": "MoE: how many tokens come from each rank",
+    # What stands in for core's token_dispatcher.maybe_move_tensor_to_cpu on CPU ranks.
+    "compat/megatron_on_cpu.py:move_to_cpu": "MoE: how many tokens go to each rank",
     "pipeline_parallel/schedules.py:backward_step": "MoE: the backward of that",
 }
 
 
 def _unlisted(found: list[tuple[str, str]]) -> set[tuple[str, str]]:
-    return {
-        (operator, caller) for operator, caller in found if caller.rpartition("megatron/core/")[2] not in MEGATRON_WAITS
-    }
+    return {(name, caller) for name, caller in found if _PACKAGES.sub("", caller) not in MEGATRON_WAITS}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,6 @@ def test_nothing_waits_between_the_first_forward_and_the_last_backward(
     ranks: RankPools, policy_kind: str, train: dict[str, Any], loss: dict[str, Any]
 ) -> None:
     (found,) = ranks(1).run(_waits, policy_kind, {}, train, loss)
-    assert found  # core's own look at the end: the watch was on
     assert _unlisted(found) == set()
 
 
@@ -93,7 +97,6 @@ def test_nothing_waits_between_the_first_forward_and_the_last_backward(
 def test_nor_on_two_ranks_with_experts(ranks: RankPools, train: dict[str, Any]) -> None:
     layout = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
     for found in ranks(2).run(_waits, "qwen3_moe", layout, train, {"divergence": "topk_tv"}):
-        assert found
         assert _unlisted(found) == set()
 
 
