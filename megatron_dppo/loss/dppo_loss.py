@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -188,37 +188,29 @@ class DPPOLoss:
         def shaped(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.view(*shape, *values.shape[1:])
 
-        target, mask = tokens.target.view(shape), shaped(tokens.mask)
+        target = tokens.target.view(shape)
+        common: dict[str, Any] = {
+            "topk_ids": shaped(topk_ids),
+            "temperature": self.config.temperature,
+            "vocab_size": self.vocab_size,
+            "tp_group": self.tp_group,
+            "token_mask": shaped(tokens.mask),
+            "backend": self.backend,
+            "checks": "off",  # check_values has looked
+        }
         if isinstance(policy, LinearHead):
             stats = fused_linear_policy_stats(
                 policy.hidden,
                 policy.weight,
                 target,
-                topk_ids=shaped(topk_ids),
-                temperature=self.config.temperature,
-                vocab_size=self.vocab_size,
-                tp_group=self.tp_group,
-                token_mask=mask,
                 sequence_parallel=policy.sequence_parallel,
                 reduce_hidden_grad=policy.reduce_hidden_grad,
                 accumulate_into_main_grad=policy.accumulate_into_main_grad,
                 chunk_bytes=policy.chunk_bytes,
-                backend=self.backend,
-                checks="off",
+                **common,
             )
         else:
-            stats = vocab_parallel_policy_stats(
-                policy,
-                target,
-                topk_ids=shaped(topk_ids),
-                temperature=self.config.temperature,
-                vocab_size=self.vocab_size,
-                tp_group=self.tp_group,
-                token_mask=mask,
-                inplace_backward=self.inplace_backward,
-                backend=self.backend,
-                checks="off",
-            )
+            stats = vocab_parallel_policy_stats(policy, target, inplace_backward=self.inplace_backward, **common)
         return stats.flatten()
 
     def _with_penalties(self, per_token: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None) -> torch.Tensor:

@@ -7,9 +7,9 @@ wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -90,25 +90,25 @@ class LossInputs:
     def take(self, rows: torch.Tensor) -> LossInputs:
         """The tokens at ``rows`` [n] of the flattened [...] only: compact fields, [n] (and [n, K], [n, V/TP])."""
         dims = self.target.dim()
-
-        def taken(value: Any) -> Any:
-            if value is None:
-                return None
-            if isinstance(value, torch.Tensor):
-                return value.flatten(0, dims - 1).index_select(0, rows)
-            return type(value)(**{field.name: taken(getattr(value, field.name)) for field in fields(value)})
-
-        return LossInputs(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
+        return _map_tensors(self, lambda values: values.flatten(0, dims - 1).index_select(0, rows))
 
     def to(self, device: torch.device) -> LossInputs:
         """The same on another device."""
+        return _map_tensors(self, lambda values: values.to(device, non_blocking=True))
 
-        def moved(value: Any) -> Any:
-            if value is None or isinstance(value, torch.Tensor):
-                return None if value is None else value.to(device, non_blocking=True)
-            return type(value)(**{field.name: moved(getattr(value, field.name)) for field in fields(value)})
 
-        return LossInputs(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+Fields = TypeVar("Fields", LossInputs, TopK, Sequences)
+
+
+def _map_tensors(holder: Fields, change: Callable[[torch.Tensor], torch.Tensor]) -> Fields:
+    """The same fields with every tensor changed, those of the fields that hold tensors too."""
+
+    def changed(value: Any) -> Any:
+        if value is None:
+            return None
+        return change(value) if isinstance(value, torch.Tensor) else _map_tensors(value, change)
+
+    return replace(holder, **{field.name: changed(getattr(holder, field.name)) for field in fields(holder)})
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dppo.distributed.collectives import broadcast_object
 from megatron_dppo.loss.metrics import MetricSums
 
 
-def global_metrics(parts: MetricSums | None) -> dict[str, float]:
-    """Over all data- and context-parallel ranks. Collective; ``parts`` is None but on the last pipeline stage."""
-    box: list[Any] = [None]
-    if parts is not None:
-        box = [parts.all_reduce(parallel_state.get_data_parallel_group(with_context_parallel=True)).finalize()]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast_object_list(
-            box,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return dict(box[0])
+def global_metrics(sums: MetricSums | None) -> dict[str, float]:
+    """Over all data- and context-parallel ranks. Collective; ``sums`` is None but on the last pipeline stage."""
+    final: dict[str, float] = {}
+    if sums is not None:
+        final = sums.all_reduce(parallel_state.get_data_parallel_group(with_context_parallel=True)).finalize()
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    return broadcast_object(final, rank=stages.size() - 1, group=stages)

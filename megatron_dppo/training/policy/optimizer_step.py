@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_dppo.distributed.collectives import broadcast_object
 from megatron_dppo.errors import LossInputError, NonFiniteGradientError
 from megatron_dppo.loss.checks import InputChecks
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
@@ -210,13 +211,5 @@ def _run_schedule(
 
 def _from_last_stage(kept: list[torch.Tensor]) -> list[torch.Tensor]:
     """Hand the last pipeline stage's results to all stages."""
-    kept = [values.cpu() for values in kept]
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return kept
-    box: list[Any] = [kept]
-    dist.broadcast_object_list(
-        box,
-        src=parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
-    return box[0]
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    return broadcast_object([values.cpu() for values in kept], rank=stages.size() - 1, group=stages)
