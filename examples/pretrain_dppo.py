@@ -9,7 +9,7 @@ One process per GPU (or CPU core), started by torchrun:
 
 Any key of the configuration can be overridden by key.sub=value. --check reads and checks everything a run reads
 (configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why;
-3: no rollouts could be had any more, and what was trained is in a checkpoint.
+3: the run was stopped by what the message names (if no more rollouts could be had, what was trained is in a checkpoint).
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from pathlib import Path
 # Megatron-core warns about every optional package in every module; a run reports once, by name, what it found.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
-from megatron_dppo.distributed.ranks import choose_device, rank, world_size
-from megatron_dppo.errors import CheckpointError, RolloutError
+from megatron_dppo.distributed.ranks import choose_device, world_size
+from megatron_dppo.distributed.said_once import is_first_to_say
+from megatron_dppo.errors import BAD_INPUT, STOPPED
 from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs, read_run_inputs
 from megatron_dppo.training.run import check_run_folder, run_training
 
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3  # the rollout engine gave out (a checkpoint was written), or a checkpoint cannot be read or written
+EXIT_STOPPED = 3  # the rollout engine gave out, a checkpoint cannot be read or written, a gradient is NaN, ...
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,23 +54,30 @@ def read_input(arguments: argparse.Namespace) -> tuple[Config, RunInputs]:
     return config, inputs
 
 
+def fail(error: Exception, exit_code: int) -> int:
+    """Say why, once for all ranks, whichever of them is first to know."""
+    message = str(error)
+    if is_first_to_say(message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return exit_code
+
+
 def main() -> int:
     arguments = parse_arguments()
     try:
         config, inputs = read_input(arguments)
         device = choose_device(config.run.device)
-    except ValueError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except (ValueError, OSError) as error:
+        return fail(error, EXIT_BAD_INPUT)
     if arguments.check:
         print(f"{arguments.config}: fine ({inputs.hf_config.model_type}, {len(inputs.eval_prompts)} held-out prompts)")
         return 0
     try:
         run_training(config, inputs, device)
-    except (RolloutError, CheckpointError) as error:
-        print(f"rank {rank()}: error: {error}", file=sys.stderr)
-        return EXIT_STOPPED
+    except BAD_INPUT as error:
+        return fail(error, EXIT_BAD_INPUT)
+    except STOPPED as error:
+        return fail(error, EXIT_STOPPED)
     return 0
 
 

@@ -60,3 +60,16 @@ class CheckpointError(RuntimeError):
 
 class NonFiniteGradientError(RuntimeError):
     """The gradient norm is NaN or infinite; the weights were left as they are."""
+
+
+# What the person who started a run can mend: the input.
+BAD_INPUT = (ConfigError, BackendUnavailableError, MissingDependencyError, TaskError)
+# What ended a run whose input was fine.
+STOPPED = (
+    CheckpointError,
+    InvalidSampleError,
+    LossInputError,
+    NonFiniteGradientError,
+    RolloutError,
+    ScoringError,
+)

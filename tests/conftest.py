@@ -15,9 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPools]:
-    """``ranks(n).run(function, *args)``: run a module-level function on n gloo ranks (see tests/rank_pool.py)."""
+    """``ranks(n).run(function, *args)``: run a module-level function on n gloo ranks (see tests/rank_pool.py).
+
+    All tests share the processes: importing Megatron-core on each rank takes longer than most of them.
+    """
     pools = RankPools()
     yield pools
     pools.close()

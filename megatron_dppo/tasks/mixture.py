@@ -25,6 +25,9 @@ class TaskMixture:
         seed: of the shuffles.
         admissible: which problems may be drawn; None: all.
 
+    Attributes:
+        tasks: as given.
+
     Raises:
         TaskError: no tasks, a repeated name, a weight that is not positive, or a task without any admissible problem.
     """
@@ -44,7 +47,7 @@ class TaskMixture:
                 raise TaskError(f"two tasks are called {name}; give each a name of its own")
             if not 0 < weight < float("inf"):
                 raise TaskError(f"task {name}: weight must be a positive number, not {weight}")
-        self._tasks = list(tasks)
+        self.tasks = tuple(tasks)
         self._seed = seed
         self._admissible = admissible
         self._counts = _shares(weights)
@@ -71,7 +74,7 @@ class TaskMixture:
         """For every offset in the block: the task, and how many times the block had it before."""
         order = [task_index for task_index, count in enumerate(self._counts) for _ in range(count)]
         random.Random(f"{self._seed}/block/{block}").shuffle(order)
-        seen = [0] * len(self._tasks)
+        seen = [0] * len(self.tasks)
         schedule = []
         for task_index in order:
             schedule.append((task_index, seen[task_index]))
@@ -80,7 +83,7 @@ class TaskMixture:
 
     def _draw(self, task_index: int, draw: int) -> Problem:
         """The task's problem number ``draw``, counted over all epochs."""
-        task = self._tasks[task_index]
+        task = self.tasks[task_index]
         epoch, place = divmod(draw, len(task))
         if self._orders.get(task_index, (-1, []))[0] != epoch:
             order = list(range(len(task)))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_dppo.errors import PromptTooLongError, TaskError
 from megatron_dppo.tasks.build import tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.task import Problem
+from megatron_dppo.tasks.task import Problem, Task
 
 
 class PromptEncoder:
     """Applies a task's prompt template, then the tokenizer's chat template if there is one.
+
+    A problem's own system message (``metadata["system_prompt"]``, unless it is None) goes before its task's.
 
     A prompt is never cut: a question without its end has another answer. ``encode`` raises on one that is too long;
     ``fits`` lets the training mixture pass over it (``build_mixture(..., fits=encoder.fits)``), which counts in
@@ -69,20 +71,56 @@ class PromptEncoder:
         """The response as text, special tokens (the stop token among them) left out."""
         return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
 
+    def check_system_prompts(self, tasks: Iterable[Task]) -> None:
+        """Raise TaskError if the rows of a file have system messages of their own, and the chat template takes none.
+
+        One such row in a hundred thousand would end the run when it is drawn, so the first one is encoded before. (Problems
+        that are made on the spot have none, and to make all of them would take its time.)
+        """
+        for task in tasks:
+            if self._configs[task.name].kind == "jsonl":
+                own = (task[index] for index in range(len(task)))
+                first = next((problem for problem in own if problem.metadata.get("system_prompt") is not None), None)
+                if first is not None:
+                    self._tokens(first)
+
     def _tokens(self, problem: Problem) -> tuple[int, ...]:
         config = self._configs.get(problem.task_name)
         if config is None:
             raise TaskError(f"{problem.problem_id} is from no task of this run ({', '.join(self._configs)})")
         text = config.prompt_template.replace("{question}", problem.question)
-        if not self._chat:
-            return tuple(self._tokenizer(text)["input_ids"])
-        messages = [{"role": "user", "content": text}]
-        system_prompt = problem.metadata.get("system_prompt", config.system_prompt)
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # The template writes every special token itself; the tokenizer must not add a second BOS.
-        return tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        try:
+            if not self._chat:
+                return tuple(self._tokenizer(_without_chat(problem, text))["input_ids"])
+            prompt = self._tokenizer.apply_chat_template(
+                _messages(problem, text, config.system_prompt), add_generation_prompt=True, tokenize=False
+            )
+            # The template writes every special token itself; the tokenizer must not add a second BOS.
+            return tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        except TaskError:
+            raise
+        except Exception as error:  # templates are programs of other people, and raise what they like
+            raise TaskError(
+                f"{problem.problem_id}: the tokenizer or its chat template refuses this prompt"
+                f" ({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
+
+
+def _without_chat(problem: Problem, text: str) -> str:
+    if problem.metadata.get("system_prompt") is not None:
+        raise TaskError(
+            f"{problem.problem_id}: its system message needs chat: true and a tokenizer with a chat template; without, take"
+            " it out of the row"
+        )
+    return text
+
+
+def _messages(problem: Problem, text: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """The chat of a problem; its own system message, if it has one, goes before its task's."""
+    own = problem.metadata.get("system_prompt")
+    system = system_prompt if own is None else own
+    user = [{"role": "user", "content": text}]
+    return user if system is None else [{"role": "system", "content": system}, *user]
 
 
 def _check_template(config: TaskConfig) -> None:

@@ -65,13 +65,15 @@ def read_run_inputs(config: Config, world_size: int) -> RunInputs:
             f"eval.prompts={config.eval.prompts}, but the evaluation tasks have {len(eval_problems)} distinct questions of at"
             f" most {config.rollout.max_prompt_tokens} tokens: make their `size` larger or eval.prompts smaller"
         )
+    train_problems = build_mixture(config.tasks.train, config.run.seed, held_out, encoder.fits)
+    encoder.check_system_prompts(train_problems.tasks)
     return RunInputs(
         hf_config=hf_config,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         stop_token_ids=_stop_token_ids(Path(config.model.path), hf_config, tokenizer),
         encoder=encoder,
-        train_problems=build_mixture(config.tasks.train, config.run.seed, held_out, encoder.fits),
+        train_problems=train_problems,
         eval_prompts=[_prompt(encoder, problem) for problem in eval_problems],
     )
 

@@ -26,7 +26,7 @@ from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 from megatron_dppo.training.inputs import RunInputs
-from megatron_dppo.training.metrics.run_folder import RunFolder
+from megatron_dppo.training.metrics.run_folder import RunFolder, json_lines
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
 from megatron_dppo.training.policy.warm_start import warm_start
@@ -37,8 +37,9 @@ _STEPS_COMPARED = 5
 
 
 def check_run_folder(config: Config) -> None:
-    """Raise ConfigError if the folder holds a run that must not be continued."""
+    """Raise ConfigError if the folder cannot be used, or holds a run that must not be continued."""
     folder = RunFolder(config.run)
+    folder.check()
     if config.run.resume == "never" and folder.config_path.exists():
         raise ConfigError(
             f"{folder.path} holds a run already: choose another run.name, or run.resume=auto to continue it"
@@ -118,7 +119,7 @@ def environment_report() -> str:
 
 def summary(folder: RunFolder) -> str:
     """What a run achieved, in three lines: reward at both ends, held-out accuracy at both ends, where to look."""
-    records = [json.loads(line) for line in folder.metrics_path.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in json_lines(folder.metrics_path)]
     rewards = [record["reward/mean"] for record in records if "reward/mean" in record]
     accuracies = [record["eval/accuracy"] for record in records if "eval/accuracy" in record]
     first, last = fmean(rewards[:_STEPS_COMPARED]), fmean(rewards[-_STEPS_COMPARED:])

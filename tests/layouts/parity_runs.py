@@ -123,6 +123,26 @@ _REPLAY = (
 )
 COLUMNS = {LLAMA: _EVERY_POLICY, QWEN3: _EVERY_POLICY, QWEN3_MOE: (*_EVERY_POLICY, *_REPLAY)}
 
+
+def pairwise(row: Row) -> dict[str, list[Column]]:
+    """Policy -> columns, few enough for every push: any two choices of a row (a policy, a batching, an aggregation, a path to
+    the loss, replay or not) that go together come together in one of them.
+    """
+    candidates = [(policy, column) for policy in row.policies for column in COLUMNS[policy]]
+
+    def pairs(candidate: tuple[str, Column]) -> set[Any]:
+        policy, column = candidate
+        return set(itertools.combinations(enumerate((policy, *dataclasses.astuple(column))), 2))
+
+    left = set().union(*map(pairs, candidates))
+    chosen: dict[str, list[Column]] = {}
+    while left:
+        best = max(candidates, key=lambda candidate: len(pairs(candidate) & left))
+        chosen.setdefault(best[0], []).append(best[1])
+        left -= pairs(best)
+    return chosen
+
+
 # Up to two replicas have several micro-batches each: 8 sequences of 5 to 20 tokens, 103 tokens in all.
 _MICRO_BATCH_SIZE, _TOKENS_PER_MICRO_BATCH = 2, 40
 _LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)

@@ -1,7 +1,8 @@
 """Every supported layout, way of batching and way of computing the loss makes the same update as a single rank.
 
-All figures are of fp32 on gloo ranks. With MEGATRON_DPPO_PARITY_RESULTS=FILE each comparison adds a line of JSON to FILE,
-from which tools/check/parity_table.py writes docs/parity.md.
+All figures are of fp32 on gloo ranks. Every push compares a few columns of each row, the nightly tier all of them: with
+MEGATRON_DPPO_PARITY_RESULTS=FILE each of its comparisons adds a line of JSON to FILE, from which tools/check/parity_table.py
+writes docs/parity.md.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,23 +92,49 @@ def _record(row: Row, policy_kind: str, of_column: dict[Column, Difference]) -> 
             results.write(json.dumps(entry) + "\n")
 
 
+def _compare(
+    row: Row, policy_kind: str, columns: list[Column], ranks: RankPools, reference_file: ReferenceFile
+) -> dict[Column, Difference]:
+    results = ranks(row.ranks).run(
+        parity_runs.compare_with_one_rank, policy_kind, row.layout, columns, reference_file(policy_kind)
+    )
+    return _worst_over_ranks(results)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_layout_makes_the_update_of_a_single_rank(
     row: Row, ranks: RankPools, reference_file: ReferenceFile
 ) -> None:
+    for policy_kind, columns in parity_runs.pairwise(row).items():
+        _assert_same_update(_compare(row, policy_kind, columns, ranks, reference_file))
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_in_every_layout_all_columns_make_the_update_of_a_single_rank(
+    row: Row, ranks: RankPools, reference_file: ReferenceFile
+) -> None:
+    """The whole matrix, of which docs/parity.md is made."""
     for policy_kind in row.policies:
-        results = ranks(row.ranks).run(
-            parity_runs.compare_with_one_rank,
-            policy_kind,
-            row.layout,
-            COLUMNS[policy_kind],
-            reference_file(policy_kind),
-        )
-        of_column = _worst_over_ranks(results)
+        of_column = _compare(row, policy_kind, list(COLUMNS[policy_kind]), ranks, reference_file)
         _record(row, policy_kind, of_column)
         _assert_same_update(of_column)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_columns_for_every_push_bring_any_two_choices_together(row: Row) -> None:
+    def pairs(of_policy: Mapping[str, Sequence[Column]]) -> set[Any]:
+        whole = [(policy, *vars(column).values()) for policy, columns in of_policy.items() for column in columns]
+        return {pair for values in whole for pair in itertools.combinations(enumerate(values), 2)}
+
+    few = parity_runs.pairwise(row)
+    every = {policy: COLUMNS[policy] for policy in row.policies}
+    assert pairs(few) == pairs(every)
+    assert sum(map(len, few.values())) * 3 <= sum(map(len, every.values())) * 2
 
 
 def test_tensor_and_expert_parallel_ranks_make_the_update_of_a_single_rank(
@@ -117,8 +146,7 @@ def test_tensor_and_expert_parallel_ranks_make_the_update_of_a_single_rank(
         Column("packed", "seq_mean_token_mean", True),
         Column("packed", "token_mean", True, routing_replay=True),
     ]
-    results = ranks(2).run(parity_runs.compare_with_one_rank, QWEN3_MOE, row.layout, columns, reference_file(QWEN3_MOE))
-    _assert_same_update(_worst_over_ranks(results))
+    _assert_same_update(_compare(row, QWEN3_MOE, columns, ranks, reference_file))
 
 
 def _update_without_reduction_of_norms(*args: object) -> dict[Column, Difference]:

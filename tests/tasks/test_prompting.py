@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +53,49 @@ def test_a_problems_own_system_prompt_wins(chat_tokenizer: PreTrainedTokenizerFa
     encoder = PromptEncoder(chat_tokenizer, [SUMS], max_prompt_tokens=100)
     problem = Problem("chain_sum/0", "1 + 2 =", metadata={"system_prompt": "Box it."})
     assert chat_tokenizer.decode(encoder.encode(problem)).startswith("<bos>system: Box it.<eos>")
+
+
+def test_null_is_no_system_prompt(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PromptEncoder(
+        chat_tokenizer, [TaskConfig(name="chain_sum", system_prompt="Be brief.")], max_prompt_tokens=100
+    )
+    problem = Problem("chain_sum/0", "1 + 2 =", metadata={"system_prompt": None})
+    assert chat_tokenizer.decode(encoder.encode(problem)).startswith("<bos>system: Be brief.<eos>")
+
+
+REFUSALS = {
+    "a system message": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    "everything": "{{ raise_exception('not today') }}",
+    "texts": "{{ messages[0]['content'] + 1 }}",
+    "no syntax": "{% if %}",
+}
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_a_chat_template_that_refuses_is_named_with_the_problem(refused: str) -> None:
+    """Templates are programs, with exceptions of their own."""
+    tokenizer = train_tokenizer([build_task(SUMS)])
+    tokenizer.chat_template = REFUSALS[refused] + CHAT_TEMPLATE
+    encoder = PromptEncoder(tokenizer, [TaskConfig(name="chain_sum", system_prompt="Be brief.")], max_prompt_tokens=100)
+    with pytest.raises(TaskError, match=r"^chain_sum/0: the tokenizer or its chat template refuses this prompt \("):
+        encoder.encode(Problem("chain_sum/0", "1 + 2 ="))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(REFUSALS["a system message"], "refuses"), (None, "needs chat: true")]
+)
+def test_a_row_with_a_system_message_is_found_before_it_is_drawn(
+    tmp_path: Path, template: str | None, message: str
+) -> None:
+    tokenizer = train_tokenizer([build_task(SUMS)])
+    tokenizer.chat_template = template and template + CHAT_TEMPLATE
+    chat = [{"role": "system", "content": "Box it."}, {"role": "user", "content": "1 + 2 ="}]
+    rows = [{"prompt": "1 + 1 =", "answer": 2}] * 3 + [{"prompt": chat, "answer": 3}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TaskConfig(name="mine", kind="jsonl", path=str(tmp_path / "rows.jsonl"))
+    encoder = PromptEncoder(tokenizer, [config], max_prompt_tokens=100)
+    with pytest.raises(TaskError, match=f"mine/3: .*{message}"):
+        encoder.check_system_prompts([build_task(config)])
 
 
 def test_a_prompt_that_is_too_long_is_an_error_or_skipped_but_never_cut(tokenizer: PreTrainedTokenizerFast) -> None:

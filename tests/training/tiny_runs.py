@@ -77,7 +77,7 @@ def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int =
 
 def read_metrics(run: Path) -> list[dict]:
     """The records of a run, step 0 included."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n") if line]
 
 
 def deterministic_part(record: dict) -> dict:

@@ -76,3 +76,9 @@ class SGLangConfig:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")
+            if self.urls.count(url) > 1:
+                raise ConfigError(f"SGLangConfig.urls: {url!r} is listed twice: each server takes part in a sync once")
+        if self.base_gpu_id is not None and self.base_gpu_id < 0:
+            raise ConfigError(f"SGLangConfig.base_gpu_id must be at least 0, not {self.base_gpu_id}")
+        if not self.host:
+            raise ConfigError("SGLangConfig.host is empty: give the address that started servers listen on")

@@ -17,7 +17,7 @@ from typing import IO
 
 import torch
 
-from megatron_dppo.errors import RolloutError, TransientServerError
+from megatron_dppo.errors import ConfigError, RolloutError, TransientServerError
 from megatron_dppo.models.hf.config import read_config_json
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.routed_experts import SERVER_FLAG
@@ -219,7 +219,7 @@ def first_gpu(config: SGLangConfig, server_index: int, gpu_count: int) -> int:
     first = base + server_index * config.tensor_model_parallel_size
     last = first + config.tensor_model_parallel_size - 1
     if last >= gpu_count:
-        raise ValueError(
+        raise ConfigError(
             f"SGLang server {server_index} needs GPUs {first} to {last}, but this machine has {gpu_count}. Lower "
             "num_servers or tensor_model_parallel_size, set base_gpu_id, or start servers elsewhere and name them in urls"
         )

@@ -27,6 +27,7 @@ from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # 
 from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name
 from megatron_dppo.rollout.engine import NamedTensors
+from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, placement
@@ -47,12 +48,14 @@ class ServerFacts:
     def ask(cls, transport: Transport, url: str, config: SGLangConfig) -> ServerFacts:
         """Read ``/server_info``. Raises RolloutError for a layout that cannot be updated by broadcast."""
         info = transport.call(url, "/server_info", None, config.control_timeout_s)
-        for size in ("pp_size", "dp_size", "ep_size"):
-            if info.get(size, 1) != 1:
-                raise RolloutError(
-                    f"{url} runs with {size} = {info[size]}: only servers with nothing but tensor parallelism can be updated"
-                )
-        return cls(url, int(info["tp_size"]), str(info["device"]))
+        with reading(f"{url}/server_info"):
+            for size in ("pp_size", "dp_size", "ep_size"):
+                if info.get(size, 1) != 1:
+                    raise RolloutError(
+                        f"{url} runs with {size} = {info[size]}: only servers with nothing but tensor parallelism can be"
+                        " updated"
+                    )
+            return cls(url, int(info["tp_size"]), str(info["device"]))
 
 
 class WeightSync:
@@ -205,8 +208,10 @@ class WeightSync:
             return
         pending = [self._post(url, "/weights_checker", {"action": "checksum"}) for url in self.urls]
         for server, answer in zip(self._servers, self._wait(pending), strict=True):
-            ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
-            faults = expected[server.tp_size].compare([rank["checksums"] for rank in ranks])
+            with reading(f"{server.url}/weights_checker"):
+                ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
+                checksums = [dict(rank["checksums"]) for rank in ranks]
+            faults = expected[server.tp_size].compare(checksums)
             if faults:
                 listed = "\n  ".join(faults[:10])
                 raise WeightSyncError(

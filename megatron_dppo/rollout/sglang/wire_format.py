@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_dppo.errors import RolloutError
+from megatron_dppo.errors import InvalidSampleError, RolloutError
 from megatron_dppo.rollout.sample import FinishReason, Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape, parse_routed_experts
 
 
@@ -61,30 +62,44 @@ def parse_response(
     other weights means that somebody restarted or updated a server behind the engine's back. ``routing`` is the shape of the
     expert choices, if they were asked for.
     """
-    meta = response["meta_info"]
-    entries = meta["output_token_logprobs"]
-    response_ids = [int(token_id) for _, token_id, *_ in entries]
-    if response_ids != response["output_ids"]:
-        raise RolloutError(f"sample of {prompt.prompt_id}: the server's log-probs are not those of its output tokens")
-    topk_ids, topk_log_probs = _parse_topk(meta, sampling.topk_log_probs)
-    sample = Sample(
-        prompt=prompt,
-        response_ids=response_ids,
-        rollout_log_probs=[float(log_prob) for log_prob, *_ in entries],
-        finish_reason=_finish_reason(meta["finish_reason"], prompt, sampling),
-        weight_versions=_parse_weight_versions(meta, prompt, weight_version),
-        topk_ids=topk_ids,
-        topk_log_probs=topk_log_probs,
-        routed_experts=parse_routed_experts(meta, prompt, len(response_ids), routing) if routing else None,
-        group_id=group_id,
-    )
-    sample.check()
+    with reading(f"sample of {prompt.prompt_id}"):
+        meta = response["meta_info"]
+        response_ids, log_probs = _parse_tokens(meta["output_token_logprobs"], prompt)
+        if response_ids != response["output_ids"]:
+            raise RolloutError(
+                f"sample of {prompt.prompt_id}: the server's log-probs are not those of its output tokens"
+            )
+        topk_ids, topk_log_probs = _parse_topk(meta, sampling.topk_log_probs, prompt)
+        sample = Sample(
+            prompt=prompt,
+            response_ids=response_ids,
+            rollout_log_probs=log_probs,
+            finish_reason=_finish_reason(meta["finish_reason"], prompt, sampling),
+            weight_versions=_parse_weight_versions(meta, prompt, weight_version),
+            topk_ids=topk_ids,
+            topk_log_probs=topk_log_probs,
+            routed_experts=parse_routed_experts(meta, prompt, len(response_ids), routing) if routing else None,
+            group_id=group_id,
+        )
+        sample.check()
     return sample
 
 
 def was_aborted(response: dict[str, Any]) -> bool:
     """Whether the server gave this request up (a pause, an overload) instead of finishing it."""
-    return bool(response["meta_info"]["finish_reason"]["type"] == "abort")
+    with reading("/generate"):
+        return bool(response["meta_info"]["finish_reason"]["type"] == "abort")
+
+
+def _parse_tokens(entries: list[Any], prompt: Prompt) -> tuple[list[int], list[float]]:
+    """[T] token ids and [T] log-probs from entries ``[log_prob, token_id, ...]``."""
+    ids = [int(entry[1]) for entry in entries]
+    for position, (log_prob, *_) in enumerate(entries):
+        if log_prob is None:  # how the server writes NaN and infinities
+            raise InvalidSampleError(
+                f"sample of {prompt.prompt_id}: token {position} (id {ids[position]}) has rollout log-prob null"
+            )
+    return ids, [float(log_prob) for log_prob, *_ in entries]
 
 
 def _finish_reason(reason: dict[str, Any], prompt: Prompt, sampling: SamplingParams) -> FinishReason:
@@ -110,11 +125,16 @@ def _parse_weight_versions(meta: dict[str, Any], prompt: Prompt, weight_version:
     return [(weight_version, tokens) for _, tokens in spans]
 
 
-def _parse_topk(meta: dict[str, Any], k: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _parse_topk(meta: dict[str, Any], k: int, prompt: Prompt) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """[T, K] int64 ids and [T, K] fp32 log-probs, most likely first; None, None if k is 0."""
     if k == 0:
         return None, None
-    rows = meta["output_top_logprobs"]
-    ids_TK = torch.tensor([[entry[1] for entry in row] for row in rows], dtype=torch.int64)
-    log_probs_TK = torch.tensor([[entry[0] for entry in row] for row in rows], dtype=torch.float32)
+    rows = [_parse_tokens(row, prompt) for row in meta["output_top_logprobs"]]
+    for position, (ids, _) in enumerate(rows):
+        if len(ids) != k:
+            raise InvalidSampleError(
+                f"sample of {prompt.prompt_id}: token {position} has {len(ids)} top log-probs, not the {k} asked for"
+            )
+    ids_TK = torch.tensor([ids for ids, _ in rows], dtype=torch.int64).view(-1, k)
+    log_probs_TK = torch.tensor([log_probs for _, log_probs in rows], dtype=torch.float32).view(-1, k)
     return ids_TK, log_probs_TK

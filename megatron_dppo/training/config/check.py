@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import operator
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from megatron_dppo.errors import ConfigError, MissingDependencyError
@@ -10,9 +17,48 @@ from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
 
+# The least that a number may be. Those of parallel, algorithm.loss, rollout.sglang and the tasks: their classes check them.
+_AT_LEAST = {
+    "run.seed": 0,
+    "algorithm.topk": 1,
+    "rollout.max_prompt_tokens": 1,
+    "rollout.max_response_tokens": 1,
+    "rollout.max_batch_size": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.samples_per_prompt": 1,
+    "train.steps": 1,
+    "train.updates_per_rollout": 1,
+    "train.micro_batch_size": 1,
+    "train.tokens_per_micro_batch": 1,
+    "warm_start.steps": 0,
+    "warm_start.batch_size": 1,
+    "tasks.score_workers": 1,
+    "eval.every": 0,
+    "eval.samples_per_prompt": 1,
+    "eval.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "logging.samples_per_step": 0,
+    **{
+        f"{optimizer}.{name}": 0
+        for optimizer in ("train.optimizer", "warm_start.optimizer")
+        for name in ("lr_warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad")
+    },
+}
+_ABOVE_ZERO = (
+    "tasks.score_timeout_s",
+    *(
+        f"{optimizer}.{name}"
+        for optimizer in ("train.optimizer", "warm_start.optimizer")
+        for name in ("lr", "adam_eps")
+    ),
+)
+_MAX_SEED = 2**32 - 1  # it is multiplied by 1,000,003 for the seeds of steps, which have to fit into 64 bits
+
 
 def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -> None:
     """Raise ConfigError for the first thing in ``config`` that cannot work with this model on so many ranks."""
+    _check_numbers(config)
     _check_choices(config)
     check_policy_fits(hf_config, config.parallel, world_size)
     config.rollout.sglang.check()
@@ -43,20 +89,12 @@ def _check_choices(config: Config) -> None:
 
 def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:
     rollout = config.rollout
-    _at_least(
-        1,
-        ("rollout.max_prompt_tokens", rollout.max_prompt_tokens),
-        ("rollout.max_response_tokens", rollout.max_response_tokens),
-        ("rollout.max_batch_size", rollout.max_batch_size),
-    )
     positions = rollout.max_prompt_tokens + rollout.max_response_tokens
     if positions > hf_config.max_position_embeddings:
         raise ConfigError(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {positions}, but the model has"
             f" {hf_config.max_position_embeddings} positions: lower one of them"
         )
-    if config.eval.temperature < 0:
-        raise ConfigError(f"eval.temperature must be >= 0 (0: greedy), not {config.eval.temperature}")
 
 
 def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
@@ -91,35 +129,15 @@ def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
 def _check_topk(config: Config, hf_config: PretrainedConfig) -> None:
     """Both engines return as many log-probs per token as there are tokens in the vocabulary, and no more."""
     topk = config.algorithm.topk
-    if config.algorithm.loss.needs_topk and not 1 <= topk <= hf_config.vocab_size:
+    if config.algorithm.loss.needs_topk and topk > hf_config.vocab_size:
         raise ConfigError(
-            f"algorithm.topk={topk}: with this divergence or direction it must lie between 1 and the model's vocabulary"
-            f" size, {hf_config.vocab_size}"
+            f"algorithm.topk={topk}: with this divergence or direction it can be at most the model's vocabulary size,"
+            f" {hf_config.vocab_size}"
         )
 
 
 def _check_batch_sizes(config: Config, replicas: int) -> None:
     rollout, train = config.rollout, config.train
-    _at_least(
-        1,
-        ("rollout.prompts_per_step", rollout.prompts_per_step),
-        ("rollout.samples_per_prompt", rollout.samples_per_prompt),
-        ("train.steps", train.steps),
-        ("train.updates_per_rollout", train.updates_per_rollout),
-        ("train.micro_batch_size", train.micro_batch_size),
-        ("train.tokens_per_micro_batch", train.tokens_per_micro_batch),
-        ("warm_start.batch_size", config.warm_start.batch_size),
-        ("eval.samples_per_prompt", config.eval.samples_per_prompt),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("tasks.score_workers", config.tasks.score_workers),
-    )
-    _at_least(
-        0,
-        ("warm_start.steps", config.warm_start.steps),
-        ("eval.every", config.eval.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("logging.samples_per_step", config.logging.samples_per_step),
-    )
     if rollout.samples_per_prompt < 2:
         raise ConfigError(
             "rollout.samples_per_prompt must be at least 2: the advantage compares responses to one prompt"
@@ -130,7 +148,8 @@ def _check_batch_sizes(config: Config, replicas: int) -> None:
     ):
         if value % replicas:
             raise ConfigError(f"{key}={value} is not divisible by the {replicas} data-parallel replicas")
-    _at_least(replicas, ("eval.prompts", config.eval.prompts))
+    if config.eval.prompts < replicas:
+        raise ConfigError(f"eval.prompts must be at least {replicas}, one for each replica, not {config.eval.prompts}")
     if not config.tasks.train or not config.tasks.eval:
         raise ConfigError("tasks.train and tasks.eval must each name at least one task")
     per_step, rest = divmod(
@@ -179,6 +198,9 @@ def _check_pipeline_micro_batches(config: Config, name: str, sequences: int) -> 
 
 def _check_extras(config: Config) -> None:
     if config.rollout.engine == "sglang":
+        python = config.rollout.sglang.python
+        if python is not None and not config.rollout.sglang.urls and shutil.which(python) is None:
+            raise ConfigError(f"rollout.sglang.python={python} is no program that can be run")
         try:
             import megatron_dppo.rollout.sglang.engine  # noqa: F401  here, not on every rank when the run is built
         except MissingDependencyError as error:
@@ -195,13 +217,41 @@ def _check_kernels(config: Config) -> None:
 def _check_optimizer(key: str, adam: AdamConfig) -> None:
     if adam.lr_decay_style not in ("constant", "linear", "cosine"):
         raise ConfigError(f"{key}.lr_decay_style must be constant, linear or cosine, not {adam.lr_decay_style!r}")
-    if not adam.lr > 0 or not 0 <= adam.min_lr <= adam.lr:
-        raise ConfigError(f"{key}: lr must be positive and 0 <= min_lr <= lr, not lr={adam.lr}, min_lr={adam.min_lr}")
-    if adam.lr_warmup_steps < 0 or adam.clip_grad < 0:
-        raise ConfigError(f"{key}: lr_warmup_steps and clip_grad must not be negative")
+    if not 0 <= adam.min_lr <= adam.lr:
+        raise ConfigError(f"{key}: 0 <= min_lr <= lr must hold, not lr={adam.lr}, min_lr={adam.min_lr}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(adam, name) >= 1:
+            raise ConfigError(f"{key}.{name} must be below 1, not {getattr(adam, name)}")
 
 
-def _at_least(minimum: int, *entries: tuple[str, int]) -> None:
-    for key, value in entries:
-        if value < minimum:
-            raise ConfigError(f"{key} must be at least {minimum}, not {value}")
+def _check_numbers(config: Config) -> None:
+    """What no model and no layout is needed to know."""
+    for key, value in _numbers(config):
+        if not math.isfinite(value):
+            raise ConfigError(f"{key} must be a finite number, not {value}")
+    for key, least in _AT_LEAST.items():
+        if _option(config, key) < least:
+            raise ConfigError(f"{key} must be at least {least}, not {_option(config, key)}")
+    for key in _ABOVE_ZERO:
+        if _option(config, key) <= 0:
+            raise ConfigError(f"{key} must be above 0, not {_option(config, key)}")
+    if config.run.seed > _MAX_SEED:
+        raise ConfigError(f"run.seed must be at most {_MAX_SEED}, not {config.run.seed}")
+
+
+def _option(config: Config, key: str) -> Any:
+    return operator.attrgetter(key)(config)
+
+
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of the configuration, with its name; lists of sections included."""
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{key}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    yield from _numbers(item, f"{key}[{index}].")
+        elif isinstance(value, (int, float)):
+            yield key, value

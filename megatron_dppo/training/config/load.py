@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dppo.errors import ConfigError
+from megatron_dppo.training.config.overrides import set_option
 from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.config.spelling import as_written, option_types, without_none
 
 # Options that exist elsewhere and must not exist here: who sets one is told why.
 _TRUNCATION = (
@@ -31,17 +34,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration. Raises ConfigError, naming file and key."""
     tree = _read_with_defaults(Path(path), seen=())
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r}: expected key.sub=value")
-        try:
-            tree = cast(DictConfig, OmegaConf.merge(tree, OmegaConf.from_dotlist([override])))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"override {override!r}: {_first_line(error)}") from error
-    schema = _schema()
-    _refuse_unknown_keys(tree, schema, prefix="", source=str(path))
+        set_option(tree, override)
+    _refuse_unknown_keys(tree, Config, name="", source=str(path))
     try:
-        return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, tree)))
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), tree)))
     except (OmegaConfBaseException, ConfigError) as error:
         named = getattr(error, "full_key", None)
         where = f"{path}: {named}: " if named else f"{path}: "
@@ -69,45 +65,63 @@ def _read_with_defaults(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not path.is_file():
         known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such configuration file" + (f"; there are {', '.join(known)}" if known else ""))
-    try:
-        own = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(own, DictConfig):
-        raise ConfigError(f"{path}: a mapping is expected at the top level")
+    own = _read_yaml(path)
     bases = own.pop("defaults", None) or []
-    if not isinstance(bases, (list, ListConfig)) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: `defaults:` must be a list of file names")
     trees = [_read_with_defaults(path.parent / base, (*seen, path)) for base in bases]
-    return cast(DictConfig, OmegaConf.merge(*trees, own))
+    return cast(DictConfig, OmegaConf.merge(*trees, OmegaConf.create(own)))
 
 
-def _refuse_unknown_keys(tree: DictConfig, schema: DictConfig, prefix: str, source: str) -> None:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        own = OmegaConf.create(text)  # refuses a key that stands twice
+        written = yaml.load(text, Loader=yaml.BaseLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(own, DictConfig) or not isinstance(written, dict | None):
+        raise ConfigError(f"{path}: a mapping is expected at the top level")
+    try:
+        spelt = as_written(OmegaConf.to_container(own, resolve=False), written, Config, name="")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return cast(dict[str, Any], spelt)
+
+
+def _refuse_unknown_keys(tree: Any, hint: Any, name: str, source: str) -> None:
+    """Unknown keys of every section, those in lists included. Values are OmegaConf's to check, when it merges."""
+    kind = without_none(hint)
+    if typing.get_origin(kind) is list and isinstance(tree, ListConfig):
+        for index in range(len(tree)):
+            _refuse_unknown_keys(tree._get_node(index), typing.get_args(kind)[0], f"{name}[{index}]", source)
+    if not dataclasses.is_dataclass(kind):
+        return
+    options = option_types(kind)
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{source}: `{name}` is a section; set its keys, e.g. `{name}.{next(iter(options))}`")
     for key in map(str, tree):
-        name = f"{prefix}{key}"
-        if key not in schema:
-            raise ConfigError(f"{source}: unknown key `{name}`{_advice(name, key, schema, prefix)}")
-        child, child_schema = tree._get_node(key), schema._get_node(key)
-        if not isinstance(child_schema, DictConfig) or OmegaConf.get_type(child_schema) is dict:
-            continue  # a leaf, a list or a free-form mapping: OmegaConf checks its type when merging
-        if not isinstance(child, DictConfig):
-            raise ConfigError(
-                f"{source}: `{name}` is a section; set its keys, e.g. `{name}.{next(map(str, child_schema))}`"
-            )
-        _refuse_unknown_keys(child, child_schema, f"{name}.", source)
+        child = f"{name}.{key}" if name else key
+        if key not in options:
+            raise ConfigError(f"{source}: unknown key `{child}`{_advice(child, key, list(options))}")
+        _refuse_unknown_keys(tree._get_node(key), options[key], child, source)
 
 
-def _advice(name: str, key: str, schema: DictConfig, prefix: str) -> str:
+def _advice(name: str, key: str, options: list[str]) -> str:
     if name in _REFUSED_KEYS:
         return f": {_REFUSED_KEYS[name]}"
-    near = _nearest_key(name, key, schema, prefix)
+    near = _nearest_key(name, key, options)
     return f"; did you mean `{near}`?" if near else ""
 
 
-def _nearest_key(name: str, key: str, schema: DictConfig, prefix: str) -> str | None:
-    here = difflib.get_close_matches(key, [str(k) for k in schema], n=1, cutoff=0.6)
+def _nearest_key(name: str, key: str, options: list[str]) -> str | None:
+    here = difflib.get_close_matches(key, options, n=1, cutoff=0.6)
     if here:
-        return prefix + here[0]
+        return name.removesuffix(key) + here[0]
     every = _all_keys(OmegaConf.to_container(_schema()))
     same_leaf = [k for k in every if k.rsplit(".", 1)[-1] == key]
     if same_leaf:

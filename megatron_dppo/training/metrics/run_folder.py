@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ class RunFolder:
     def __init__(self, run: RunConfig) -> None:
         if run.name is None:
             raise ConfigError("run.name is not set")
+        escapes = Path(run.name).is_absolute() or {"..", "."} & {*run.name.split("/")}
+        if escapes or not run.name.strip() or "\0" in run.name:
+            raise ConfigError(f"run.name={run.name!r} does not name a folder inside of run.root")
         self.path = Path(run.root) / run.name
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
@@ -26,30 +31,62 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.exported_policy = self.path / "hf"
 
+    def check(self) -> None:
+        """Raise ConfigError if the folder cannot be made, or cannot be written to. Nothing is made yet."""
+        try:
+            for folder in self._folders():
+                _check_folder(folder)
+            for file in (self.config_path, self.metrics_path, self.samples_path):
+                if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+                    raise ConfigError(f"{file} is no file that can be written: choose another run.name or run.root")
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{str(self.path)!r} cannot be the folder of a run: {error}") from error
+
     def create(self, config: Config) -> None:
         """Make the folder and write the resolved configuration."""
-        for folder in (self.checkpoints, self.tensorboard, self.logs):
+        for folder in self._folders():
             folder.mkdir(parents=True, exist_ok=True)
         save_config(config, self.config_path)
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """Add one JSON object as a line, complete or not at all for a reader that follows the file."""
-        with path.open("a", encoding="utf-8") as file:
+        # A lone surrogate, which UTF-8 cannot hold, becomes its own JSON escape.
+        with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after ``step``: a resumed run writes them again."""
         for path in (self.metrics_path, self.samples_path):
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                kept = [line for line in json_lines(path) if _step_of(line) <= step]
                 replacement = path.with_suffix(".tmp")
-                replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                replacement.write_bytes(b"".join(line + b"\n" for line in kept))
                 replacement.replace(path)
 
+    def _folders(self) -> tuple[Path, ...]:
+        return (self.path, self.checkpoints, self.tensorboard, self.logs)
 
-def _step_of(line: str) -> float:
+
+def json_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a JSON Lines file, which only ``\\n`` ends: a text may hold U+2028 and what else ends lines elsewhere."""
+    for line in path.read_bytes().split(b"\n"):
+        if line.strip():
+            yield line
+
+
+def _step_of(line: bytes) -> float:
     """The step of a JSON line; a line torn by a kill counts as later than any step."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _check_folder(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is a file where a run would have a folder: choose another run.root or run.name")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{existing} cannot be written to: choose another run.root")

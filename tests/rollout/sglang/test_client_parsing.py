@@ -17,7 +17,8 @@ from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import first_gpu
-from megatron_dppo.rollout.sglang.wire_format import build_request, parse_response, request_seed
+from megatron_dppo.rollout.sglang.weight_sync import ServerFacts
+from megatron_dppo.rollout.sglang.wire_format import build_request, parse_response, request_seed, was_aborted
 from tests.models.tiny_policies import tiny_hf_config
 
 PROMPT = Prompt("train/sum/3", (5, 6, 7))
@@ -94,6 +95,65 @@ def test_impossible_log_probs_are_refused(log_prob):
         parse_response(_answer(output_token_logprobs=broken), PROMPT, 0, SAMPLING, 4)
 
 
+def test_a_null_log_prob_names_its_sample_and_token():
+    """JSON has no NaN: the server writes null."""
+    broken = [[-0.5, 11, None], [None, 2, None]]
+    with pytest.raises(InvalidSampleError, match=r"train/sum/3: token 1 \(id 2\) has rollout log-prob null"):
+        parse_response(_answer(output_token_logprobs=broken), PROMPT, 0, SAMPLING, 4)
+    topk = [[[-0.5, 11, None], [None, 4, None]], [[-0.75, 9, None], [-1.25, 2, None]]]
+    with pytest.raises(InvalidSampleError, match=r"train/sum/3: .*\(id 4\) has rollout log-prob null"):
+        parse_response(_answer(output_top_logprobs=topk), PROMPT, 0, SAMPLING, 4)
+
+
+def test_too_few_top_log_probs_are_refused():
+    short = [[[-0.5, 11, None]], [[-0.75, 9, None], [-1.25, 2, None]]]
+    with pytest.raises(InvalidSampleError, match="train/sum/3: token 0 has 1 top log-probs, not the 2 asked for"):
+        parse_response(_answer(output_top_logprobs=short), PROMPT, 0, SAMPLING, 4)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"output_token_logprobs": None},
+        {"output_token_logprobs": [[-0.5, None, None], [-1.25, 2, None]]},
+        {"output_token_logprobs": [None, None]},
+        {"output_token_logprobs": [["-half", 11, None], [-1.25, 2, None]]},
+        {"output_top_logprobs": None},
+        {"output_top_logprobs": [None, [[-0.75, 9, None], [-1.25, 2, None]]]},
+        {"finish_reason": None},
+        {"weight_versions": None},
+        {"weight_versions": [{"version": "4", "start": None, "end": 2}]},
+    ],
+)
+def test_an_answer_of_another_form_is_an_error_that_names_the_sample(meta):
+    with pytest.raises(RolloutError, match="sample of train/sum/3: the server's answer is not of the form"):
+        parse_response(_answer(**meta), PROMPT, 0, SAMPLING, 4)
+
+
+@pytest.mark.parametrize("field", ["output_token_logprobs", "output_top_logprobs", "finish_reason", "weight_versions"])
+def test_an_answer_without_a_field_is_an_error_that_names_both(field):
+    answer = copy.deepcopy(ANSWER)
+    del answer["meta_info"][field]
+    with pytest.raises(RolloutError, match=f"sample of train/sum/3: the server's answer has no '{field}'"):
+        parse_response(answer, PROMPT, 0, SAMPLING, 4)
+
+
+@pytest.mark.parametrize("answer", ["a text", None, {"meta_info": None}, {"meta_info": {"finish_reason": None}}])
+def test_what_is_no_generation_at_all_is_no_type_error(answer):
+    with pytest.raises(RolloutError, match="/generate: the server's answer"):
+        was_aborted(answer)
+
+
+@pytest.mark.parametrize("info", [None, "a text", {"device": "cpu"}, {"tp_size": None, "device": "cpu"}])
+def test_server_info_of_another_form_is_an_error_that_names_the_server(info):
+    class Answers:
+        def call(self, *_request):
+            return info
+
+    with pytest.raises(RolloutError, match="http://a:1/server_info: the server's answer"):
+        ServerFacts.ask(Answers(), "http://a:1", SGLangConfig())
+
+
 ROUTING = RoutingShape(layers=2, experts=4, experts_per_token=2)
 # [prompt of 3 + response of 2 - 1, layers, experts per token]
 EXPERTS = torch.tensor([[[0, 1], [3, 2]], [[1, 2], [3, 0]], [[2, 3], [0, 1]], [[3, 0], [1, 2]]], dtype=torch.int32)
@@ -158,6 +218,9 @@ def test_prompts_that_would_end_the_server_are_never_sent(token_ids):
         ("verify", "maybe"),
         ("dtype", "bf16"),
         ("urls", ["10.0.0.1:30000"]),
+        ("urls", ["http://a:1", "http://a:1"]),
+        ("base_gpu_id", -1),
+        ("host", ""),
     ],
 )
 def test_a_bad_option_is_named(field, value):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,14 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["train.updates_per_rollout=3"], 2, r"updates_per_rollout=3 does not divide"),
         (["rollout.samples_per_prompt=1"], 2, "samples_per_prompt must be at least 2"),
         (["rollout.prompts_per_step=0"], 2, "prompts_per_step must be at least 1"),
-        (["train.optimizer.lr=0"], 2, r"train\.optimizer: lr must be positive"),
+        (["train.optimizer.lr=0"], 2, r"train\.optimizer\.lr must be above 0"),
+        (["train.optimizer.adam_beta1=1.5"], 2, r"train\.optimizer\.adam_beta1 must be below 1"),
+        (["warm_start.optimizer.adam_beta2=1"], 2, r"warm_start\.optimizer\.adam_beta2 must be below 1"),
+        (["train.optimizer.min_lr=1"], 2, "min_lr <= lr"),
+        (["tasks.score_timeout_s=0"], 2, r"tasks\.score_timeout_s must be above 0"),
+        (["run.seed=4294967296"], 2, r"run\.seed must be at most"),
+        (["rollout.engine=sglang", "rollout.sglang.python=no-such-python"], 2, "no-such-python is no program"),
+        (["rollout.sglang.urls=[http://a:1,http://a:1]"], 2, "listed twice"),
         (["train.optimizer.lr_decay_style=step"], 2, "lr_decay_style"),
         (["tasks.eval=[]"], 2, r"tasks\.train and tasks\.eval"),
         (["rollout.sglang.verify=maybe"], 2, "verify"),
@@ -65,6 +75,49 @@ def test_what_cannot_work_is_refused(overrides, world_size, message):
     config = load_config(QUICKSTART, overrides)
     with pytest.raises(ConfigError, match=message):
         check_config(config, tiny_hf_config("qwen3_moe", num_hidden_layers=4), world_size)
+
+
+# Those with a meaning below 0, or that are checked where the tasks are built.
+FREE_NUMBERS = {"tasks.train[0].seed", "tasks.eval[0].seed", "tasks.train[0].size", "tasks.eval[0].size"}
+FREE_NUMBERS |= {"tasks.train[0].weight", "tasks.eval[0].weight"}
+
+
+def number_options(tree, prefix: str = "") -> list[str]:
+    """The names of all options of a configuration that are numbers, or may be."""
+    found = []
+    for name, hint in typing.get_type_hints(type(tree)).items():
+        value, key = getattr(tree, name), prefix + name
+        kinds = {hint, *typing.get_args(hint)}
+        if dataclasses.is_dataclass(value):
+            found += number_options(value, f"{key}.")
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            found += number_options(value[0], f"{key}[0].")
+        elif kinds & {int, float}:
+            found.append(key)
+    return found
+
+
+ALL_NUMBERS = number_options(load_config(QUICKSTART))
+
+
+def test_the_numbers_of_the_configuration_are_found():
+    assert {"run.seed", "train.optimizer.adam_eps", "rollout.sglang.base_gpu_id"} <= {*ALL_NUMBERS}
+    assert len(ALL_NUMBERS) > 60
+    assert {*ALL_NUMBERS} >= FREE_NUMBERS
+
+
+@pytest.mark.parametrize("key", [key for key in ALL_NUMBERS if key not in FREE_NUMBERS])
+def test_no_number_goes_unread_by_the_checks(key):
+    """A value that no check reads fails somewhere in a run, or, worse, does not."""
+    with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+        check_config(load_config(QUICKSTART, [f"{key}=-1"]), tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)
+
+
+@pytest.mark.parametrize("key", ["rollout.sglang.sync_timeout_s", "tasks.train[0].weight", "train.optimizer.lr"])
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_numbers_are_finite(key, value):
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} must be a finite number"):
+        check_config(load_config(QUICKSTART, [f"{key}={value}"]), tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)
 
 
 def test_a_dense_policy_has_no_routing_to_replay():
@@ -109,6 +162,7 @@ def test_the_h100_recipe_fits_its_model_and_whole_nodes():
         (["model.path=nowhere"], "model.path"),
         (["train.step=3"], "did you mean `train.steps`"),
         (["tasks.train=[{name: mine, kind: jsonl, path: broken.jsonl}]"], "broken.jsonl"),
+        (["run.root=broken.jsonl", "--check"], "broken.jsonl is a file"),
     ],
 )
 def test_a_bad_start_says_one_thing_and_exits_with_2(tmp_path, overrides, message):

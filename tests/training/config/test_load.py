@@ -13,6 +13,9 @@ from megatron_dppo.training.config.schema import Config
 CONF = Path(__file__).parents[3] / "examples" / "conf"
 
 
+TWO_TASKS = "tasks: {train: [{name: one, size: 3}, {name: two, parameters: {a: 1}}]}"
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -60,11 +63,69 @@ def test_a_list_override_replaces_the_list(tmp_path):
         ("defaults: nowhere.yaml", [], "must be a list"),
         ("defaults: [nowhere.yaml]", [], "nowhere.yaml: no such configuration file"),
         ("defaults: [run.yaml]", [], "leads back to this file"),
+        ("train: {steps: 1}\ntrain: {steps: 2}", [], "duplicate key train"),
+        ("train: {steps: 010}", [], r"`train\.steps`: YAML reads 010 as 8"),
+        ("", ["checkpoint.every=1:30"], r"`checkpoint\.every`: YAML reads 1:30 as 90"),
+        ("run: {<<: {name: 007}}", [], r"`run\.name` is a text, and YAML reads it as 7: put it in quotes"),
+        (TWO_TASKS, ["tasks.train.size=5"], r"`tasks\.train` is a list of 2 entries, none of which is 'size'"),
+        (TWO_TASKS, ["tasks.train[2].size=5"], r"`tasks\.train` is a list of 2 entries, none of which is '2'"),
+        (TWO_TASKS, ["tasks.train[-1].size=5"], r"'tasks\.train\[-1\]\.size' is no key"),
+        (TWO_TASKS, ["tasks.train[0]=5"], r"`tasks\.train\[0\]` is a section"),
+        (TWO_TASKS, ["tasks.train[0].siz=5"], r"unknown key `tasks\.train\[0\]\.siz`; did you mean .*size"),
+        ("", ["tasks.train[0].size=5"], r"`tasks\.train` is a list of 0 entries"),
+        ("", ["train.steps.every=5"], r"`train\.steps` is one value"),
+        ("", ["train..steps=5"], r"'train\.\.steps' is no key"),
+        ("", ["train.steps=[5"], "while parsing a flow sequence"),
     ],
 )
 def test_a_mistake_gives_one_error_that_names_it(tmp_path, text, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path / "run.yaml", text), overrides)
+
+
+@pytest.mark.parametrize(
+    "name", ["20250102_153000", "007", "1e5", "0x10", "12:30:45", "yes", "2025-01-02", "null-model"]
+)
+def test_a_text_option_stays_as_it_is_written(tmp_path, name):
+    in_file = load_config(write(tmp_path / "run.yaml", f"run: {{name: {name}}}\ntasks: {{train: [{{name: {name}}}]}}"))
+    assert (in_file.run.name, in_file.tasks.train[0].name) == (name, name)
+    empty = write(tmp_path / "empty.yaml", "")
+    typed = load_config(
+        empty, [f"run.name={name}", f"tasks.train=[{{name: {name}}}]", f"rollout.sglang.extra_args=[--x,{name}]"]
+    )
+    assert (typed.run.name, typed.tasks.train[0].name) == (name, name)
+    assert typed.rollout.sglang.extra_args == ["--x", name]
+    save_config(typed, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "template"),
+    [
+        ("{question} # now", "{question} # now"),
+        ("Q: {question}\nA: ", "Q: {question}\nA: "),
+        ("'{question} '", "{question} "),
+        ('"{question}\\n"', "{question}\n"),
+    ],
+)
+def test_a_text_on_the_command_line_is_no_yaml_but_for_its_quotes(tmp_path, typed, template):
+    config = load_config(write(tmp_path / "run.yaml", TWO_TASKS), [f"tasks.train[1].prompt_template={typed}"])
+    assert config.tasks.train[1].prompt_template == template
+
+
+def test_null_unsets_an_option(tmp_path):
+    run = write(tmp_path / "run.yaml", "run: {name: mine}\nalgorithm: {loss: {delta_low: 0.1}}")
+    config = load_config(run, ["run.name=null", "algorithm.loss.delta_low=null"])
+    assert (config.run.name, config.algorithm.loss.delta_low) == (None, None)
+
+
+def test_an_entry_of_a_list_can_be_changed(tmp_path):
+    run = write(tmp_path / "run.yaml", TWO_TASKS)
+    config = load_config(
+        run, ["tasks.train[0].size=5", "tasks.train.1.parameters.b=2", "tasks.train[1].parameters={c: 3}"]
+    )
+    first, second = config.tasks.train
+    assert (first.name, first.size, second.name, second.parameters) == ("one", 5, "two", {"a": 1, "b": 2, "c": 3})
 
 
 def test_a_missing_file_lists_those_there_are(tmp_path):
