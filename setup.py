@@ -65,6 +65,7 @@ EXTRAS["dev"] = sorted(
             for name in ("train", "tasks", "sglang", "gguf", "plots", "test")
             for requirement in EXTRAS[name]
         ),
+        "coverage>=7.10",
         "ruff>=0.6",
         "mypy>=1.11",
         "clang-format>=18",

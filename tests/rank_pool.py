@@ -10,6 +10,7 @@ uninitialised. An exception on any rank, or a rank that does not answer in time,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -88,6 +89,7 @@ class RankPool:
             self.pipes.append(here)
             self.processes.append(process)
         self.alive = True
+        self.failed = False
         self.worn_out = False
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -107,6 +109,7 @@ class RankPool:
             self.worn_out |= threads > _MOST_THREADS
             if not fine:
                 failures.append(f"rank {rank}: {result}")
+        self.failed = bool(failures)
         if failures or self.worn_out:
             self.close()
         if failures:
@@ -114,8 +117,13 @@ class RankPool:
         return results
 
     def close(self) -> None:
+        """End the processes: those that wait for a job in good order, so that what they measured (coverage) is written."""
         self.alive = False
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # it died
+                pipe.send(None)
         for process in self.processes:
+            process.join(timeout=20.0 if not self.failed else 0.0)
             process.kill()
             process.join()
 

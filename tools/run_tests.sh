@@ -4,6 +4,7 @@
 #   tools/run_tests.sh                   all but the nightly tier (under 40 minutes on 2 CPU cores)
 #   tools/run_tests.sh --nightly         the tests marked nightly as well
 #   tools/run_tests.sh -m 'not slow'     the fast tier (under 3 minutes); any other pytest arguments work as well
+#   tools/run_tests.sh --coverage        measures lines and branches too, in every process of the tests; half as slow again
 #   tools/run_tests.sh --megatron-core 0.19.2 [pytest arguments]
 #                                        with another megatron-core; without arguments the tests that depend on it most:
 #                                        models, layouts, one short training run (under 20 minutes)
@@ -12,14 +13,16 @@ cd "$(dirname "$0")/.."
 core_version=
 tier='not nightly'
 marks=
+measure_coverage=
 pytest_arguments=()
 while (($#)); do
   case $1 in
     -h | --help)
-      sed -n '2,9s/^# \{0,1\}//p' "$0"
+      sed -n '2,10s/^# \{0,1\}//p' "$0"
       exit 0
       ;;
     --nightly) tier= ;;
+    --coverage) measure_coverage=1 ;;
     --megatron-core | -m) # both take a value
       if (($# == 1)); then
         echo "$1 needs a value, e.g. --megatron-core 0.19.2 or -m 'not slow'" >&2
@@ -58,5 +61,11 @@ else
   find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' |
     xargs .venv/bin/clang-format --dry-run -Werror
   .venv/bin/mypy
+fi
+if [[ -n $measure_coverage ]]; then
+  .venv/bin/coverage erase
+  .venv/bin/coverage run -m pytest "${pytest_arguments[@]}"
+  .venv/bin/coverage combine -q
+  exec .venv/bin/coverage report
 fi
 exec .venv/bin/python -m pytest "${pytest_arguments[@]}"

@@ -29,8 +29,9 @@ pytestmark = [
 ]
 
 
-def compile_emulation(kind: str, csrc: Path, output: Path) -> Path:
-    command = [str(Path(__file__).with_name("emulation") / "build.sh"), kind, str(output), str(csrc)]
+def compile_emulation(kind: str, csrc: Path, output: Path, objects: Path) -> Path:
+    build = Path(__file__).with_name("emulation") / "build.sh"
+    command = [str(build), kind, str(output), str(csrc), str(objects)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return output
@@ -61,14 +62,20 @@ def run_driver(library: Path, way: str, order: str = "forward") -> tuple[bool, s
 
 
 @pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled sources are kept: a seeded bug compiles the files that it is in, and no others."""
+    return tmp_path_factory.mktemp("emulation_objects")
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory, objects: Path) -> Callable[[str], Path]:
     """``emulation(way)``: the library to run that way, compiled once a session."""
     folder = tmp_path_factory.mktemp("emulation")
 
     def library(way: str) -> Path:
         kind = "tsan" if way == "interblock" else way
         path = folder / f"{kind}.so"
-        return path if path.exists() else compile_emulation(kind, CSRC, path)
+        return path if path.exists() else compile_emulation(kind, CSRC, path, objects)
 
     return library
 
@@ -246,14 +253,14 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_seeded_bug_is_caught(bug: str, tmp_path: Path) -> None:
+def test_a_seeded_bug_is_caught(bug: str, tmp_path: Path, objects: Path) -> None:
     file, text, replacement, way, message = BUGS[bug]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     source = (csrc / file).read_text()
     assert text in source, f"{file} no longer contains {text!r}: seed this bug anew"
     (csrc / file).write_text(source.replace(text, replacement))
-    library = compile_emulation("tsan" if way == "interblock" else way, csrc, tmp_path / "emulation.so")
+    library = compile_emulation("tsan" if way == "interblock" else way, csrc, tmp_path / "emulation.so", objects)
     fine, said = run_driver(library, way)
     assert not fine
     assert message in said, said
