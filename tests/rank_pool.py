@@ -11,6 +11,7 @@ uninitialised. An exception on any rank, or a rank that does not answer in time,
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import socket
@@ -65,6 +66,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
             _reset_megatron()
             dist.barrier()  # no rank may take its groups down while another still uses them
             dist.destroy_process_group()
+            gc.collect()  # cycles hold groups, a group has three threads, and one of them polls
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send((*answer, len(os.listdir("/proc/self/task"))))

@@ -45,7 +45,7 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer: Path | None) -> None:
     hf_config = load_hf_config(info.hf_config)
     chunks = build_policy(hf_config, ParallelConfig(), getattr(torch, info.dtype), "cpu")
     load_weights(checkpoint, chunks)
-    save_hf_checkpoint(chunks, hf_config, folder, tokenizer)
+    save_hf_checkpoint(chunks, hf_config, folder, tokenizer_folder=tokenizer, model_folder=tokenizer)
     print(f"{folder}: step {info.trainer.step} of {checkpoint}, {info.dtype}")
 
 

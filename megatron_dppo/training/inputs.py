@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.models.hf.config_json import read_json_object
 from megatron_dppo.rollout.sample import Prompt
 from megatron_dppo.tasks.build import build_evaluation_set, build_mixture
 from megatron_dppo.tasks.mixture import TaskMixture
@@ -110,12 +111,27 @@ def _load_tokenizer(folder: Path, hf_config: PretrainedConfig) -> PreTrainedToke
 
 
 def _stop_token_ids(folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """End-of-sequence tokens of generation_config.json, config.json and the tokenizer."""
-    generation_config = folder / "generation_config.json"
-    named = json.loads(generation_config.read_text(encoding="utf-8")) if generation_config.is_file() else {}
+    """End-of-sequence tokens of generation_config.json, config.json and the tokenizer.
+
+    Of what the files say: a configuration class has defaults (Llama's is 2), which are no facts about this model.
+    """
     ids: set[int] = set()
-    for value in (named.get("eos_token_id"), hf_config.eos_token_id, tokenizer.eos_token_id):
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = read_json_object(folder / name).get("eos_token_id")
+            ids.update(_token_ids(value, hf_config.vocab_size, f"{folder / name}: eos_token_id"))
+    ids.update(_token_ids(tokenizer.eos_token_id, hf_config.vocab_size, "the tokenizer's eos_token_id"))
     if not ids:
-        raise ConfigError(f"{folder}: neither the model nor the tokenizer names an end-of-sequence token")
+        raise ConfigError(
+            f"{folder}: neither generation_config.json nor config.json nor the tokenizer names an end-of-sequence token;"
+            " set eos_token_id in one of them"
+        )
     return tuple(sorted(ids))
+
+
+def _token_ids(value: Any, vocab_size: int, name: str) -> list[int]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in values:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise ConfigError(f"{name} is {value!r}: expected ids of tokens, from 0 to {vocab_size - 1}")
+    return values

@@ -69,8 +69,15 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         if config.warm_start.steps and last_checkpoint(folder.checkpoints) is None:
             warm_start(policy, config, inputs, log)
         Trainer(config, policy, rollout_phase=rollout_phase, checkpoint_writer=checkpoint_writer, log=log).train()
-        if config.checkpoint.export_hf and not folder.exported_policy.exists():
-            save_hf_checkpoint(policy.chunks, policy.hf_config, folder.exported_policy, inputs.tokenizer_folder)
+        if config.checkpoint.export_hf:
+            save_hf_checkpoint(
+                policy.chunks,
+                policy.hf_config,
+                folder.exported_policy,
+                tokenizer_folder=inputs.tokenizer_folder,
+                model_folder=config.model.path,
+                replace=True,  # that of a run which is being continued
+            )
         log.say(summary(folder))
 
 

@@ -221,6 +221,33 @@ def test_a_save_that_fails_on_rank_0_is_an_error_on_every_rank(ranks: RankPools,
     assert all("exists already" in message for message in messages), messages
 
 
+def _replace_twice(folder: str, target: str) -> list[str]:
+    """An export over an older one, then one that fails half-way."""
+    chunks, hf_config = loaded_policy(folder, {}), load_hf_config(folder)
+    with torch.no_grad():
+        chunks[0].decoder.final_layernorm.weight.fill_(7.0)
+    save_hf_checkpoint(chunks, hf_config, target, model_folder=folder, replace=True)
+    with torch.no_grad():
+        chunks[0].decoder.final_layernorm.weight.fill_(8.0)
+    try:
+        save_hf_checkpoint(chunks, hf_config, target, tokenizer_folder=f"{folder}/config.json/x", replace=True)
+    except Exception as error:
+        return [type(error).__name__]
+    return []
+
+
+def test_an_export_takes_the_place_of_an_older_one_once_it_is_whole(ranks: RankPools, tmp_path: Path) -> None:
+    source, target = write_tiny_hf_model("llama", tmp_path / "source"), tmp_path / "target"
+    (source / "generation_config.json").write_text('{"eos_token_id": 9}')
+    target.mkdir()
+    (target / "old.txt").write_text("")
+    ranks(1).run(_replace_twice, str(source), str(target))
+    norms = [load_file(file).get("model.norm.weight") for file in target.glob("*.safetensors")]
+    assert [float(norm[0]) for norm in norms if norm is not None] in ([7.0], [8.0])
+    assert not (target / "old.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
 def _load_error(folder: str) -> str:
     initialize_model_parallel(ParallelConfig(), seed=1)
     chunks = build_policy(load_hf_config(folder), ParallelConfig(), torch.float32)

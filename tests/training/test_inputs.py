@@ -47,6 +47,68 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(policy, tmp_path
         read_run_inputs(quickstart(policy, f"model.path={tmp_path}", f"model.tokenizer={policy}"), world_size=2)
 
 
+LLAMA_SIZES = {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+def end_tokens(policy, folder, config_eos, generation_eos, tokenizer_eos=None):
+    """The stop ids of a Llama folder whose files name these end-of-sequence tokens ("absent": no such field)."""
+    folder.mkdir()
+    for file in policy.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = tokenizer_eos
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {"model_type": "llama", "vocab_size": 300, "num_attention_heads": 4, **LLAMA_SIZES}
+    config |= {} if config_eos == "absent" else {"eos_token_id": config_eos}
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation_eos != "absent":
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    one_rank = ["parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1"]
+    return read_run_inputs(quickstart(policy, f"model.path={folder}", *one_rank), world_size=1).stop_token_ids
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation_eos", "expected"),
+    [
+        ("absent", [9, 11], (9, 11)),  # not Llama's 2, which is a default of its class
+        (None, 9, (9,)),
+        (7, "absent", (7,)),
+        ([7, 8], [9, 8], (7, 8, 9)),
+        (7, None, (7,)),
+    ],
+)
+def test_a_response_ends_at_the_tokens_that_the_files_name(policy, tmp_path, config_eos, generation_eos, expected):
+    assert end_tokens(policy, tmp_path / "model", config_eos, generation_eos) == expected
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation_eos", "message"),
+    [
+        ("absent", "absent", "names an end-of-sequence token"),
+        (None, [], "names an end-of-sequence token"),
+        (300, "absent", r"config\.json: eos_token_id is 300: expected ids of tokens, from 0 to 299"),
+        ("absent", "<eos>", r"generation_config\.json: eos_token_id is '<eos>'"),
+        (True, "absent", "eos_token_id.*True"),
+        (7, [9, -1], r"eos_token_id is \[9, -1\]"),
+        (7, 9.0, r"eos_token_id is 9\.0"),
+    ],
+)
+def test_an_end_of_sequence_that_is_no_token_is_refused(policy, tmp_path, config_eos, generation_eos, message):
+    with pytest.raises(ConfigError, match=message):
+        end_tokens(policy, tmp_path / "model", config_eos, generation_eos)
+
+
+@pytest.mark.parametrize("text", ["{", "[9]"])
+def test_a_generation_config_that_is_no_json_object_is_named(policy, tmp_path, text):
+    folder = tmp_path / "model"
+    with pytest.raises(ConfigError):
+        end_tokens(policy, folder, "absent", "absent")
+    (folder / "generation_config.json").write_text(text)
+    one_rank = ["parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1"]
+    with pytest.raises(ConfigError, match=r"generation_config\.json (cannot be read as JSON|holds a list)"):
+        read_run_inputs(quickstart(policy, f"model.path={folder}", *one_rank), world_size=1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.metric_names import STEP_METRICS
-from tests.training.tiny_runs import train, write_tiny_policy
+from tests.training.tiny_runs import ROOT, train, write_tiny_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,7 +40,30 @@ def test_a_run_writes_its_folder_and_every_documented_metric(policy, tmp_path):
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "samples.jsonl", "checkpoints", "tensorboard", "hf"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
-    assert load_file(next((run / "hf").glob("*.safetensors")))
+    assert exported(run / "hf").keys()
+
+
+def exported(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_finished_run_that_is_continued_exports_its_last_weights(policy, tmp_path):
+    settings = (*SMALL, "warm_start.steps=0", "checkpoint.export_hf=true")
+    train(policy, tmp_path, "run", *settings, "train.steps=1")
+    run = tmp_path / "run"
+    first = exported(run / "hf")
+    records = train(policy, tmp_path, "run", *settings, "train.steps=2")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "to-hf"]
+    subprocess.run(
+        [*convert, str(run / "checkpoints" / "step_00000002"), str(tmp_path / "last")], check=True, timeout=200
+    )
+    last = exported(tmp_path / "last")
+    second = exported(run / "hf")
+    assert first.keys() == second.keys() == last.keys()
+    assert all(torch.equal(second[name], last[name]) for name in last)
+    assert not all(torch.equal(second[name], first[name]) for name in last)
+    assert not [path.name for path in run.iterdir() if path.name.startswith("hf.")]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ the model's numbers but that the Megatron model cannot express is an error here,
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine, probe_weight_gradient_fusion
 from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.errors import ConfigError
+from megatron_dppo.models.hf.config_json import read_config_json, rope_parameters
 
 # The supported families: model_type -> the architecture that config.json names.
 ARCHITECTURES = {
@@ -38,7 +39,7 @@ def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> Pretraine
     Raises ConfigError if there is no config or the model is not one that can be built.
     """
     if isinstance(path_or_mapping, Mapping):
-        fields, source = dict(path_or_mapping), "the given config"
+        fields, source = copy.deepcopy(dict(path_or_mapping)), "the given config"  # transformers writes into it
     else:
         fields, source = read_config_json(path_or_mapping), str(Path(path_or_mapping) / "config.json")
     model_type = fields.pop("model_type", None)
@@ -46,6 +47,7 @@ def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> Pretraine
         raise ConfigError(
             f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
+    _refuse_what_is_left_open(fields, model_type, source)
     try:
         hf_config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers has validation errors of its own, which are no ValueErrors
@@ -54,18 +56,24 @@ def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> Pretraine
     return hf_config
 
 
-def read_config_json(folder: str | Path) -> dict[str, Any]:
-    """The fields of a folder's config.json as they stand there. Raises ConfigError if there is none."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"no config.json in {folder}: give the local folder of a Hugging Face checkpoint")
-    fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return fields
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``: the name that config.json, checkpoints and servers use."""
-    return str(dtype).removeprefix("torch.")
+def decisive_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Everything that decides which tensors a policy has and what it computes with them; equal for two of one model."""
+    names = [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "tie_word_embeddings",
+        "hidden_act",
+        "rms_norm_eps",
+    ]
+    if is_moe(hf_config):
+        names += [*_MOE_SIZES, "norm_topk_prob"]
+    rope = {name: value for name, value in rope_parameters(hf_config).items() if name != "type"}
+    return {**{name: getattr(hf_config, name) for name in names}, "head_dim": head_dim(hf_config), **rope}
 
 
 def is_moe(hf_config: PretrainedConfig) -> bool:
@@ -160,7 +168,7 @@ def _refuse_recompute_without_transformer_engine(config: TransformerConfig) -> N
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     """What GPTModel takes for the position embedding, from transformers 5's ``rope_parameters`` or the older fields."""
-    rope = _rope_parameters(hf_config)
+    rope = rope_parameters(hf_config)
     arguments: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": rope["rope_theta"]}
     if rope["rope_type"] == "llama3":
         arguments.update(rope_scaling=True, rope_scaling_factor=rope["factor"])
@@ -242,11 +250,27 @@ def _moe_fields(hf_config: PretrainedConfig, parallel: ParallelConfig) -> dict[s
     }
 
 
-def _rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
-    rope = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
-    return rope
+# The sizes of a model. transformers fills in those of its first member (Llama 7B, say) where config.json names none.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+def _refuse_what_is_left_open(fields: Mapping[str, Any], model_type: str, source: str) -> None:
+    """A class's default is no fact about the model at hand, and quantised weights are none that could be trained."""
+    needed = [*_SIZES]
+    if model_type != "llama":  # whose class takes as many as there are heads
+        needed.append("num_key_value_heads")
+    if model_type == "qwen3_moe":
+        needed += _MOE_SIZES
+    missing = [name for name in needed if fields.get(name) is None]
+    if "num_experts" in missing and fields.get("num_local_experts") is not None:  # another name of it in transformers
+        missing.remove("num_experts")
+    if missing:
+        raise ConfigError(f"{source} does not say {', '.join(missing)}: a default would be another model's")
+    if fields.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{source} has a quantization_config: quantised weights cannot be trained; use the checkpoint in bf16"
+        )
 
 
 def _refuse_inexpressible(hf_config: PretrainedConfig) -> None:
@@ -271,7 +295,7 @@ def _refuse_inexpressible(hf_config: PretrainedConfig) -> None:
         raise ConfigError(
             f"attention_dropout={hf_config.attention_dropout} would make training and rollout log-probs differ: set it to 0"
         )
-    _refuse_rope(_rope_parameters(hf_config))
+    _refuse_rope(rope_parameters(hf_config))
     if is_moe(hf_config):
         _refuse_moe(hf_config)
 

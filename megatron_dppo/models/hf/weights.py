@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from megatron_dppo.distributed.collectives import gather_objects, on_one_rank
+from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import padded_vocab_size, set_from_whole
-from megatron_dppo.models.hf.config import ARCHITECTURES, dtype_name
+from megatron_dppo.models.hf.config import ARCHITECTURES
+from megatron_dppo.models.hf.config_json import config_json, read_json_object
 from megatron_dppo.models.hf.names import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -39,17 +41,23 @@ from megatron_dppo.models.sharding import (
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
 _MAX_FILE_BYTES = 5 * 2**30
+_TRAINABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+_ROWS_COMPARED = 4096
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
+    "*.tiktoken",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "generation_config.json",
 )
+_TOKENIZER_FOLDERS = ("chat_templates", "additional_chat_templates")
+_GENERATION_CONFIG = "generation_config.json"
 
 
 @torch.no_grad()
@@ -60,7 +68,8 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path)
     ranks raise alike. Tensors are converted to the parameters' dtype.
 
     Raises:
-        ValueError: no safetensors in ``folder``; a tensor is missing, not part of the model or of another shape.
+        ConfigError: no safetensors in ``folder``, or several that contradict each other; a tensor is missing, not part of the
+            model, of another shape or quantised; a tied output layer that is stored with other numbers.
     """
     hf_config = unwrapped(model_chunks)[0].hf_config
     checkpoint = _CheckpointReader(Path(folder))
@@ -100,7 +109,10 @@ def save_hf_checkpoint(
     model_chunks: Sequence[torch.nn.Module],
     hf_config: PretrainedConfig,
     folder: str | Path,
+    *,
     tokenizer_folder: str | Path | None = None,
+    model_folder: str | Path | None = None,
+    replace: bool = False,
 ) -> None:
     """Write the policy as a Hugging Face checkpoint: config, sharded safetensors with index, tokenizer files.
 
@@ -109,16 +121,19 @@ def save_hf_checkpoint(
 
     Args:
         model_chunks: from ``build_policy``, wrapped or not.
-        hf_config: written as config.json, with the weights' dtype.
-        folder: must not exist yet.
-        tokenizer_folder: a checkpoint folder, of which the tokenizer's files are copied.
+        hf_config: written as config.json (see ``config_json``), with the weights' dtype.
+        folder: must not exist yet, unless it is to be replaced.
+        tokenizer_folder: a folder of which the tokenizer's files are copied.
+        model_folder: the folder that the policy came from, of which generation_config.json is copied: it names the tokens
+            that end a response.
+        replace: put the new folder in the place of an old one, which is there until the new one is whole.
 
     Raises:
-        ValueError: ``folder`` exists.
+        ConfigError: ``folder`` exists.
         OSError: rank 0 could not write. Both, like anything else that fails there, on every rank.
     """
     folder = Path(folder)
-    writer = _FolderWriter(folder) if dist.get_rank() == 0 else None
+    writer = _FolderWriter(folder, replace) if dist.get_rank() == 0 else None
     error: Exception | None = None
     if writer is not None:
         error = _attempt(writer.start)
@@ -131,7 +146,8 @@ def save_hf_checkpoint(
         assert writer is not None
         if error is not None:
             raise error
-        writer.finish(hf_config, tokenizer_folder)
+        writer.add_small_files(hf_config, tokenizer_folder, model_folder)
+        writer.finish()
 
     on_one_rank(finish)
 
@@ -196,31 +212,57 @@ def _attempt(step: Callable[..., None], *args: Any) -> Exception | None:
 
 
 class _CheckpointReader:
-    """The tensors of a checkpoint folder, read when asked for."""
+    """The tensors of a checkpoint folder, read when asked for. A folder that can be read in two ways is refused."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / _INDEX).is_file():
-            self.file_of = dict(json.loads((folder / _INDEX).read_text())["weight_map"])
-        elif (folder / _SINGLE_FILE).is_file():
+        has_index, has_single = (folder / _INDEX).is_file(), (folder / _SINGLE_FILE).is_file()
+        if has_index:
+            self.file_of = self._read_index()
+        elif has_single:
             with safe_open(folder / _SINGLE_FILE, framework="pt") as file:
                 self.file_of = dict.fromkeys(file.keys(), _SINGLE_FILE)
         else:
-            raise ValueError(
+            raise ConfigError(
                 f"{folder} has neither {_SINGLE_FILE} nor {_INDEX}: give a folder with a safetensors checkpoint"
             )
-        missing = sorted({file for file in self.file_of.values() if not (folder / file).is_file()})
+        if has_index and has_single and _SINGLE_FILE not in self.file_of.values():
+            raise ConfigError(
+                f"{folder} has both {_SINGLE_FILE} and {_INDEX}, which does not name it: remove the one that is not the model"
+            )
+        if (folder / _ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{folder} has an {_ADAPTER_CONFIG}: merge the adapter into the weights first; it would not be loaded"
+            )
+        self.open_files = {file: self._open(file) for file in sorted(set(self.file_of.values()))}
+
+    def _read_index(self) -> dict[str, str]:
+        weight_map = read_json_object(self.folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{self.folder / _INDEX} has no weight_map")
+        missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
         if missing:
-            raise ValueError(f"{folder / _INDEX} lists files that are not there: {', '.join(missing)}")
-        self.open_files = {
-            file: safe_open(folder / file, framework="pt") for file in sorted(set(self.file_of.values()))
-        }
+            raise ConfigError(f"{self.folder / _INDEX} lists files that are not there: {', '.join(missing)}")
+        return weight_map
+
+    def _open(self, file: str) -> Any:
+        try:
+            opened = safe_open(self.folder / file, framework="pt")
+        except Exception as error:  # safetensors has an exception of its own
+            raise ConfigError(f"{self.folder / file} is no whole safetensors file: {error}") from error
+        held, listed = set(opened.keys()), {name for name, where in self.file_of.items() if where == file}
+        for names, problem in ((listed - held, "the index says are there"), (held - listed, "the index does not name")):
+            if names:
+                raise ConfigError(
+                    f"{self.folder / file}: {_first_few(names)}, which {problem}: they do not belong together"
+                )
+        return opened
 
     def read(self, hf_name: str) -> torch.Tensor:
         return self.open_files[self.file_of[hf_name]].get_tensor(hf_name)
 
     def check_against(self, hf_config: PretrainedConfig) -> None:
-        """Raise ValueError naming every kind of difference to what the model needs (the first few of each)."""
+        """Raise ConfigError naming every kind of difference to what the model needs (the first few of each)."""
         expected = {
             hf: shape
             for name in parameter_names(hf_config)
@@ -228,18 +270,50 @@ class _CheckpointReader:
         }
         missing = [name for name in expected if name not in self.file_of]
         unexpected = [name for name in self.file_of if name not in expected and not _is_redundant(name, hf_config)]
-        misshapen = []
+        misshapen, quantised = [], []
         for name in expected.keys() & self.file_of.keys():
-            shape = tuple(self.open_files[self.file_of[name]].get_slice(name).get_shape())
-            if shape != expected[name]:
-                misshapen.append(f"{name} is {list(shape)}, the config asks for {list(expected[name])}")
+            stored = self._slice(name)
+            if tuple(stored.get_shape()) != expected[name]:
+                misshapen.append(f"{name} is {list(stored.get_shape())}, the config asks for {list(expected[name])}")
+            if stored.get_dtype() not in _TRAINABLE_DTYPES:
+                quantised.append(f"{name} is {stored.get_dtype()}, not one of {', '.join(_TRAINABLE_DTYPES)}")
         problems = [
-            f"{label}: {', '.join(sorted(names)[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+            f"{label}: {_first_few(names)}"
+            for label, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", misshapen),
+                ("of another kind of number", quantised),
+            )
             if names
         ]
         if problems:
-            raise ValueError(f"the tensors in {self.folder} do not fit the model's config. " + "; ".join(problems))
+            raise ConfigError(f"the tensors in {self.folder} do not fit the model's config. " + "; ".join(problems))
+        if hf_config.tie_word_embeddings:
+            self._check_tied_copy()
+
+    def _check_tied_copy(self) -> None:
+        """A tied output layer may be in the file a second time, but not with other numbers: which would be meant?"""
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if head not in self.file_of:
+            return
+        ours, copy = self._slice(embedding), self._slice(head)
+        same = ours.get_shape() == copy.get_shape() and all(
+            torch.equal(ours[row : row + _ROWS_COMPARED], copy[row : row + _ROWS_COMPARED])
+            for row in range(0, ours.get_shape()[0], _ROWS_COMPARED)
+        )
+        if not same:
+            raise ConfigError(
+                f"{self.folder}: config.json says tie_word_embeddings: true, but {head} differs from {embedding}. Set it to"
+                f" false if the output layer was trained, or take {head} out of the file"
+            )
+
+    def _slice(self, hf_name: str) -> Any:
+        return self.open_files[self.file_of[hf_name]].get_slice(hf_name)
+
+
+def _first_few(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_redundant(hf_name: str, hf_config: PretrainedConfig) -> bool:
@@ -250,8 +324,9 @@ def _is_redundant(hf_name: str, hf_config: PretrainedConfig) -> bool:
 class _FolderWriter:
     """Collects tensors into files of at most ``_MAX_FILE_BYTES`` and gives them their final names at the end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, replace: bool) -> None:
         self.folder, self.incomplete = folder, folder.with_name(folder.name + ".incomplete")
+        self.replace = replace
         self.pending: dict[str, torch.Tensor] = {}
         self.pending_bytes = 0
         self.names_in_file: list[list[str]] = []
@@ -259,8 +334,8 @@ class _FolderWriter:
         self.dtype = torch.float32  # of the tensor added last
 
     def start(self) -> None:
-        if self.folder.exists():
-            raise ValueError(f"{self.folder} exists already: choose another folder, or remove it first")
+        if self.folder.exists() and not self.replace:
+            raise ConfigError(f"{self.folder} exists already: choose another folder, or remove it first")
         shutil.rmtree(self.incomplete, ignore_errors=True)
         self.incomplete.mkdir(parents=True)
 
@@ -273,7 +348,22 @@ class _FolderWriter:
         self.pending_bytes += size
         self.dtype = tensor.dtype
 
-    def finish(self, hf_config: PretrainedConfig, tokenizer_folder: str | Path | None) -> None:
+    def add_small_files(
+        self, hf_config: PretrainedConfig, tokenizer_folder: str | Path | None, model_folder: str | Path | None
+    ) -> None:
+        config = json.dumps(config_json(hf_config, self.dtype, ARCHITECTURES[hf_config.model_type]), indent=2)
+        (self.incomplete / "config.json").write_text(config + "\n", encoding="utf-8")
+        if tokenizer_folder is not None:
+            for pattern in _TOKENIZER_FILES:
+                for file in filter(Path.is_file, Path(tokenizer_folder).glob(pattern)):
+                    shutil.copy(file, self.incomplete / file.name)
+            for name in _TOKENIZER_FOLDERS:
+                if (Path(tokenizer_folder) / name).is_dir():
+                    shutil.copytree(Path(tokenizer_folder) / name, self.incomplete / name)
+        if model_folder is not None and (Path(model_folder) / _GENERATION_CONFIG).is_file():
+            shutil.copy(Path(model_folder) / _GENERATION_CONFIG, self.incomplete / _GENERATION_CONFIG)
+
+    def finish(self) -> None:
         self._write_pending()
         weight_map = {}
         for number, names in enumerate(self.names_in_file, start=1):
@@ -282,14 +372,12 @@ class _FolderWriter:
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self.incomplete / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        config = type(hf_config).from_dict({**hf_config.to_dict(), "dtype": dtype_name(self.dtype)})
-        config.architectures = hf_config.architectures or [ARCHITECTURES[hf_config.model_type]]
-        config.save_pretrained(self.incomplete)
-        if tokenizer_folder is not None:
-            for pattern in _TOKENIZER_FILES:
-                for tokenizer_file in Path(tokenizer_folder).glob(pattern):
-                    shutil.copy(tokenizer_file, self.incomplete / tokenizer_file.name)
+        old = self.folder.with_name(self.folder.name + ".replaced")
+        if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
         self.incomplete.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _write_pending(self) -> None:
         self.names_in_file.append(list(self.pending))

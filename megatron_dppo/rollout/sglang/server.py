@@ -18,7 +18,7 @@ from typing import IO
 import torch
 
 from megatron_dppo.errors import ConfigError, RolloutError, TransientServerError
-from megatron_dppo.models.hf.config import read_config_json
+from megatron_dppo.models.hf.config_json import read_config_json
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.routed_experts import SERVER_FLAG
 from megatron_dppo.rollout.sglang.transport import Transport

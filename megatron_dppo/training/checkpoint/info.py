@@ -15,28 +15,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
-from megatron_dppo.errors import CheckpointError
-from megatron_dppo.models.hf.config import dtype_name, load_hf_config
+from megatron_dppo.errors import CheckpointError, ConfigError
+from megatron_dppo.models.hf.config import decisive_fields, load_hf_config
+from megatron_dppo.models.hf.config_json import dtype_name, read_json_object
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_steps
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 _FILE = "checkpoint.json"
 _FORMAT = 1
-# Fields of a Hugging Face config that decide which parameters there are and how they are used.
-_ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "tie_word_embeddings",
-)
 
 
 @dataclass
@@ -91,7 +77,10 @@ class CheckpointInfo:
             raise CheckpointError(
                 f"{folder} has no {_FILE}: give the folder of a checkpoint, <run>/checkpoints/step_<N>"
             )
-        fields = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        try:
+            fields = read_json_object(folder / _FILE)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
         if fields.get("format") != _FORMAT:
             raise CheckpointError(
                 f"{folder} is of format {fields.get('format')}, this version reads format {_FORMAT}: use the version of"
@@ -101,11 +90,15 @@ class CheckpointInfo:
 
     def check_model(self, folder: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> None:
         """Raise CheckpointError if the checkpoint is of another model, or of another dtype where one is given."""
-        saved = load_hf_config(self.hf_config)
+        try:
+            saved = decisive_fields(load_hf_config(self.hf_config))
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: the model that its {_FILE} describes cannot be built: {error}") from error
+        present = decisive_fields(hf_config)
         differences = [
-            f"{name} is {getattr(saved, name, None)}, the policy's is {getattr(hf_config, name, None)}"
-            for name in _ARCHITECTURE
-            if getattr(saved, name, None) != getattr(hf_config, name, None)
+            f"{name} is {saved.get(name)}, the policy's is {present.get(name)}"
+            for name in {**saved, **present}
+            if saved.get(name) != present.get(name)
         ]
         if dtype is not None and self.dtype != dtype_name(dtype):
             differences.append(f"its weights are {self.dtype}, the policy's are {dtype_name(dtype)} (model.dtype)")

@@ -11,7 +11,16 @@ import torch
 
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.distributed.layout import ParallelConfig
-from megatron_dppo.models.hf.config import check_policy_fits, load_hf_config, rotary_arguments, to_transformer_config
+from megatron_dppo.errors import ConfigError
+from megatron_dppo.models.hf.config import (
+    check_policy_fits,
+    decisive_fields,
+    load_hf_config,
+    rotary_arguments,
+    to_transformer_config,
+)
+from megatron_dppo.models.hf.config_json import config_json
+from megatron_dppo.models.hf.names import hf_shapes, parameter_names
 from tests.models.tiny_policies import KINDS, tiny_hf_config
 
 LLAMA3_ROPE = {
@@ -22,6 +31,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+SIZES = {
+    "vocab_size": 250,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+OLD_LLAMA = {"model_type": "llama", **SIZES}
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -93,8 +114,8 @@ def test_a_fitting_layout_passes(kind: str) -> None:
 
 def test_rope_is_read_from_new_and_old_fields() -> None:
     assert rotary_arguments(tiny_hf_config("qwen3"))["rotary_base"] == 10000.0
-    old = load_hf_config({"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE})
-    new = load_hf_config({"model_type": "llama", "rope_parameters": LLAMA3_ROPE})
+    old = load_hf_config({**OLD_LLAMA, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE})
+    new = load_hf_config({**OLD_LLAMA, "rope_parameters": LLAMA3_ROPE})
     expected = {
         "position_embedding_type": "rope",
         "rotary_base": 500000.0,
@@ -156,3 +177,129 @@ def test_qwen2_has_query_key_and_value_biases_only() -> None:
     assert config.add_qkv_bias
     assert not config.add_bias_linear
     assert not config.qk_layernorm
+
+
+# config.json as it was written for transformers 4: what its readers look for, and what must come out of an export again.
+OLD_GENERATION = {
+    "default rope": {"rope_theta": 500000.0, "rope_scaling": None},
+    "no scaling named": {"rope_theta": 1000000.0},
+    "llama 3": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("rope", OLD_GENERATION)
+def test_an_exported_config_says_the_same_to_readers_of_both_generations(rope: str) -> None:
+    fields = {**OLD_LLAMA, **OLD_GENERATION[rope], "torch_dtype": "float32", "tie_word_embeddings": True}
+    hf_config = load_hf_config(fields)
+    written = config_json(hf_config, torch.bfloat16, "LlamaForCausalLM")
+    # transformers 4: `kwargs.get("rope_theta", 10000.0)`, and no scaling where there is none.
+    assert written["rope_theta"] == fields["rope_theta"]
+    assert written["rope_scaling"] == fields.get("rope_scaling")
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    assert written["tie_word_embeddings"] is True
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert decisive_fields(load_hf_config(written)) == decisive_fields(hf_config)
+    old_fields_alone = {name: value for name, value in written.items() if name not in ("rope_parameters", "dtype")}
+    assert decisive_fields(load_hf_config(old_fields_alone)) == decisive_fields(hf_config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_of_every_kind_survives_the_export(kind: str) -> None:
+    hf_config = tiny_hf_config(kind, eos_token_id=[9, 11], bos_token_id=3)
+    again = load_hf_config(json.loads(json.dumps(config_json(hf_config, torch.float32, "ForCausalLM"))))
+    assert decisive_fields(again) == decisive_fields(hf_config)
+    assert (again.eos_token_id, again.bos_token_id) == ([9, 11], 3)
+
+
+def test_a_mixture_of_experts_has_its_experts_under_both_names() -> None:
+    written = config_json(tiny_hf_config("qwen3_moe"), torch.float32, "Qwen3MoeForCausalLM")
+    assert written["num_experts"] == 4
+    assert written["num_local_experts"] == 4
+
+
+def test_fields_that_transformers_does_not_know_stay_in_the_export() -> None:
+    written = config_json(load_hf_config({**OLD_LLAMA, "our_note": {"a": [1]}}), torch.float32, "LlamaForCausalLM")
+    assert written["our_note"] == {"a": [1]}
+
+
+class _Recorded:
+    """A config that notes what is read of it."""
+
+    def __init__(self, hf_config: Any) -> None:
+        self.hf_config, self.read = hf_config, set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        return getattr(self.hf_config, name)
+
+
+# Read, and refused beforehand unless it is as here; or without a bearing on what a trained policy computes.
+REFUSED_OTHERWISE = {"attention_dropout"}
+WITHOUT_BEARING = {"initializer_range"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_the_builder_reads_decides_whether_two_policies_are_of_one_model(kind: str) -> None:
+    recorded = _Recorded(tiny_hf_config(kind))
+    to_transformer_config(recorded, ParallelConfig(), torch.float32)  # type: ignore[arg-type]
+    rotary_arguments(recorded)  # type: ignore[arg-type]
+    for name in parameter_names(recorded):  # type: ignore[arg-type]
+        hf_shapes(name, recorded)  # type: ignore[arg-type]
+    by_other_names = {"rope_parameters", "rope_scaling", "rope_theta"}
+    missing = recorded.read - decisive_fields(recorded.hf_config).keys() - by_other_names
+    assert missing <= REFUSED_OTHERWISE | WITHOUT_BEARING
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("qwen3", {"rms_norm_eps": 1e-5}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"num_experts_per_tok": 3}),
+    ],
+)
+def test_a_field_that_changes_numbers_and_no_shape_makes_another_model(kind: str, change: dict[str, Any]) -> None:
+    assert decisive_fields(tiny_hf_config(kind, **change)) != decisive_fields(tiny_hf_config(kind))
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        *(({"model_type": "llama", **SIZES}, name) for name in SIZES if name != "num_key_value_heads"),
+        *(({"model_type": "qwen3", **SIZES}, name) for name in ("num_key_value_heads", "vocab_size")),
+        *(({"model_type": "qwen3_moe", **SIZES, **EXPERTS}, name) for name in EXPERTS),
+    ],
+)
+@pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
+def test_a_size_that_the_config_does_not_name_is_not_made_up(
+    fields: dict[str, Any], missing: str, absent: bool
+) -> None:
+    """transformers would take that of the first model of the family: 32 layers, a vocabulary of 32000, ..."""
+    load_hf_config(fields)
+    fields = {name: value for name, value in fields.items() if name != missing} | ({} if absent else {missing: None})
+    with pytest.raises(ConfigError, match=f"does not say {missing}"):
+        load_hf_config(fields)
+
+
+def test_quantised_weights_are_refused_before_they_are_read() -> None:
+    with pytest.raises(ConfigError, match="quantization_config"):
+        load_hf_config({**OLD_LLAMA, "quantization_config": {"quant_method": "fp8"}})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json (cannot be read as JSON|holds a list)"):
+        load_hf_config(tmp_path)

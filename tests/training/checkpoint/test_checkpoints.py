@@ -22,6 +22,8 @@ from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from tests.training.checkpoint.checkpoint_runs import exported, save, start, train
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
+OTHER_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+SAME_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
 
 @given(st.integers(1, 7), st.integers(1, 6), st.data())
@@ -73,7 +75,14 @@ def _save_in_many_ways(folder: Path) -> list[str]:
         _refusal(checkpoint, dataclasses.replace(policy, dtype=torch.bfloat16), optimizer_state),
         _refusal(_edited(checkpoint, format=7), policy, optimizer_state),
         _refusal(_edited(checkpoint, format=1, hf_config={"hidden_size": 32}), policy, optimizer_state),
-        _refusal(_edited(checkpoint, hf_config={"hidden_size": 64}, without="__0_0.distcp"), policy, optimizer_state),
+        _refusal(_edited(checkpoint, hf_config={"hidden_size": 64, **OTHER_ROPE}), policy, optimizer_state),
+        _refusal(_edited(checkpoint, hf_config={**SAME_ROPE, "rms_norm_eps": 1e-3}), policy, optimizer_state),
+        _refusal(
+            _edited(checkpoint, hf_config={"rms_norm_eps": 1e-6, "num_hidden_layers": None}), policy, optimizer_state
+        ),
+        _refusal(
+            _edited(checkpoint, hf_config={"num_hidden_layers": 4}, without="__0_0.distcp"), policy, optimizer_state
+        ),
         _refusal(folder, policy, optimizer_state),
     ]
 
@@ -96,10 +105,13 @@ def _edited(checkpoint: Path, without: str | None = None, **changes: Any) -> Pat
 @pytest.mark.slow
 def test_what_is_not_this_policys_checkpoint_is_refused_with_the_reason(ranks, tmp_path):
     (refusals,) = ranks(1).run(_save_in_many_ways, tmp_path)
-    other_dtype, other_format, other_shape, torn, nothing = refusals
+    other_dtype, other_format, other_shape, other_rope, other_norm, no_model, torn, nothing = refusals
     assert "its weights are float32, the policy's are bfloat16 (model.dtype)" in other_dtype
     assert "is of format 7, this version reads format 1" in other_format
     assert "hidden_size is 32, the policy's is 64" in other_shape
+    assert "rope_theta is 500000.0, the policy's is 10000.0" in other_rope
+    assert "rms_norm_eps is 0.001, the policy's is 1e-06" in other_norm
+    assert "cannot be built: the given config does not say num_hidden_layers" in no_model
     assert "does not load" in torn
     assert "__0_0.distcp" in torn
     assert "has no checkpoint.json" in nothing
