@@ -23,7 +23,9 @@ _CURRENCY = r"(?:\\?\$|[€£¥])"
 _LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:,?\\[,;:! ]|\{,\})+(?=\d{3}(?!\d))")
 _UNDERSCORED = re.compile(r"(?<![\w.])\d{1,3}(?:_\d{3})+(?!\w)")
 # A sign may stand apart from its number where no operand precedes it; elsewhere it subtracts, or is a dash.
-_SIGN_APART = re.compile(rf"(^\s*|[=:(\[{{<>]|\b(?:is|are|be|equals|answer)) ?[-\u2013] {{1,2}}(?={_CURRENCY}?\.?\d)", re.I)
+_SIGN_APART = re.compile(
+    rf"(^\s*|[=:(\[{{<>]|\b(?:is|are|be|equals|answer)) ?[-\u2013] {{1,2}}(?={_CURRENCY}?\.?\d)", re.I
+)
 _DASH_AS_SIGN = re.compile(rf"(?<![\w)\]}}%])[\u2010-\u2013](?={_CURRENCY}?\.?\d)")
 _SIGN_BEFORE_CURRENCY = re.compile(rf"(?<![\w)\]}}%$])-({_CURRENCY}) ?(?=[^\s$])")
 

@@ -12,10 +12,28 @@ from __future__ import annotations
 import re
 
 # Names that LaTeX writes as commands, and what else is a word in formulas.
-_COMMANDS = ("pi", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln")
+_COMMANDS = (
+    "pi",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "log",
+    "ln",
+)
 _FORMULA_NAMES = {*_COMMANDS, "exp", "sqrt", "inf", "infty", "infinity", "mod", "and", "or"}
 _BARE_COMMAND = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_COMMANDS)})(?![A-Za-z])")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|rm|bf)\b")
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|rm|bf)\b"
+)
 _WHOLLY_TEXT = re.compile(rf"\$?\s*{_TEXT_COMMAND.pattern}\s*\{{([^{{}}]*)\}}\s*\$?")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s,;:.'\u2019\"&/()-]+[^\W\d_]+)*[.!?]?")

@@ -38,9 +38,7 @@ CONFIGS = {
     "reasoning_gym": TaskConfig(name="chain_sum", size=1, graded_part="after_thinking"),
     "jsonl": TaskConfig(name="file", kind="jsonl", graded_part="after_thinking", answer_extraction="last_number"),
     "custom": TaskConfig(name="mine", kind="custom", path=f"{HERE}:Echo", graded_part="after_thinking"),
-    "reward": TaskConfig(
-        name="chain_sum", size=1, reward=f"{HERE}:contains_the_answer", graded_part="after_thinking"
-    ),
+    "reward": TaskConfig(name="chain_sum", size=1, reward=f"{HERE}:contains_the_answer", graded_part="after_thinking"),
 }
 
 

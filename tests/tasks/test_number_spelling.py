@@ -153,7 +153,9 @@ def test_a_number_has_no_exponent_and_all_its_digits(number: Decimal | float, pl
     assert plain_decimal(number) == plain
 
 
-@pytest.mark.parametrize("piece", ["1", ",", "1,", ",111", " 111", "1e", "1.", "-", "- ", "\\,", "1 x 10", "(", "\u22121"])
+@pytest.mark.parametrize(
+    "piece", ["1", ",", "1,", ",111", " 111", "1e", "1.", "-", "- ", "\\,", "1 x 10", "(", "\u22121"]
+)
 def test_a_megabyte_takes_one_pass(piece: str) -> None:
     """In quadratic time each of these would take hours, far beyond the suite's time limit."""
     last_number(piece * (1_000_000 // len(piece)))
