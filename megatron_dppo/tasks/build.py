@@ -15,9 +15,11 @@ from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.custom_reward import CustomRewardTask
 from megatron_dppo.tasks.dotted_path import load_object
+from megatron_dppo.tasks.graded_part import AfterThinkingTask, check_graded_part
 from megatron_dppo.tasks.held_out import EvaluationSet
 from megatron_dppo.tasks.mixture import TaskMixture
 from megatron_dppo.tasks.task import Problem, Task
+from megatron_dppo.tasks.valid_text import check_text
 
 # What two tasks of one name (for training and evaluation, say) may differ in: which problems, not how they are graded.
 _PROBLEM_FIELDS = ("size", "seed", "weight", "path")
@@ -27,6 +29,9 @@ def build_task(config: TaskConfig) -> Task:
     """The task that a config describes. Raises TaskError, naming the task and the remedy."""
     if config.name in (MISSING, ""):
         raise TaskError("a task has no name; set name")
+    check_graded_part(config.name, config.graded_part)
+    for field in dataclasses.fields(TaskConfig):
+        check_text(getattr(config, field.name), f"task {config.name}: {field.name}")
     if config.kind == "reasoning_gym":
         task = _build_reasoning_gym(config)
     elif config.kind == "jsonl":
@@ -36,8 +41,8 @@ def build_task(config: TaskConfig) -> Task:
     else:
         raise TaskError(f"task {config.name}: kind {config.kind!r} is unknown; choose reasoning_gym, jsonl or custom")
     if config.reward is not None:
-        return CustomRewardTask(task, config.reward, config.answer_extraction)
-    return task
+        task = CustomRewardTask(task, config.reward, config.answer_extraction)
+    return AfterThinkingTask(task) if config.graded_part == "after_thinking" else task
 
 
 def build_mixture(

@@ -22,6 +22,8 @@ class TaskConfig:
         seed: of the generator.
         weight: share of the training prompts, relative to the other tasks' weights.
         reward: package.module:function that grades instead of the task's verifier.
+        graded_part: all | after_thinking: only what follows the last ``</think>`` of a response is graded, whatever the
+            kind and the reward; a response without it has not ended its thoughts and earns 0.
         answer_extraction: none | last_line | last_number | boxed | tag.
         prompt_template: ``{question}`` is replaced by the question.
         system_prompt: needs a tokenizer with a chat template.
@@ -36,6 +38,7 @@ class TaskConfig:
     seed: int = 0
     weight: float = 1.0
     reward: str | None = None
+    graded_part: str = "all"
     answer_extraction: str = "none"
     prompt_template: str = "{question}"
     system_prompt: str | None = None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.task import Problem, Task
+from megatron_dppo.tasks.valid_text import check_problem_text
 
 
 def question_key(question: str) -> str:
@@ -36,7 +37,7 @@ class EvaluationSet:
         distinct: dict[str, Problem] = {}
         for task in tasks:
             for index in range(len(task)):
-                problem = task[index]
+                problem = check_problem_text(task[index])
                 distinct.setdefault(question_key(problem.question), problem)
         self.problems = list(distinct.values())
         self.repeated = sum(len(task) for task in tasks) - len(self.problems)

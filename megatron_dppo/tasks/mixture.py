@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.task import Problem, Task
+from megatron_dppo.tasks.valid_text import check_problem_text
 
 _BLOCK = 1000  # positions after which every task has had its exact share; also the resolution of the weights
 
@@ -91,7 +92,7 @@ class TaskMixture:
             self._orders[task_index] = (epoch, order)
         order = self._orders[task_index][1]
         for step in range(len(order)):
-            problem = task[order[(place + step) % len(order)]]
+            problem = check_problem_text(task[order[(place + step) % len(order)]])
             if self._admissible is None or self._admissible(problem):
                 return problem
         raise TaskError(

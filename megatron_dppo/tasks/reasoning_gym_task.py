@@ -10,6 +10,7 @@ from typing import Any
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import check_answer_extraction, extract_answer
+from megatron_dppo.tasks.number_spelling import plain_decimal
 from megatron_dppo.tasks.task import Problem
 
 with from_extra("tasks"):
@@ -66,7 +67,7 @@ class ReasoningGymTask:
         return Problem(
             problem_id=f"{self.name}/{index}",
             question=entry["question"].strip(),
-            answer=None if answer is None else str(answer),
+            answer=None if answer is None else plain_decimal(answer) if isinstance(answer, float) else str(answer),
             metadata={"entry": entry},
         )
 

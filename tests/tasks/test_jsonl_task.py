@@ -37,6 +37,68 @@ def test_both_field_styles_are_read_and_graded_by_value(tmp_path: Path) -> None:
     assert (plain.problem_id, plain.answer) == ("math/2", "2")
 
 
+@pytest.mark.parametrize(
+    ("spelling", "answer"),
+    [
+        ("0.00001", "0.00001"),
+        ("1e-05", "0.00001"),
+        ("1e22", "10000000000000000000000"),
+        ("1E+3", "1000"),
+        ("-0.0", "0.0"),
+        ("2.50", "2.50"),
+        ("0.12345678901234567890", "0.12345678901234567890"),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ('"1e-05"', "1e-05"),
+    ],
+)
+def test_a_numbers_value_is_kept_and_graded(tmp_path: Path, spelling: str, answer: str) -> None:
+    task = JsonlTask("math", write(tmp_path / "p.jsonl", f'{{"question": "?", "answer": {spelling}, "weight": 0.5}}'))
+    assert task[0].answer == answer
+    assert task[0].metadata["weight"] == 0.5
+    assert isinstance(task[0].metadata["weight"], float)  # only the answer is read digit by digit
+    assert task.score(task[0], f"\\boxed{{{answer}}}") == 1.0
+    assert task.score(task[0], "\\boxed{e-5}") == 0.0
+
+
+@pytest.mark.parametrize("extraction", ["boxed", "tag", "last_line"])
+def test_an_extracted_answer_is_read_as_a_whole(tmp_path: Path, extraction: str) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "?", "answer": "3\\sqrt{2}"}, {"prompt": "?", "answer": "east"})
+    roots, east = JsonlTask("math", path, answer_extraction=extraction)
+    wrap = {"boxed": "\\boxed{%s}", "tag": "<answer>%s</answer>", "last_line": "Hm.\n%s"}[extraction]
+    task = JsonlTask("math", path, answer_extraction=extraction)
+    assert task.score(roots, wrap % "3\\sqrt2") == 1.0
+    assert task.score(roots, wrap % "3") == 0.0
+    assert task.score(east, wrap % "East") == 1.0
+    assert task.score(east, wrap % "seat") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "system_prompt"),
+    [
+        ({"question": None, "prompt": "2?", "answer": 2}, "2?", "2", None),
+        ({"question": "2?", "prompt": None, "answer": 2}, "2?", "2", None),
+        ({"question": "2?", "answer": None, "solution": 2}, "2?", "2", None),
+        ({"question": "2?", "reward_model": None, "answer": 2}, "2?", "2", None),
+        ({"question": "2?", "reward_model": {"ground_truth": None}, "answer": 2}, "2?", "2", None),
+        ({"question": "2?", "answer": 2, "system_prompt": None}, "2?", "2", None),
+        ({"question": "2?", "answer": 2, "system_prompt": "Box it."}, "2?", "2", "Box it."),
+        ({**DAPO, "system_prompt": None}, "What is 1/2?", "\\frac{1}{2}", "Box it."),
+        (
+            {"prompt": [{"role": "system", "content": None}, {"role": "user", "content": "2?"}], "answer": 2},
+            "2?",
+            "2",
+            None,
+        ),
+    ],
+)
+def test_null_is_absent(
+    tmp_path: Path, row: dict[str, Any], question: str, answer: str, system_prompt: str | None
+) -> None:
+    (problem,) = JsonlTask("math", write(tmp_path / "p.jsonl", row))
+    assert (problem.question, problem.answer) == (question, answer)
+    assert problem.metadata.get("system_prompt", "the task's") == (system_prompt or "the task's")
+
+
 def test_repeated_ids_and_questions_are_fine(tmp_path: Path) -> None:
     row = {**GSM8K, "id": 7}
     task = JsonlTask("math", write(tmp_path / "p.jsonl", row, row))
@@ -63,6 +125,15 @@ def test_size_takes_the_first_problems(tmp_path: Path) -> None:
         ('{"prompt": ["a"], "answer": "1"}', "list of objects with role and content"),
         ('{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}', "has the roles assistant"),
         ('{"prompt": [], "answer": "1"}', "has the roles none"),
+        ('{"prompt": [{"role": "user", "content": null}], "answer": "1"}', "the question is empty or not a text"),
+        ('{"question": null, "prompt": null, "answer": "1"}', "no question or prompt"),
+        ('{"question": "a", "answer": null, "solution": null}', "no reward_model.ground_truth, answer or solution"),
+        ('{"question": "a", "answer": "1", "system_prompt": 5}', "the system prompt is a int; expected a text"),
+        (
+            '{"prompt": [{"role": "system", "content": []}, {"role": "user", "content": "a"}], "answer": "1"}',
+            "the system prompt is a list; expected a text",
+        ),
+        ('{"question": "a", "answer": "2 \\ud835"}', "answer holds half a character (the lone surrogate '\\ud835')"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
