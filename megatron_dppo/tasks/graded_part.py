@@ -7,7 +7,7 @@ from megatron_dppo.tasks.task import Problem, Task
 
 GRADED_PARTS = ("all", "after_thinking")
 
-_END_OF_THINKING = "</think>"
+END_OF_THINKING = "</think>"
 
 
 def check_graded_part(name: str, graded_part: str) -> None:
@@ -35,5 +35,5 @@ class AfterThinkingTask:
 
     def score(self, problem: Problem, response: str) -> float:
         """The task's own score of what follows the thoughts; raises what the task raises."""
-        _, mark, answer = response.rpartition(_END_OF_THINKING)
+        _, mark, answer = response.rpartition(END_OF_THINKING)
         return self._task.score(problem, answer) if mark else 0.0

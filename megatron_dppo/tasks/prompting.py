@@ -8,6 +8,7 @@ from typing import Any
 from megatron_dppo.errors import PromptTooLongError, TaskError
 from megatron_dppo.tasks.build import tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
+from megatron_dppo.tasks.graded_part import END_OF_THINKING
 from megatron_dppo.tasks.task import Problem, Task
 
 
@@ -27,7 +28,8 @@ class PromptEncoder:
         chat: use the chat template; False, or a tokenizer without one, gives plain text.
 
     Raises:
-        TaskError: a template without ``{question}`` or a system prompt without a chat template.
+        TaskError: a template without ``{question}``, a system prompt without a chat template, or responses to be graded after a
+            mark that decoding leaves out.
     """
 
     def __init__(
@@ -40,6 +42,11 @@ class PromptEncoder:
         self._too_long: set[str] = set()
         for config in self._configs.values():
             _check_template(config)
+            if config.graded_part == "after_thinking" and END_OF_THINKING in tokenizer.all_special_tokens:
+                raise TaskError(
+                    f"task {config.name}: graded_part=after_thinking looks for {END_OF_THINKING} in decoded responses, and this"
+                    " tokenizer counts it as a special token, which decoding leaves out: take the mark off that list"
+                )
             if config.system_prompt is not None and not self._chat:
                 raise TaskError(
                     f"task {config.name}: system_prompt needs chat: true and a tokenizer with a chat template"

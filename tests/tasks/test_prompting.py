@@ -131,6 +131,17 @@ def test_a_prompt_that_cannot_be_built_is_refused(
         PromptEncoder(tokenizer, [config], max_prompt_tokens=10)
 
 
+def test_a_mark_that_decoding_leaves_out_cannot_be_graded_by() -> None:
+    config = TaskConfig(name="chain_sum", graded_part="after_thinking")
+    tokenizer = train_tokenizer([build_task(SUMS)])
+    tokenizer.add_tokens(["</think>"])
+    encoder = PromptEncoder(tokenizer, [config], max_prompt_tokens=10)
+    assert "</think>" in encoder.decode([tokenizer.convert_tokens_to_ids("</think>")])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    with pytest.raises(TaskError, match="counts it as a special token"):
+        PromptEncoder(tokenizer, [config], max_prompt_tokens=10)
+
+
 def test_a_problem_of_an_unknown_task_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TaskError, match=r"other/3 is from no task of this run \(chain_sum\)"):
         PromptEncoder(tokenizer, [SUMS], max_prompt_tokens=10).encode(Problem("other/3", "?"))
