@@ -28,8 +28,8 @@ class PromptEncoder:
         chat: use the chat template; False, or a tokenizer without one, gives plain text.
 
     Raises:
-        TaskError: a template without ``{question}``, a system prompt without a chat template, or responses to be graded after a
-            mark that decoding leaves out.
+        TaskError: a template without ``{question}``, a system prompt without a chat template, or responses to be graded after
+            a mark that decoding leaves out.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class PromptEncoder:
             _check_template(config)
             if config.graded_part == "after_thinking" and END_OF_THINKING in tokenizer.all_special_tokens:
                 raise TaskError(
-                    f"task {config.name}: graded_part=after_thinking looks for {END_OF_THINKING} in decoded responses, and this"
-                    " tokenizer counts it as a special token, which decoding leaves out: take the mark off that list"
+                    f"task {config.name}: graded_part=after_thinking looks for {END_OF_THINKING} in decoded responses, and"
+                    " this tokenizer counts it as a special token, which decoding leaves out: take the mark off that list"
                 )
             if config.system_prompt is not None and not self._chat:
                 raise TaskError(
