@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core"
 
 from megatron_dppo.distributed.ranks import choose_device, world_size
 from megatron_dppo.distributed.said_once import is_first_to_say
-from megatron_dppo.errors import BAD_INPUT, STOPPED
+from megatron_dppo.errors import BAD_INPUT, STOPPED, CheckpointError
 from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs, read_run_inputs
@@ -50,7 +50,7 @@ def read_input(arguments: argparse.Namespace) -> tuple[Config, RunInputs]:
     if config.run.name is None:
         config.run.name = f"{Path(arguments.config).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     inputs = read_run_inputs(config, arguments.world_size or world_size())
-    check_run_folder(config)
+    check_run_folder(config, inputs.hf_config)
     return config, inputs
 
 
@@ -69,6 +69,8 @@ def main() -> int:
         device = choose_device(config.run.device)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
+    except CheckpointError as error:
+        return fail(error, EXIT_STOPPED)
     if arguments.check:
         print(f"{arguments.config}: fine ({inputs.hf_config.model_type}, {len(inputs.eval_prompts)} held-out prompts)")
         return 0

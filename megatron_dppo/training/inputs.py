@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.config_json import read_json_object
+from megatron_dppo.models.hf.weights import check_hf_weights
 from megatron_dppo.rollout.sample import Prompt
 from megatron_dppo.tasks.build import build_evaluation_set, build_mixture
 from megatron_dppo.tasks.mixture import TaskMixture
@@ -55,6 +56,8 @@ def read_run_inputs(config: Config, world_size: int) -> RunInputs:
     """Read and check model folder, tokenizer and tasks. Raises ConfigError or another ValueError that names the place."""
     hf_config = load_hf_config(_existing_folder(config.model.path))
     check_config(config, hf_config, world_size)
+    if config.model.init == "pretrained":
+        check_hf_weights(config.model.path, hf_config)
     tokenizer_folder = Path(config.model.tokenizer or config.model.path)
     tokenizer = _load_tokenizer(tokenizer_folder, hf_config)
     tasks = [*config.tasks.train, *config.tasks.eval]

@@ -10,6 +10,7 @@ from statistics import fmean
 import megatron.core
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transformer_engine
 from megatron_dppo.distributed.collectives import broadcast_object, on_one_rank
@@ -22,6 +23,7 @@ from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.tasks.scoring import Scorer
+from megatron_dppo.training.checkpoint.info import CheckpointInfo
 from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
@@ -36,14 +38,18 @@ from megatron_dppo.training.trainer import Trainer
 _STEPS_COMPARED = 5
 
 
-def check_run_folder(config: Config) -> None:
-    """Raise ConfigError if the folder cannot be used, or holds a run that must not be continued."""
+def check_run_folder(config: Config, hf_config: PretrainedConfig) -> None:
+    """Raise ConfigError if the folder cannot be used, or holds a run that must not be continued, CheckpointError if it holds
+    one of another model. Nothing was written then: its config.yaml still says what the model was.
+    """
     folder = RunFolder(config.run)
     folder.check()
     if config.run.resume == "never" and folder.config_path.exists():
         raise ConfigError(
             f"{folder.path} holds a run already: choose another run.name, or run.resume=auto to continue it"
         )
+    if (checkpoint := last_checkpoint(folder.checkpoints)) is not None:
+        CheckpointInfo.read(checkpoint).check_model(checkpoint, hf_config, MODEL_DTYPES[config.model.dtype])
 
 
 def run_training(config: Config, inputs: RunInputs, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import read_run_inputs
 from megatron_dppo.training.run import check_run_folder
+from tests.models.tiny_policies import tiny_hf_config
 from tests.training.tiny_runs import QUICKSTART, write_tiny_policy
 
 
@@ -43,11 +44,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(policy, tmp_path
     config_json = json.loads((policy / "config.json").read_text())
     config_json["vocab_size"] = 100
     (tmp_path / "config.json").write_text(json.dumps(config_json))
+    settings = (f"model.path={tmp_path}", f"model.tokenizer={policy}", "model.init=random")
     with pytest.raises(ConfigError, match=r"tokens, the model only 100: they do not belong together"):
-        read_run_inputs(quickstart(policy, f"model.path={tmp_path}", f"model.tokenizer={policy}"), world_size=2)
+        read_run_inputs(quickstart(policy, *settings), world_size=2)
 
 
 LLAMA_SIZES = {"num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+LLAMA_SIZES |= {"max_position_embeddings": 1024}
 
 
 def end_tokens(policy, folder, config_eos, generation_eos, tokenizer_eos=None):
@@ -64,7 +67,8 @@ def end_tokens(policy, folder, config_eos, generation_eos, tokenizer_eos=None):
     if generation_eos != "absent":
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
     one_rank = ["parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1"]
-    return read_run_inputs(quickstart(policy, f"model.path={folder}", *one_rank), world_size=1).stop_token_ids
+    settings = (f"model.path={folder}", "model.init=random", *one_rank)
+    return read_run_inputs(quickstart(policy, *settings), world_size=1).stop_token_ids
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,17 @@ def test_a_generation_config_that_is_no_json_object_is_named(policy, tmp_path, t
     (folder / "generation_config.json").write_text(text)
     one_rank = ["parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1"]
     with pytest.raises(ConfigError, match=r"generation_config\.json (cannot be read as JSON|holds a list)"):
-        read_run_inputs(quickstart(policy, f"model.path={folder}", *one_rank), world_size=1)
+        read_run_inputs(quickstart(policy, f"model.path={folder}", "model.init=random", *one_rank), world_size=1)
+
+
+def test_weights_that_do_not_fit_are_found_before_the_run(policy, tmp_path):
+    for file in policy.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        read_run_inputs(quickstart(policy, f"model.path={tmp_path}"), world_size=2)
+    assert read_run_inputs(quickstart(policy, f"model.path={tmp_path}", "model.init=random"), world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +143,10 @@ def test_bad_input_is_named(policy, tmp_path, monkeypatch, overrides, error, mes
 
 
 def test_a_used_run_folder_is_refused_where_resuming_is_not_wanted(tmp_path):
-    config = Config()
+    config, hf_config = Config(), tiny_hf_config("qwen3")
     config.run.root, config.run.name, config.run.resume = str(tmp_path), "used", "never"
-    check_run_folder(config)
+    check_run_folder(config, hf_config)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="holds a run already"):
-        check_run_folder(config)
+        check_run_folder(config, hf_config)

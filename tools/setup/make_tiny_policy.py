@@ -30,6 +30,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dppo.errors import TaskError
+from megatron_dppo.models.hf.config import rewrite_for_every_reader
 from megatron_dppo.tasks.build import build_task
 from megatron_dppo.tasks.config import TaskConfig
 from tools.setup.tokenizer_training import train_tokenizer
@@ -101,6 +102,7 @@ def make_tiny_policy(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(output)
+    rewrite_for_every_reader(output)
     tokenizer.save_pretrained(output)
     return sum(parameter.numel() for parameter in model.parameters())
 

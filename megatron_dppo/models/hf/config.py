@@ -7,19 +7,25 @@ the model's numbers but that the Megatron model cannot express is an error here,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine, probe_weight_gradient_fusion
 from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.errors import ConfigError
-from megatron_dppo.models.hf.config_json import read_config_json, rope_parameters
+from megatron_dppo.models.hf.config_json import (
+    fields_for_every_reader,
+    keep_left_out_fields,
+    read_config_json,
+    rope_parameters,
+)
 
 # The supported families: model_type -> the architecture that config.json names.
 ARCHITECTURES = {
@@ -32,48 +38,75 @@ ARCHITECTURES = {
 # Core has these three of Llama 3's rope scaling built in and takes only the factor (RotaryEmbedding._apply_scaling).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+# Where a config.json does not name these, transformers takes those of one published model of the family, which are facts
+# of that model only. Other defaults (rope_theta, rms_norm_eps, tie_word_embeddings) all readers and versions agree on.
+_SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_FURTHER_SIZES = ("intermediate_size", "num_key_value_heads")
+_FURTHER_SIZES_OF_FAMILY = {
+    "llama": ("intermediate_size",),  # without num_key_value_heads every head has its own, as in the first Llamas
+    "qwen3": (*_FURTHER_SIZES, "head_dim"),
+    "qwen3_moe": ("num_key_value_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Fields under which the weights are something else than the tensors of this folder's safetensors files.
+_OTHER_WEIGHTS = {
+    "quantization_config": "the weights are quantised, which is not supported: give the folder of the model in bf16",
+    "compression_config": "the weights are compressed, which is not supported: give the folder of the model in bf16",
+    "transformers_weights": "the weights are in a file of another name: call it model.safetensors and remove the field",
+    "per_layer_config": "layers that differ from each other are not supported",
+}
+
 
 def load_hf_config(path_or_mapping: str | Path | Mapping[str, Any]) -> PretrainedConfig:
     """Read a model's config from a local folder with config.json, or from its fields. Never uses the network.
 
-    Raises ConfigError if there is no config or the model is not one that can be built.
+    What the fields do not name is what every reader of such a config takes for it; special tokens that they do not name are
+    None, whatever the family's first model had.
+
+    Raises ConfigError if there is no config, the model is not one that can be built, or the fields leave open which it is.
     """
     if isinstance(path_or_mapping, Mapping):
-        fields, source = copy.deepcopy(dict(path_or_mapping)), "the given config"  # transformers writes into it
+        fields, source = copy.deepcopy(dict(path_or_mapping)), "the given config"
+        required = _SIZES
     else:
-        fields, source = read_config_json(path_or_mapping), str(Path(path_or_mapping) / "config.json")
+        folder = Path(path_or_mapping)
+        fields, source = read_config_json(folder), str(folder / "config.json")
+        required = (*_SIZES, "max_position_embeddings")  # how long a sequence may be is read from a folder only
+        _refuse_adapter(folder)
     model_type = fields.pop("model_type", None)
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    _refuse_what_is_left_open(fields, model_type, source)
+    aliases = CONFIG_MAPPING[model_type].attribute_map
+    _refuse_other_weights(fields, source)
+    _refuse_contradictions(fields, aliases, source)
+    _refuse_missing(
+        (*required, *_FURTHER_SIZES_OF_FAMILY.get(model_type, _FURTHER_SIZES)),
+        fields,
+        aliases,
+        f"{source} ({model_type})",
+    )
     try:
-        hf_config = AutoConfig.for_model(model_type, **fields)
+        hf_config = AutoConfig.for_model(model_type, **{**dict.fromkeys(_SPECIAL_TOKENS), **copy.deepcopy(fields)})
     except Exception as error:  # transformers has validation errors of its own, which are no ValueErrors
         raise ConfigError(f"{source} is not a valid {model_type} config: {error}") from error
+    hf_config.architectures = hf_config.architectures or [ARCHITECTURES[model_type]]
+    keep_left_out_fields(hf_config, fields)
     _refuse_inexpressible(hf_config)
     return hf_config
 
 
-def decisive_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Everything that decides which tensors a policy has and what it computes with them; equal for two of one model."""
-    names = [
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "tie_word_embeddings",
-        "hidden_act",
-        "rms_norm_eps",
-    ]
-    if is_moe(hf_config):
-        names += [*_MOE_SIZES, "norm_topk_prob"]
-    rope = {name: value for name, value in rope_parameters(hf_config).items() if name != "type"}
-    return {**{name: getattr(hf_config, name) for name in names}, "head_dim": head_dim(hf_config), **rope}
+def rewrite_for_every_reader(folder: str | Path) -> None:
+    """Give the renamed fields of a config.json that transformers 5 wrote their old names as well."""
+    written = fields_for_every_reader(load_hf_config(folder), read_config_json(folder)["dtype"])
+    (Path(folder) / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``: the name that config.json, checkpoints and servers use."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_moe(hf_config: PretrainedConfig) -> bool:
@@ -84,6 +117,39 @@ def is_moe(hf_config: PretrainedConfig) -> bool:
 def head_dim(hf_config: PretrainedConfig) -> int:
     """Size of one attention head."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def architecture(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """The fields that decide which parameters there are and what is computed with them, under Hugging Face's names.
+
+    Two configs with equal architectures are the same model, whichever version of transformers wrote them. The Megatron model
+    is built from these fields, so that one which is read there is compared here.
+    """
+    rope = rope_parameters(hf_config)
+    fields = {
+        "model_type": hf_config.model_type,
+        "vocab_size": hf_config.vocab_size,
+        "hidden_size": hf_config.hidden_size,
+        "intermediate_size": hf_config.intermediate_size,
+        "num_hidden_layers": hf_config.num_hidden_layers,
+        "num_attention_heads": hf_config.num_attention_heads,
+        "num_key_value_heads": hf_config.num_key_value_heads,
+        "head_dim": head_dim(hf_config),
+        "rms_norm_eps": hf_config.rms_norm_eps,
+        "tie_word_embeddings": hf_config.tie_word_embeddings,
+        "rope_type": rope["rope_type"],
+        "rope_theta": rope["rope_theta"],
+    }
+    if rope["rope_type"] == "llama3":
+        fields["rope_scaling.factor"] = rope["factor"]
+    if is_moe(hf_config):
+        fields |= {
+            "num_experts": hf_config.num_experts,
+            "num_experts_per_tok": hf_config.num_experts_per_tok,
+            "moe_intermediate_size": hf_config.moe_intermediate_size,
+            "norm_topk_prob": hf_config.norm_topk_prob,
+        }
+    return fields
 
 
 def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, world_size: int) -> None:
@@ -168,26 +234,27 @@ def _refuse_recompute_without_transformer_engine(config: TransformerConfig) -> N
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     """What GPTModel takes for the position embedding, from transformers 5's ``rope_parameters`` or the older fields."""
-    rope = rope_parameters(hf_config)
-    arguments: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": rope["rope_theta"]}
-    if rope["rope_type"] == "llama3":
-        arguments.update(rope_scaling=True, rope_scaling_factor=rope["factor"])
+    fields = architecture(hf_config)
+    arguments: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": fields["rope_theta"]}
+    if fields["rope_type"] == "llama3":
+        arguments.update(rope_scaling=True, rope_scaling_factor=fields["rope_scaling.factor"])
     return arguments
 
 
 def _architecture_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
+    fields = architecture(hf_config)
     return {
-        "num_layers": hf_config.num_hidden_layers,
-        "hidden_size": hf_config.hidden_size,
-        "ffn_hidden_size": hf_config.intermediate_size,
-        "num_attention_heads": hf_config.num_attention_heads,
-        "num_query_groups": hf_config.num_key_value_heads,
-        "kv_channels": head_dim(hf_config),
-        "qk_layernorm": hf_config.model_type in ("qwen3", "qwen3_moe"),
-        "add_qkv_bias": hf_config.model_type == "qwen2",
+        "num_layers": fields["num_hidden_layers"],
+        "hidden_size": fields["hidden_size"],
+        "ffn_hidden_size": fields["intermediate_size"],
+        "num_attention_heads": fields["num_attention_heads"],
+        "num_query_groups": fields["num_key_value_heads"],
+        "kv_channels": fields["head_dim"],
+        "qk_layernorm": fields["model_type"] in ("qwen3", "qwen3_moe"),
+        "add_qkv_bias": fields["model_type"] == "qwen2",
         "add_bias_linear": False,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": hf_config.rms_norm_eps,
+        "layernorm_epsilon": fields["rms_norm_eps"],
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
@@ -235,41 +302,69 @@ def _kernel_fields() -> dict[str, Any]:
 
 def _moe_fields(hf_config: PretrainedConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Dropless top-k routing with no auxiliary loss, which would pull the policy from its own objective."""
+    fields = architecture(hf_config)
     return {
-        "num_moe_experts": hf_config.num_experts,
-        "moe_router_topk": hf_config.num_experts_per_tok,
-        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        "num_moe_experts": fields["num_experts"],
+        "moe_router_topk": fields["num_experts_per_tok"],
+        "moe_ffn_hidden_size": fields["moe_intermediate_size"],
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         # HF: softmax over all experts, top-k, then (norm_topk_prob) divide by the sum of the k. Core with pre_softmax
         # is the former without the division; without, a softmax over the k chosen logits, which equals the division.
-        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_pre_softmax": not fields["norm_topk_prob"],
         "moe_permute_fusion": False,
     }
 
 
-# The sizes of a model. transformers fills in those of its first member (Llama 7B, say) where config.json names none.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-
-
-def _refuse_what_is_left_open(fields: Mapping[str, Any], model_type: str, source: str) -> None:
-    """A class's default is no fact about the model at hand, and quantised weights are none that could be trained."""
-    needed = [*_SIZES]
-    if model_type != "llama":  # whose class takes as many as there are heads
-        needed.append("num_key_value_heads")
-    if model_type == "qwen3_moe":
-        needed += _MOE_SIZES
-    missing = [name for name in needed if fields.get(name) is None]
-    if "num_experts" in missing and fields.get("num_local_experts") is not None:  # another name of it in transformers
-        missing.remove("num_experts")
-    if missing:
-        raise ConfigError(f"{source} does not say {', '.join(missing)}: a default would be another model's")
-    if fields.get("quantization_config") is not None:
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{source} has a quantization_config: quantised weights cannot be trained; use the checkpoint in bf16"
+            f"{folder} holds an adapter (adapter_config.json), which is not supported: merge it into the weights (peft's"
+            " merge_and_unload) and give that folder"
+        )
+
+
+def _refuse_other_weights(fields: Mapping[str, Any], source: str) -> None:
+    for name, reason in _OTHER_WEIGHTS.items():
+        if fields.get(name):
+            raise ConfigError(f"{source} has {name}: {reason}")
+
+
+def _refuse_contradictions(fields: Mapping[str, Any], aliases: Mapping[str, str], source: str) -> None:
+    """A field under its old and its new name: readers differ in which of the two they take."""
+    for old, new in aliases.items():
+        if old in fields and new in fields and fields[old] != fields[new]:
+            raise ConfigError(f"{source}: {old}={fields[old]}, but {new}={fields[new]}: make them equal, or remove one")
+    names = [name for name in ("rope_parameters", "rope_scaling") if isinstance(fields.get(name, 0), dict | None)]
+    ropes = [dict(fields[name] or {}) for name in names]
+    thetas = {rope.pop("rope_theta", None) for rope in ropes} | {fields.get("rope_theta")}
+    if len(thetas - {None}) > 1:
+        raise ConfigError(
+            f"{source}: {', '.join(f'{name}={fields[name]}' for name in ('rope_theta', *names) if name in fields)}: make"
+            " them say the same rope_theta, or remove all but one"
+        )
+    for name, rope in zip(names, ropes, strict=True):
+        kind = rope.pop("type", None)
+        if rope.setdefault("rope_type", kind or "default") != (kind or rope["rope_type"]):
+            raise ConfigError(f"{source}: {name}={fields[name]}: make type and rope_type equal, or remove one")
+    scaled = any(rope["rope_type"] != "default" for rope in ropes)
+    if len(ropes) == 2 and fields["rope_parameters"] is not None and scaled and ropes[0] != ropes[1]:
+        raise ConfigError(
+            f"{source}: rope_parameters={fields['rope_parameters']}, but rope_scaling={fields['rope_scaling']}: make them"
+            " equal, or remove one"
+        )
+
+
+def _refuse_missing(
+    required: Sequence[str], fields: Mapping[str, Any], aliases: Mapping[str, str], source: str
+) -> None:
+    missing = [name for name in required if name not in fields and aliases.get(name, name) not in fields]
+    if missing:
+        raise ConfigError(
+            f"{source} does not name {', '.join(missing)}, for which there is no value that fits all models: take the"
+            " config.json that belongs to the weights"
         )
 
 

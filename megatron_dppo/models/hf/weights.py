@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from megatron_dppo.distributed.collectives import gather_objects, on_one_rank
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import padded_vocab_size, set_from_whole
-from megatron_dppo.models.hf.config import ARCHITECTURES
-from megatron_dppo.models.hf.config_json import config_json, read_json_object
+from megatron_dppo.models.hf.config import dtype_name
+from megatron_dppo.models.hf.config_json import fields_for_every_reader, read_json_object
 from megatron_dppo.models.hf.names import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -41,7 +41,6 @@ from megatron_dppo.models.sharding import (
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
-_ADAPTER_CONFIG = "adapter_config.json"
 _MAX_FILE_BYTES = 5 * 2**30
 _TRAINABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 _ROWS_COMPARED = 4096
@@ -77,6 +76,11 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path)
     for name, parameter in local_parameters(model_chunks):
         whole = from_hf(name, [checkpoint.read(hf) for hf in hf_names(name)], hf_config)
         set_from_whole(name, parameter, whole)
+
+
+def check_hf_weights(folder: str | Path, hf_config: PretrainedConfig) -> None:
+    """Raise ConfigError as ``load_hf_weights`` would, without a model and without reading more than the files' headers."""
+    _CheckpointReader(Path(folder)).check_against(hf_config)
 
 
 @torch.no_grad()
@@ -121,7 +125,7 @@ def save_hf_checkpoint(
 
     Args:
         model_chunks: from ``build_policy``, wrapped or not.
-        hf_config: written as config.json (see ``config_json``), with the weights' dtype.
+        hf_config: written as config.json (see ``config_json.py``), with the weights' dtype.
         folder: must not exist yet, unless it is to be replaced.
         tokenizer_folder: a folder of which the tokenizer's files are copied.
         model_folder: the folder that the policy came from, of which generation_config.json is copied: it names the tokens
@@ -226,13 +230,11 @@ class _CheckpointReader:
             raise ConfigError(
                 f"{folder} has neither {_SINGLE_FILE} nor {_INDEX}: give a folder with a safetensors checkpoint"
             )
-        if has_index and has_single and _SINGLE_FILE not in self.file_of.values():
+        stray = {file.name for file in folder.glob("model*.safetensors")} - {*self.file_of.values()}
+        if stray:
+            source = _INDEX if has_index else _SINGLE_FILE
             raise ConfigError(
-                f"{folder} has both {_SINGLE_FILE} and {_INDEX}, which does not name it: remove the one that is not the model"
-            )
-        if (folder / _ADAPTER_CONFIG).is_file():
-            raise ConfigError(
-                f"{folder} has an {_ADAPTER_CONFIG}: merge the adapter into the weights first; it would not be loaded"
+                f"{folder} has {_first_few(stray)} beside {source}, which does not name it: remove what is not the model"
             )
         self.open_files = {file: self._open(file) for file in sorted(set(self.file_of.values()))}
 
@@ -351,7 +353,7 @@ class _FolderWriter:
     def add_small_files(
         self, hf_config: PretrainedConfig, tokenizer_folder: str | Path | None, model_folder: str | Path | None
     ) -> None:
-        config = json.dumps(config_json(hf_config, self.dtype, ARCHITECTURES[hf_config.model_type]), indent=2)
+        config = json.dumps(fields_for_every_reader(hf_config, dtype_name(self.dtype)), indent=2)
         (self.incomplete / "config.json").write_text(config + "\n", encoding="utf-8")
         if tokenizer_folder is not None:
             for pattern in _TOKENIZER_FILES:

@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import first_error, on_one_rank, split_ranks
 from megatron_dppo.errors import RolloutError, WeightSyncError
-from megatron_dppo.models.hf.config import load_hf_config
-from megatron_dppo.models.hf.config_json import dtype_name
+from megatron_dppo.models.hf.config import dtype_name, load_hf_config
 from megatron_dppo.rollout.engine import NamedTensors, check_request
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient

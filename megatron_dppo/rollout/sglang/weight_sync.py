@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
-from megatron_dppo.models.hf.config_json import dtype_name
+from megatron_dppo.models.hf.config import dtype_name
 from megatron_dppo.rollout.engine import NamedTensors
 from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums

@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
 from megatron_dppo.errors import CheckpointError, ConfigError
-from megatron_dppo.models.hf.config import decisive_fields, load_hf_config
-from megatron_dppo.models.hf.config_json import dtype_name, read_json_object
+from megatron_dppo.models.hf.config import architecture, dtype_name, load_hf_config
+from megatron_dppo.models.hf.config_json import read_json_object
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_steps
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
@@ -91,10 +91,10 @@ class CheckpointInfo:
     def check_model(self, folder: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> None:
         """Raise CheckpointError if the checkpoint is of another model, or of another dtype where one is given."""
         try:
-            saved = decisive_fields(load_hf_config(self.hf_config))
+            saved = architecture(load_hf_config(self.hf_config))
         except ConfigError as error:
             raise CheckpointError(f"{folder}: the model that its {_FILE} describes cannot be built: {error}") from error
-        present = decisive_fields(hf_config)
+        present = architecture(hf_config)
         differences = [
             f"{name} is {saved.get(name)}, the policy's is {present.get(name)}"
             for name in {**saved, **present}

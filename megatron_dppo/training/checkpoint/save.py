@@ -30,6 +30,7 @@ from megatron_dppo.training.checkpoint.storage import write_pieces
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 _INCOMPLETE = ".incomplete"
+_REPLACED = f".replaced{_INCOMPLETE}"
 # How long ranks wait for each other's files; far more than any file system needs.
 _TIMEOUT = timedelta(hours=1)
 
@@ -55,6 +56,7 @@ class CheckpointWriter:
         self.group: dist.ProcessGroup | None = None
         self.executor: ThreadPoolExecutor | None = None
         self.under_way: Future[None] | None = None
+        _on_first_rank(self._bring_back_replaced, f"{folder} cannot be put in order", None)
         if asynchronous:
             self.group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
             self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -106,6 +108,13 @@ class CheckpointWriter:
                 self.executor.shutdown()
                 dist.destroy_process_group(self.group)
 
+    def _bring_back_replaced(self) -> None:
+        """Of a run that was killed while it put one checkpoint in another's place: the other is whole, maybe the only one."""
+        for replaced in self.folder.glob(f"*{_REPLACED}"):
+            final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+            if not final.exists():
+                replaced.rename(final)
+
     def _make_room(self, partial: Path) -> None:
         for leftover in self.folder.glob(f"*{_INCOMPLETE}"):
             shutil.rmtree(leftover)
@@ -132,7 +141,7 @@ class CheckpointWriter:
     def _publish(self, info: CheckpointInfo, partial: Path, final: Path) -> None:
         info.write(partial)
         if final.exists():  # a run that was stopped right after a save, and saves the same step once more
-            replaced = final.with_name(f"{final.name}.replaced{_INCOMPLETE}")
+            replaced = final.with_name(final.name + _REPLACED)
             final.rename(replaced)
             partial.rename(final)
             shutil.rmtree(replaced)

@@ -13,14 +13,12 @@ from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.distributed.layout import ParallelConfig
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import (
+    architecture,
     check_policy_fits,
-    decisive_fields,
     load_hf_config,
     rotary_arguments,
     to_transformer_config,
 )
-from megatron_dppo.models.hf.config_json import config_json
-from megatron_dppo.models.hf.names import hf_shapes, parameter_names
 from tests.models.tiny_policies import KINDS, tiny_hf_config
 
 LLAMA3_ROPE = {
@@ -31,18 +29,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-SIZES = {
+LLAMA_SIZES = {
+    "model_type": "llama",
     "vocab_size": 250,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-OLD_LLAMA = {"model_type": "llama", **SIZES}
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -81,6 +75,107 @@ def test_what_would_silently_change_the_numbers_is_refused(kind: str, overrides:
         tiny_hf_config(kind, **overrides)
 
 
+FIELDS = {
+    kind: {**tiny_hf_config(kind).to_dict(), "model_type": kind} for kind in ("llama", "qwen2", "qwen3", "qwen3_moe")
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        *((kind, field) for kind in FIELDS for field in ("vocab_size", "hidden_size", "num_hidden_layers")),
+        *((kind, "num_attention_heads") for kind in FIELDS),
+        *((kind, "intermediate_size") for kind in ("llama", "qwen2", "qwen3")),
+        *((kind, "num_key_value_heads") for kind in ("qwen2", "qwen3", "qwen3_moe")),
+        ("qwen3", "head_dim"),
+        *(("qwen3_moe", field) for field in ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")),
+    ],
+)
+def test_a_size_that_is_not_named_is_refused_not_taken_from_the_familys_first_model(kind: str, field: str) -> None:
+    fields = {name: value for name, value in FIELDS[kind].items() if name != field}
+    with pytest.raises(ConfigError, match=rf"does not name {field.replace('local_', '')}, .*take the config.json"):
+        load_hf_config(fields)
+
+
+def test_a_folder_has_to_say_how_long_a_sequence_may_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_SIZES))
+    with pytest.raises(ConfigError, match=r"config.json \(llama\) does not name max_position_embeddings"):
+        load_hf_config(tmp_path)
+
+
+def test_what_all_readers_take_for_an_absent_field_is_taken() -> None:
+    fields = architecture(load_hf_config(LLAMA_SIZES))
+    assert (fields["rope_theta"], fields["rms_norm_eps"], fields["tie_word_embeddings"]) == (10000.0, 1e-6, False)
+    assert (fields["num_key_value_heads"], fields["head_dim"]) == (4, 16)
+    without = {name: value for name, value in FIELDS["qwen3_moe"].items() if name != "head_dim"}
+    assert architecture(load_hf_config(without))["head_dim"] == 16
+    del without["norm_topk_prob"]
+    assert architecture(load_hf_config(without))["norm_topk_prob"] is False
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_special_tokens_that_are_not_named_are_none(kind: str) -> None:
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    unnamed = load_hf_config({name: value for name, value in FIELDS[kind].items() if name not in special})
+    named = load_hf_config({**FIELDS[kind], "bos_token_id": 3, "eos_token_id": [9, 11], "pad_token_id": 0})
+    assert [getattr(unnamed, name) for name in special] == [None, None, None]
+    assert [getattr(named, name) for name in special] == [3, [9, 11], 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "say the same rope_theta",
+        ),
+        ({"rope_theta": 1e4, "rope_scaling": LLAMA3_ROPE}, "say the same rope_theta"),
+        ({"rope_parameters": LLAMA3_ROPE, "rope_scaling": None}, "rope_scaling=None: make them equal, or remove one"),
+        ({"rope_parameters": LLAMA3_ROPE, "rope_scaling": {**LLAMA3_ROPE, "factor": 8.0}}, "make them equal"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "type": "linear"}}, "make type and rope_type equal"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: the weights are quantised"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compression_config: the weights are compressed"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights: .* call it model.safetensors"),
+        ({"per_layer_config": {"0": {"intermediate_size": 32}}}, "layers that differ from each other"),
+    ],
+)
+def test_fields_that_leave_open_which_model_it_is_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_hf_config({**LLAMA_SIZES, **fields})
+
+
+def test_experts_counted_twice_are_refused_if_the_counts_differ() -> None:
+    assert load_hf_config({**FIELDS["qwen3_moe"], "num_experts": 4}).num_experts == 4
+    with pytest.raises(ConfigError, match="num_experts=8, but num_local_experts=4: make them equal"):
+        load_hf_config({**FIELDS["qwen3_moe"], "num_experts": 8})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", r"config.json is not valid JSON \(Expecting"), ("[1]", "holds a list, not an object with fields")],
+)
+def test_a_config_that_is_no_json_object_is_refused_by_its_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_hf_config(tmp_path)
+
+
+def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    tiny_hf_config("llama").save_pretrained(tmp_path)
+    load_hf_config(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json.*merge it into the weights"):
+        load_hf_config(tmp_path)
+
+
+def test_the_fields_that_are_given_stay_as_they_are() -> None:
+    rope = {"type": "llama3", **{name: value for name, value in LLAMA3_ROPE.items() if name != "rope_type"}}
+    given = {**LLAMA_SIZES, "rope_scaling": rope}
+    before = json.dumps(given)
+    load_hf_config(given)
+    assert json.dumps(given) == before
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "layout", "message"),
     [
@@ -114,8 +209,8 @@ def test_a_fitting_layout_passes(kind: str) -> None:
 
 def test_rope_is_read_from_new_and_old_fields() -> None:
     assert rotary_arguments(tiny_hf_config("qwen3"))["rotary_base"] == 10000.0
-    old = load_hf_config({**OLD_LLAMA, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE})
-    new = load_hf_config({**OLD_LLAMA, "rope_parameters": LLAMA3_ROPE})
+    old = load_hf_config({**LLAMA_SIZES, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE})
+    new = load_hf_config({**LLAMA_SIZES, "rope_parameters": LLAMA3_ROPE})
     expected = {
         "position_embedding_type": "rope",
         "rotary_base": 500000.0,
@@ -177,129 +272,3 @@ def test_qwen2_has_query_key_and_value_biases_only() -> None:
     assert config.add_qkv_bias
     assert not config.add_bias_linear
     assert not config.qk_layernorm
-
-
-# config.json as it was written for transformers 4: what its readers look for, and what must come out of an export again.
-OLD_GENERATION = {
-    "default rope": {"rope_theta": 500000.0, "rope_scaling": None},
-    "no scaling named": {"rope_theta": 1000000.0},
-    "llama 3": {
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-}
-
-
-@pytest.mark.parametrize("rope", OLD_GENERATION)
-def test_an_exported_config_says_the_same_to_readers_of_both_generations(rope: str) -> None:
-    fields = {**OLD_LLAMA, **OLD_GENERATION[rope], "torch_dtype": "float32", "tie_word_embeddings": True}
-    hf_config = load_hf_config(fields)
-    written = config_json(hf_config, torch.bfloat16, "LlamaForCausalLM")
-    # transformers 4: `kwargs.get("rope_theta", 10000.0)`, and no scaling where there is none.
-    assert written["rope_theta"] == fields["rope_theta"]
-    assert written["rope_scaling"] == fields.get("rope_scaling")
-    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
-    assert written["tie_word_embeddings"] is True
-    assert written["architectures"] == ["LlamaForCausalLM"]
-    assert decisive_fields(load_hf_config(written)) == decisive_fields(hf_config)
-    old_fields_alone = {name: value for name, value in written.items() if name not in ("rope_parameters", "dtype")}
-    assert decisive_fields(load_hf_config(old_fields_alone)) == decisive_fields(hf_config)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_config_of_every_kind_survives_the_export(kind: str) -> None:
-    hf_config = tiny_hf_config(kind, eos_token_id=[9, 11], bos_token_id=3)
-    again = load_hf_config(json.loads(json.dumps(config_json(hf_config, torch.float32, "ForCausalLM"))))
-    assert decisive_fields(again) == decisive_fields(hf_config)
-    assert (again.eos_token_id, again.bos_token_id) == ([9, 11], 3)
-
-
-def test_a_mixture_of_experts_has_its_experts_under_both_names() -> None:
-    written = config_json(tiny_hf_config("qwen3_moe"), torch.float32, "Qwen3MoeForCausalLM")
-    assert written["num_experts"] == 4
-    assert written["num_local_experts"] == 4
-
-
-def test_fields_that_transformers_does_not_know_stay_in_the_export() -> None:
-    written = config_json(load_hf_config({**OLD_LLAMA, "our_note": {"a": [1]}}), torch.float32, "LlamaForCausalLM")
-    assert written["our_note"] == {"a": [1]}
-
-
-class _Recorded:
-    """A config that notes what is read of it."""
-
-    def __init__(self, hf_config: Any) -> None:
-        self.hf_config, self.read = hf_config, set()
-
-    def __getattr__(self, name: str) -> Any:
-        self.read.add(name)
-        return getattr(self.hf_config, name)
-
-
-# Read, and refused beforehand unless it is as here; or without a bearing on what a trained policy computes.
-REFUSED_OTHERWISE = {"attention_dropout"}
-WITHOUT_BEARING = {"initializer_range"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_everything_that_the_builder_reads_decides_whether_two_policies_are_of_one_model(kind: str) -> None:
-    recorded = _Recorded(tiny_hf_config(kind))
-    to_transformer_config(recorded, ParallelConfig(), torch.float32)  # type: ignore[arg-type]
-    rotary_arguments(recorded)  # type: ignore[arg-type]
-    for name in parameter_names(recorded):  # type: ignore[arg-type]
-        hf_shapes(name, recorded)  # type: ignore[arg-type]
-    by_other_names = {"rope_parameters", "rope_scaling", "rope_theta"}
-    missing = recorded.read - decisive_fields(recorded.hf_config).keys() - by_other_names
-    assert missing <= REFUSED_OTHERWISE | WITHOUT_BEARING
-
-
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-        ("llama", {"rope_parameters": LLAMA3_ROPE}),
-        ("qwen3", {"rms_norm_eps": 1e-5}),
-        ("qwen3", {"tie_word_embeddings": True}),
-        ("qwen3_moe", {"norm_topk_prob": False}),
-        ("qwen3_moe", {"num_experts_per_tok": 3}),
-    ],
-)
-def test_a_field_that_changes_numbers_and_no_shape_makes_another_model(kind: str, change: dict[str, Any]) -> None:
-    assert decisive_fields(tiny_hf_config(kind, **change)) != decisive_fields(tiny_hf_config(kind))
-
-
-@pytest.mark.parametrize(
-    ("fields", "missing"),
-    [
-        *(({"model_type": "llama", **SIZES}, name) for name in SIZES if name != "num_key_value_heads"),
-        *(({"model_type": "qwen3", **SIZES}, name) for name in ("num_key_value_heads", "vocab_size")),
-        *(({"model_type": "qwen3_moe", **SIZES, **EXPERTS}, name) for name in EXPERTS),
-    ],
-)
-@pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
-def test_a_size_that_the_config_does_not_name_is_not_made_up(
-    fields: dict[str, Any], missing: str, absent: bool
-) -> None:
-    """transformers would take that of the first model of the family: 32 layers, a vocabulary of 32000, ..."""
-    load_hf_config(fields)
-    fields = {name: value for name, value in fields.items() if name != missing} | ({} if absent else {missing: None})
-    with pytest.raises(ConfigError, match=f"does not say {missing}"):
-        load_hf_config(fields)
-
-
-def test_quantised_weights_are_refused_before_they_are_read() -> None:
-    with pytest.raises(ConfigError, match="quantization_config"):
-        load_hf_config({**OLD_LLAMA, "quantization_config": {"quant_method": "fp8"}})
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
-def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"config\.json (cannot be read as JSON|holds a list)"):
-        load_hf_config(tmp_path)

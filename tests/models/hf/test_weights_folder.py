@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dppo.errors import ConfigError
-from megatron_dppo.models.hf.weights import _CheckpointReader
+from megatron_dppo.models.hf.weights import check_hf_weights
 from tests.models.tiny_policies import tiny_hf_config, write_tiny_hf_model
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 
 
 def check(folder: Path, kind: str) -> None:
-    _CheckpointReader(folder).check_against(tiny_hf_config(kind))
+    check_hf_weights(folder, tiny_hf_config(kind))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -68,13 +68,19 @@ def test_an_untied_output_layer_has_to_be_there(tmp_path):
         check(tmp_path, "llama")
 
 
-def test_two_checkpoints_in_one_folder_are_refused(tmp_path):
+@pytest.mark.parametrize("stray", ["model.safetensors", "model-00003-of-00003.safetensors"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_two_checkpoints_in_one_folder_are_refused(tmp_path, stray, indexed):
     write_tiny_hf_model("llama", tmp_path)
     single = (tmp_path / "model.safetensors").read_bytes()
-    split(tmp_path)
+    if indexed:
+        split(tmp_path)
     check(tmp_path, "llama")
-    (tmp_path / "model.safetensors").write_bytes(single)
-    with pytest.raises(ConfigError, match="remove the one that is not the model"):
+    (tmp_path / stray).write_bytes(single)
+    if not indexed and stray == "model.safetensors":
+        check(tmp_path, "llama")
+        return
+    with pytest.raises(ConfigError, match=f"has {stray} beside .*remove what is not the model"):
         check(tmp_path, "llama")
 
 
@@ -110,13 +116,6 @@ def test_quantised_tensors_are_refused(tmp_path, dtype):
     write_tiny_hf_model("llama", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
     with pytest.raises(ConfigError, match=r"of another kind of number: model\.norm\.weight is (I8|F8_E4M3)"):
-        check(tmp_path, "llama")
-
-
-def test_an_adapter_beside_the_weights_is_not_forgotten(tmp_path):
-    write_tiny_hf_model("llama", tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="merge the adapter"):
         check(tmp_path, "llama")
 
 

@@ -44,6 +44,23 @@ def test_only_a_complete_checkpoint_is_found(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "step_00000010"
 
 
+def _killed_between_two_renames(folder: Path) -> str:
+    policy, optimizer_state = start("qwen3_tied", {})
+    checkpoint = save(folder, policy, optimizer_state, 1)
+    checkpoint.rename(folder / "step_00000001.replaced.incomplete")
+    (folder / "step_00000001.incomplete").mkdir()
+    assert last_checkpoint(folder) is None
+    with CheckpointWriter(folder, keep=1, asynchronous=False):
+        found = last_checkpoint(folder)
+        load_checkpoint(found, policy, optimizer_state)
+    return found.name
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_while_it_replaces_a_checkpoint_loses_none(ranks, tmp_path):
+    assert ranks(1).run(_killed_between_two_renames, tmp_path) == ["step_00000001"]
+
+
 def _reshard(folder: Path) -> bool:
     policy, optimizer_state = start("qwen3_moe", {"expert_model_parallel_size": 2, **DISTRIBUTED})
     train(policy, optimizer_state, range(1))
