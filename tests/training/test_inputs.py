@@ -109,7 +109,7 @@ def test_a_generation_config_that_is_no_json_object_is_named(policy, tmp_path, t
         end_tokens(policy, folder, "absent", "absent")
     (folder / "generation_config.json").write_text(text)
     one_rank = ["parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1"]
-    with pytest.raises(ConfigError, match=r"generation_config\.json (cannot be read as JSON|holds a list)"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json (is not valid JSON|holds a list)"):
         read_run_inputs(quickstart(policy, f"model.path={folder}", "model.init=random", *one_rank), world_size=1)
 
 
@@ -118,7 +118,7 @@ def test_weights_that_do_not_fit_are_found_before_the_run(policy, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-8])
-    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is no whole safetensors file"):
         read_run_inputs(quickstart(policy, f"model.path={tmp_path}"), world_size=2)
     assert read_run_inputs(quickstart(policy, f"model.path={tmp_path}", "model.init=random"), world_size=2)
 

@@ -224,8 +224,7 @@ class _CheckpointReader:
         if has_index:
             self.file_of = self._read_index()
         elif has_single:
-            with safe_open(folder / _SINGLE_FILE, framework="pt") as file:
-                self.file_of = dict.fromkeys(file.keys(), _SINGLE_FILE)
+            self.file_of = dict.fromkeys(_opened(folder / _SINGLE_FILE).keys(), _SINGLE_FILE)
         else:
             raise ConfigError(
                 f"{folder} has neither {_SINGLE_FILE} nor {_INDEX}: give a folder with a safetensors checkpoint"
@@ -248,10 +247,7 @@ class _CheckpointReader:
         return weight_map
 
     def _open(self, file: str) -> Any:
-        try:
-            opened = safe_open(self.folder / file, framework="pt")
-        except Exception as error:  # safetensors has an exception of its own
-            raise ConfigError(f"{self.folder / file} is no whole safetensors file: {error}") from error
+        opened = _opened(self.folder / file)
         held, listed = set(opened.keys()), {name for name, where in self.file_of.items() if where == file}
         for names, problem in ((listed - held, "the index says are there"), (held - listed, "the index does not name")):
             if names:
@@ -312,6 +308,13 @@ class _CheckpointReader:
 
     def _slice(self, hf_name: str) -> Any:
         return self.open_files[self.file_of[hf_name]].get_slice(hf_name)
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # safetensors has an exception of its own
+        raise ConfigError(f"{file} is no whole safetensors file: {error}") from error
 
 
 def _first_few(names: Collection[str]) -> str:
