@@ -86,7 +86,7 @@ def tensors(result: tuple[PolicyStats, Gradients]) -> list[torch.Tensor]:
     return [values.detach().double() for values in (*stats, *gradients) if values is not None]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     n=st.integers(0, 5),
     h=st.integers(1, 9),
@@ -109,7 +109,7 @@ def test_every_tiling_gives_the_definition(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     n=st.integers(40, 80),
     h=st.integers(16, 70),
