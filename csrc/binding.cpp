@@ -443,6 +443,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = DPPO_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
   m.attr("flags") = DPPO_BUILD_FLAGS;
+  m.attr("cpu_level") = megatron_dppo::cpu::level();
+  m.attr("cpu_level_is_supported") = megatron_dppo::cpu::level_is_supported();
   m.attr("torch_version") = DPPO_TORCH_VERSION;
   m.attr("limit_names") = names_of(megatron_dppo::kLimitNames);
   m.attr("total_names") = names_of(megatron_dppo::kTotalNames);

@@ -8,6 +8,8 @@ Environment:
     MEGATRON_DPPO_BUILD_EXT   auto (default): build; on failure say so and go on without.  1: failure is an error.  0: skip.
     MEGATRON_DPPO_CUDA        auto (default): CUDA kernels if nvcc is found.  1: nvcc must be there.  0: CPU kernels only.
     MEGATRON_DPPO_CUDA_ARCHS  default "80;90a;100+PTX"
+    MEGATRON_DPPO_CPU_LEVEL   x86-64, x86-64-v3 (AVX2) or x86-64-v4 (AVX-512): CPU kernels of this level only, to test it.
+                              Unset: of all three, and the processor's best is taken.
     CUDA_HOME                 the toolkit, if it is neither on PATH nor in /usr/local/cuda
     CXX, CFLAGS, MAX_JOBS     as usual
 """
@@ -26,6 +28,7 @@ from typing import Any
 CSRC = Path(__file__).resolve().parent
 NAME = "megatron_dppo._C"
 DEFAULT_ARCHS = "80;90a;100+PTX"
+CPU_LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4")  # csrc/cpu/vector_math.h
 # errno and trapping keep loops from being vectorised; NaN, infinity and signed zero keep their meaning (no -ffast-math).
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 # Subnormal results round to 0: one instruction per exponential instead of four. tools/check/check_cuda.sh too.
@@ -43,8 +46,9 @@ def extension_modules() -> list[Any]:
         _give_up(error)
         return []
     cuda_home = _cuda_home_if_wanted()
-    flags = [*CXX_FLAGS, *_vector_width_flags()]
+    flags = [*CXX_FLAGS, *vector_width_flags()]
     macros = [("DPPO_BUILD_FLAGS", f'"{" ".join(flags)}"'), ("DPPO_TORCH_VERSION", f'"{torch.__version__}"')]
+    macros += cpu_level_macros()
     settings: dict[str, Any] = {"extra_link_args": ["-fopenmp", *_torch_openmp()]}
     if cuda_home is not None:
         macros += [("DPPO_WITH_CUDA", "1"), ("DPPO_CUDA_ARCHS", f'"{";".join(cuda_archs())}"')]
@@ -54,6 +58,23 @@ def extension_modules() -> list[Any]:
     sources = [CSRC / "binding.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     relative = [os.path.relpath(source, CSRC.parent) for source in sources]
     return [CppExtension(NAME, relative, define_macros=macros, extra_compile_args=flags, **settings)]
+
+
+def vector_width_flags() -> list[str]:
+    """x86-64 compilers prefer 256-bit vectors even where 512-bit ones are faster; other machines know no such flag."""
+    return ["-mprefer-vector-width=512"] if _is_x86_64() else []
+
+
+def cpu_level_macros() -> list[tuple[str, str]]:
+    """What restricts the CPU kernels to one level of x86-64, where MEGATRON_DPPO_CPU_LEVEL asks for one."""
+    level = os.environ.get("MEGATRON_DPPO_CPU_LEVEL")
+    if level is None:
+        return []
+    if level not in CPU_LEVELS:
+        raise RuntimeError(f"MEGATRON_DPPO_CPU_LEVEL must be unset or one of {', '.join(CPU_LEVELS)}, not {level!r}")
+    if not _is_x86_64():
+        raise RuntimeError(f"MEGATRON_DPPO_CPU_LEVEL={level} is for x86-64, not {platform.machine()}: unset it")
+    return [("DPPO_CPU_LEVEL", f'"{level}"')]
 
 
 def build_ext_command() -> Any:
@@ -141,9 +162,8 @@ def _choice(variable: str) -> str:
     return value
 
 
-def _vector_width_flags() -> list[str]:
-    """x86-64 compilers prefer 256-bit vectors even where 512-bit ones are faster; other machines know no such flag."""
-    return ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+def _is_x86_64() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def _torch_openmp() -> list[str]:

@@ -3,6 +3,9 @@
 Attributes:
     cuda_archs: such as ``"80;90a;100+PTX"``; empty where only the CPU kernels are in.
     compiler, flags: what compiled it, and how.
+    cpu_level: the level of x86-64 whose vectors the CPU kernels use on this processor, such as ``"x86-64-v3"``; empty
+        where the compiler's own target is the only one.
+    cpu_level_is_supported: whether this processor can run that level; a build for one level may ask too much.
     torch_version: the torch that it was compiled against.
     limit_names: what the values of token_objective's ``limits`` are, in order. They are DPPOConfig's thresholds of the
         same names; infinity as ``ratio_cap`` or ``ppo_dual_clip`` means never.
@@ -34,6 +37,8 @@ Attributes:
 cuda_archs: str
 compiler: str
 flags: str
+cpu_level: str
+cpu_level_is_supported: bool
 torch_version: str
 limit_names: tuple[str, ...]
 total_names: tuple[str, ...]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "megatron_dppo"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "megatron_dppo"
 # What each layer may import. A new sub-package has to be placed here.
 LOSS_LAYERS = {"errors", "_C", "ops", "loss"}
 MODEL_LAYERS = LOSS_LAYERS | {"compat", "distributed", "models"}
@@ -105,6 +107,36 @@ def _hides_first(tree: ast.Module) -> bool:
             if name.startswith("megatron") and not name.startswith(("megatron_dppo.compat.", "megatron_dppo.errors.")):
                 return False
     return False
+
+
+def imports_of_test_modules(source: str) -> list[str]:
+    """Test modules that a file of tests imports, or names in a script for another process."""
+    tree = ast.parse(source)
+    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    scripts = [value for value in constants if isinstance(value, str) and "\n" in value]
+    in_scripts = re.findall(r"^(?:from|import) (tests[\w.]*\.test_\w+)", "\n".join(scripts), re.MULTILINE)
+    imported = [name for name in _imports(tree) if re.match(r"tests\.(\w+\.)*test_\w+", name)]
+    return sorted(imported) + in_scripts
+
+
+def test_test_modules_do_not_import_test_modules() -> None:
+    """What several need is a module of its own: one test can then be changed, moved or deleted without the others."""
+    found = {str(path): imports_of_test_modules(path.read_text(encoding="utf-8")) for path in TESTS.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tests.models.test_build import QWEN3",
+        "import tests.models.test_build",
+        "def f():\n    from tests.models import test_build",
+        r"SCRIPT = 'import sys\nfrom tests.tasks.test_scoring import ORDERS\n'",
+    ],
+)
+def test_an_import_of_a_test_module_is_found(line: str) -> None:
+    assert len(imports_of_test_modules(line)) == 1
+    assert imports_of_test_modules("from tests.models.tiny_policies import KINDS\nimport pytest") == []
 
 
 def test_every_import_goes_downwards() -> None:

@@ -37,6 +37,8 @@ EXTRAS_OF = {
     "tests/ops": ("test",),
     "tools": ("dev",),
 }
+# Distributions called otherwise than their module, that are not installed everywhere.
+ABSENT_AT_TIMES = {"bochscpu": "bochscpu-python"}
 # Imported although no extra brings them.
 NOT_OURS = {
     "setuptools",  # torch brings it
@@ -150,7 +152,7 @@ def _installed() -> Mapping[str, list[str]]:
 
 def _distributions(module: str) -> set[str]:
     """What brings a module: installed distributions may be called otherwise (yaml comes with PyYAML)."""
-    return {_normalised(name) for name in _installed().get(module, [module])}
+    return {_normalised(name) for name in _installed().get(module, [ABSENT_AT_TIMES.get(module, module)])}
 
 
 def _normalised(name: str) -> str:

@@ -12,4 +12,9 @@ void policy_backward(const BackwardArguments& args);
 void shard_divergence(const DivergenceArguments& args);  // into sums [n, 1]
 void token_objective(const TokenObjectiveArguments& args);
 
+// Which of the kernels' levels of x86-64 this processor takes, and whether it can run it: of kernels of all levels it
+// takes one that it can, a build for one level may ask too much. "" where the compiler's own target is the only one.
+const char* level();
+bool level_is_supported();
+
 }  // namespace megatron_dppo::cpu

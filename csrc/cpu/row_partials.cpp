@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "lane_sums.h"
 #include "row_tasks.h"
 #include "vector_math.h"
 
@@ -17,13 +18,9 @@ namespace {
 
 constexpr int64_t kChunk = 2048;
 
-// How a chunk is added up in single precision, whatever the width of the processor's vectors: kDepth numbers in turn,
-// then the chunk's blocks of kDepth * kLanes, then the lanes down to 8, pairwise; beyond that in double precision. No
-// term passes through more than kDepth - 1 + kChunk / (kDepth * kLanes) + log2(kLanes / 8) = 17 roundings, however long
-// the row. With one sum for each of a vector's lanes they would be hundreds, and where all terms are alike, as near
-// certainty, their errors do not average out.
-constexpr int kLanes = 32;
-constexpr int kDepth = 8;
+// With the lanes of lane_sums.h no term of a chunk passes through more than kDepth - 1 + kChunk / (kDepth * kLanes) +
+// log2(kLanes / 8) = 17 roundings, and chunks are added in double precision: however long the row.
+static_assert(kDepth == 8 && kLanes == 32 && kChunk == 2048);
 
 // The chunk as floats: itself, or unpacked into `scratch`, as reductions over 16-bit loads do not vectorise well.
 DPPO_INLINE const float* unpack(const float* x, int64_t, float*) { return x; }
@@ -99,16 +96,6 @@ DPPO_INLINE void add_block(Lanes& lanes, const float* x, const float* next, int6
     if (HoldsMax) lanes.at_max[j] += at_max;
     lanes.next_max[j] = next_max;
   }
-}
-
-// Destroys the lanes.
-DPPO_INLINE double sum_of(float* lanes) {
-  for (int width = kLanes / 2; width >= 8; width /= 2)
-#pragma omp simd
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  double sum = 0.0;
-  for (int j = 0; j < 8; ++j) sum += lanes[j];
-  return sum;
 }
 
 // Adds the terms of a chunk. One occurrence of the row's maximum stays left out, in this chunk or (found before) in an

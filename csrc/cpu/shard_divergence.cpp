@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "lane_sums.h"
 #include "row_tasks.h"
 #include "vector_math.h"
 
@@ -24,22 +25,18 @@ DPPO_INLINE void log2_probabilities(const T* x, int64_t n, const LogProbRow& row
   }
 }
 
-DPPO_INLINE float total_variation(const float* y_mu, const float* y_pi, int64_t n) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
+struct TotalVariationTerm {
+  const float *y_mu, *y_pi;
+  DPPO_INLINE float operator()(int64_t i) const {
     const float difference = exp2_nonpositive(y_mu[i]).two_to_y - exp2_nonpositive(y_pi[i]).two_to_y;
-    sum += difference < 0.f ? -difference : difference;
+    return difference < 0.f ? -difference : difference;
   }
-  return 0.5f * sum;
-}
+};
 
-DPPO_INLINE float kl(const float* y_mu, const float* y_pi, int64_t n) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp2_nonpositive(y_mu[i]).two_to_y * (y_mu[i] - y_pi[i]);
-  return kLn2 * sum;
-}
+struct KlTerm {
+  const float *y_mu, *y_pi;
+  DPPO_INLINE float operator()(int64_t i) const { return exp2_nonpositive(y_mu[i]).two_to_y * (y_mu[i] - y_pi[i]); }
+};
 
 // The columns [begin, end) of selected row i.
 template <typename T>
@@ -59,9 +56,10 @@ DPPO_INLINE double sum_columns(const DivergenceArguments& args, int64_t i, int64
       const int64_t column = known_column(args, slot) - begin;
       if (column >= 0 && column < n) y_mu[column] = nan_max(args.known_log_prob[slot] * kLog2E, kLog2Zero);
     }
-    sum += args.distance == Distance::kTv ? total_variation(y_mu, y_pi, n) : kl(y_mu, y_pi, n);
+    sum += args.distance == Distance::kTv ? sum_terms(n, TotalVariationTerm{y_mu, y_pi})
+                                          : sum_terms(n, KlTerm{y_mu, y_pi});
   }
-  return sum;
+  return (args.distance == Distance::kTv ? 0.5 : static_cast<double>(kLn2)) * sum;
 }
 
 DPPO_CPU_CLONES double sum(TypeTag<float>, const DivergenceArguments& args, int64_t i, int64_t begin, int64_t end) {

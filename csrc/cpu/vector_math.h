@@ -8,10 +8,14 @@
 #include "../core/platform.h"
 
 // One clone of a function per x86-64 level (AVX-512, AVX2 + FMA, baseline), chosen when the library is loaded (gcc from
-// 12 on). Elsewhere the compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
-#if defined(DPPO_ONE_CPU_LEVEL)  // tests compile for one level at a time
+// 12 on). A build for one level has that one (MEGATRON_DPPO_CPU_LEVEL, csrc/build_extension.py). Elsewhere the
+// compiler's own target decides; on aarch64 the baseline already has 128-bit vectors and FMA.
+#if defined(DPPO_CPU_LEVEL)
+#define DPPO_CPU_CLONES __attribute__((target("arch=" DPPO_CPU_LEVEL)))
+#elif defined(DPPO_NO_CPU_CLONES)  // the tests', to compile as other processors do
 #define DPPO_CPU_CLONES
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define DPPO_HAS_CPU_CLONES
 #define DPPO_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DPPO_CPU_CLONES

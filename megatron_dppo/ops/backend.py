@@ -112,6 +112,15 @@ def backend_report() -> dict[str, str]:
     return report
 
 
+def cpu_kernel_level() -> str:
+    """The level of x86-64 that the compiled CPU kernels use on this processor, such as ``"x86-64-v3"``.
+
+    Empty without compiled kernels, and for those of other processors.
+    """
+    native, _ = _native_module()
+    return native.CPU_LEVEL if native is not None else ""
+
+
 @cache
 def _native_module() -> tuple[ModuleType | None, str | None]:
     """ops/native_backend.py, or why it cannot be used."""

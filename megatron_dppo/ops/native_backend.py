@@ -18,10 +18,16 @@ import megatron_dppo._C as _C
 from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.shard_merge import MergedRows
 
-if not hasattr(_C, "limit_names"):
+if not hasattr(_C, "cpu_level"):
     raise ImportError("it was built by an older version of this package: build it again")
+if not _C.cpu_level_is_supported:
+    raise ImportError(
+        f"its CPU kernels are for {_C.cpu_level} only, which this processor lacks: build it again without "
+        "MEGATRON_DPPO_CPU_LEVEL"
+    )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_LEVEL = _C.cpu_level
 DEVICES = ("cpu", "cuda") if _C.cuda_archs else ("cpu",)
 
 _operators = torch.ops.megatron_dppo

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "csrc"
+from tests.csrc.cpu_level_library import CSRC, load_build
+
 pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="csrc/ is not beside the tests")
 
 SETUP = """
@@ -30,13 +30,9 @@ setup(
 
 
 @pytest.fixture
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_extension", CSRC / "build_extension.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.delenv("MEGATRON_DPPO_CPU_LEVEL", raising=False)
+    return load_build()
 
 
 def test_zero_builds_nothing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +52,44 @@ def test_an_unknown_choice_is_refused(build: ModuleType, monkeypatch: pytest.Mon
     monkeypatch.setenv(variable, "yes")
     with pytest.raises(RuntimeError, match=f"{variable} must be auto, 0 or 1"):
         build.extension_modules()
+
+
+@pytest.mark.parametrize("level", ["avx2", "x86-64-v2", ""])
+def test_an_unknown_level_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    monkeypatch.setenv("MEGATRON_DPPO_CPU_LEVEL", level)
+    with pytest.raises(RuntimeError, match=f"must be unset or one of x86-64, x86-64-v3, x86-64-v4, not '{level}'$"):
+        build.extension_modules()
+
+
+@pytest.mark.parametrize(
+    ("machine", "level", "macros"),
+    [
+        ("x86_64", None, []),
+        ("x86_64", "x86-64-v3", [("DPPO_CPU_LEVEL", '"x86-64-v3"')]),
+        ("aarch64", None, []),
+    ],
+)
+def test_one_level_is_compiled_where_it_is_asked_for(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    level: str | None,
+    macros: list[tuple[str, str]],
+) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    if level is not None:
+        monkeypatch.setenv("MEGATRON_DPPO_CPU_LEVEL", level)
+    assert build.cpu_level_macros() == macros
+    (extension,) = build.extension_modules()
+    assert [macro for macro in extension.define_macros if "CPU" in macro[0]] == macros
+    assert ("-mprefer-vector-width=512" in extension.extra_compile_args) == (machine == "x86_64")
+
+
+def test_a_level_of_another_processor_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    monkeypatch.setenv("MEGATRON_DPPO_CPU_LEVEL", "x86-64-v3")
+    with pytest.raises(RuntimeError, match="MEGATRON_DPPO_CPU_LEVEL=x86-64-v3 is for x86-64, not aarch64: unset it"):
+        build.cpu_level_macros()
 
 
 def test_architectures_can_be_chosen(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def assert_as_good_as_eager(p: Problem, got: Results) -> None:
         assert bool(((value.double() - want).abs() <= tolerance + rounding).all()), name
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problems())
 def test_statistics_and_gradient_are_as_good_as_eager_fp32(problem: Problem) -> None:
     got = compiled(problem)

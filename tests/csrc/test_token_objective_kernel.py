@@ -126,7 +126,7 @@ def divergence_tolerance(x: dict[str, np.ndarray], divergence: str) -> np.ndarra
     return 2.0**-20 * terms.sum(1) + np.ptp(moved, axis=0) + 2.0**-20 * np.abs(moved).max(0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     divergence=st.sampled_from(DIVERGENCES),
     trust_region=st.sampled_from(TRUST_REGIONS),

@@ -108,7 +108,7 @@ def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str
     from megatron.core.distributed import finalize_model_grads
 
     from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
-    from tests.models.test_policy_head import LOSS_MASK, TOKENS, wrapped_policy
+    from tests.models.policy_runs import LOSS_MASK, TOKENS, wrapped_policy
 
     # Overlapping insists on a gradient for every parameter, also for one that is in main_grad already.
     (chunk,) = wrapped_policy(folder, layout, torch.float32, overlap_grad_reduce=route == "fused into main_grad")

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from transformers import PreTrainedModel
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
@@ -50,8 +51,31 @@ def loaded_policy(folder: str | Path, layout: dict[str, Any], **transformer_conf
     return chunks
 
 
+def wrapped_policy(
+    folder: str, layout: dict[str, Any], dtype: torch.dtype, overlap_grad_reduce: bool = False, **overrides: Any
+) -> list[Any]:
+    """The same, as training wraps it: in DistributedDataParallel, and in Float16Module for bf16."""
+    parallel = ParallelConfig(**layout)
+    initialize_model_parallel(parallel, seed=1)
+    chunks = build_policy(load_hf_config(folder), parallel, dtype, **overrides)
+    load_hf_weights(chunks, folder)
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce)
+    return [
+        DistributedDataParallel(config, ddp_config, Float16Module(config, c) if dtype is torch.bfloat16 else c)
+        for c in chunks
+    ]
+
+
 def example_tokens(batch: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(0, 250, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+TOKENS = example_tokens()
+# Uneven rows, and with sequence parallelism the first rank has fewer of the tokens than the second.
+LOSS_MASK = torch.zeros(TOKENS.shape, dtype=torch.bool)
+LOSS_MASK[0, 5:15], LOSS_MASK[1, 12:14] = True, True
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,9 @@ import torch
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy, initialize_randomly, padded_vocab_size
 from megatron_dppo.models.hf.config import load_hf_config
+from tests.models.published_configs import QWEN3_30B_A3B
 from tests.models.tiny_policies import tiny_hf_config
 from tests.rank_pool import RankPools
-
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-}
 
 
 def test_the_vocabulary_is_padded_to_whole_tiles_per_rank() -> None:

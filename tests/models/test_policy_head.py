@@ -9,44 +9,17 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 
-from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
-from megatron_dppo.models.build import build_policy
-from megatron_dppo.models.hf.config import load_hf_config
-from megatron_dppo.models.hf.weights import load_hf_weights
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 from megatron_dppo.models.sharding import unwrapped
-from tests.models.policy_runs import TWO_RANK_LAYOUTS, example_tokens
+from tests.models.policy_runs import LOSS_MASK, TOKENS, TWO_RANK_LAYOUTS, wrapped_policy
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rank_pool import RankPools
-
-TOKENS = example_tokens()
-# Uneven rows, and with sequence parallelism the first rank has fewer of the tokens than the second.
-LOSS_MASK = torch.zeros(TOKENS.shape, dtype=torch.bool)
-LOSS_MASK[0, 5:15], LOSS_MASK[1, 12:14] = True, True
 
 
 def rows_of(mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().nonzero()[:, 0]
-
-
-def wrapped_policy(
-    folder: str, layout: dict[str, Any], dtype: torch.dtype, overlap_grad_reduce: bool = False, **overrides: Any
-) -> list[Any]:
-    parallel = ParallelConfig(**layout)
-    initialize_model_parallel(parallel, seed=1)
-    chunks = build_policy(load_hf_config(folder), parallel, dtype, **overrides)
-    load_hf_weights(chunks, folder)
-    config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce)
-    return [
-        DistributedDataParallel(config, ddp_config, Float16Module(config, c) if dtype is torch.bfloat16 else c)
-        for c in chunks
-    ]
 
 
 def forward_backward(

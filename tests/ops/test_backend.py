@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+import runpy
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import torch
 
 from megatron_dppo.errors import BackendUnavailableError
 from megatron_dppo.ops import torch_backend
-from megatron_dppo.ops.backend import choose_backend
+from megatron_dppo.ops.backend import backend_report, choose_backend, cpu_kernel_level
 
 LOGITS = torch.zeros(2, 3)
 BUILT = importlib.util.find_spec("megatron_dppo._C") is not None
@@ -39,3 +41,21 @@ def test_importing_the_package_needs_torch_alone() -> None:
     code = "import sys, megatron_dppo; print([m for m in ('megatron', 'transformers', 'sglang') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_the_report_names_the_level_of_the_cpu_kernels() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "megatron_dppo.ops"], capture_output=True, text=True, timeout=120, check=True
+    )
+    level = f" ({cpu_kernel_level()})" if cpu_kernel_level() else ""
+    assert f"cpu    {backend_report()['cpu']}{level}" in answer.stdout.splitlines()
+    assert bool(level) == (BUILT and platform.machine() == "x86_64")
+
+
+def test_kernels_of_a_level_that_this_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension is not built")
+    monkeypatch.setattr(native._C, "cpu_level", "x86-64-v4")
+    monkeypatch.setattr(native._C, "cpu_level_is_supported", False)
+    message = "for x86-64-v4 only, which this processor lacks: build it again without MEGATRON_DPPO_CPU_LEVEL"
+    with pytest.raises(ImportError, match=message):
+        runpy.run_path(native.__file__)

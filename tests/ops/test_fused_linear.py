@@ -86,7 +86,7 @@ def tensors(result: tuple[PolicyStats, Gradients]) -> list[torch.Tensor]:
     return [values.detach().double() for values in (*stats, *gradients) if values is not None]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     n=st.integers(0, 5),
     h=st.integers(1, 9),
@@ -106,10 +106,11 @@ def test_every_tiling_gives_the_definition(
     with mock.patch.object(fused_linear, "_MIN_COLUMNS", min_columns):
         ours, truth = fused(arguments, backend="torch", chunk_bytes=8 * tile), eager(arguments, torch.float64)
     for a, b in zip(tensors(ours), tensors(truth), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        # At most 300 terms of order 1 to 10, each rounded to 1e-16 of itself, in sums whose errors add up like their roots.
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     n=st.integers(40, 80),
     h=st.integers(16, 70),
@@ -147,11 +148,21 @@ def test_equal_to_the_route_over_logits(compiled: bool, dtype: torch.dtype) -> N
         pytest.skip(state)
     arguments = problem(50, 64, 640, 600, 20, dtype)
     expected = unfused(arguments, backend)
-    # fp32: other orders of sums of 64 and 600 terms. bf16: products may round to the other neighbour, here and there.
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-    for chunk_bytes in (64 * 2**20, 50 * 128 * dtype.itemsize):
-        for a, b in zip(tensors(fused(arguments, backend=backend, chunk_bytes=chunk_bytes)), tensors(expected)):  # noqa: B905
-            assert (a - b).norm() <= tolerance * b.norm()
+    for tiles in (1, 5):
+        got = tensors(fused(arguments, backend=backend, chunk_bytes=50 * 640 // tiles * dtype.itemsize))
+        for a, b in zip(got, tensors(expected), strict=True):
+            assert (a - b).norm() <= _other_order(dtype, tiles) * b.norm()
+
+
+def _other_order(dtype: torch.dtype, tiles: int) -> float:
+    """How far the norm of a matrix product, and of what follows, moves if its terms are added in another order.
+
+    fp32: at most 640 terms in each of a row of four sums (logits, softmax, gradient, product). bf16: a result is rounded
+    once there and after each of the tiles here; what fp32 leaves is nothing next to it. Roundings are independent.
+    """
+    if dtype is torch.float32:
+        return 4 * 640**0.5 * 2.0**-24
+    return (1 + tiles) ** 0.5 * 2.0**-9
 
 
 def test_gradcheck() -> None:
@@ -276,7 +287,8 @@ def test_what_is_frozen_costs_no_gradient(frozen: str) -> None:
     g1, g2 = incoming(stats.log_prob.shape)
     (g1 * stats.log_prob + g2 * stats.entropy).sum().backward()
     expected = dict(zip(("hidden", "weight"), unfused({**arguments, trained: arguments[trained].detach()})[1]))  # noqa: B905
-    torch.testing.assert_close(arguments[trained].grad, expected[trained], rtol=1e-4, atol=1e-5)
+    # As above: other backends may add in another order.
+    torch.testing.assert_close(arguments[trained].grad, expected[trained], rtol=1e-5, atol=1e-6)
     assert arguments[frozen].grad is None
 
 
@@ -286,7 +298,7 @@ def test_accumulation_into_main_grad(main_dtype: torch.dtype, elements: int) -> 
     """On top of what is there already, as Megatron's micro-batches do, also in several tiles of tokens."""
     arguments = problem(60, 24, 40, 37, 0, torch.bfloat16)
     before = torch.randn(40, 24).to(main_dtype)
-    expected = before.double() + eager(arguments, torch.float64)[1][1]
+    gradient = unfused(arguments)[1][1].double()
     weight = torch.nn.Parameter(arguments["weight"])
     weight.main_grad, weight.grad_added_to_main_grad = before.clone(), False
     stats = fused_linear_policy_stats(
@@ -296,9 +308,11 @@ def test_accumulation_into_main_grad(main_dtype: torch.dtype, elements: int) -> 
     (g1 * stats.log_prob + g2 * stats.entropy).sum().backward()
     assert weight.grad_added_to_main_grad
     assert not weight.grad.any()
-    # The gradient of bf16 logits has 8 bits; so has what is added to, where that is bf16.
-    torch.testing.assert_close(weight.main_grad.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
-    assert not torch.equal(weight.main_grad, before)
+    tiles = -(-60 * 40 // elements)
+    allowed = _other_order(torch.bfloat16, tiles) * gradient.norm()
+    if main_dtype is torch.bfloat16:  # what is added to is rounded after each tile as well
+        allowed += tiles**0.5 * 2.0**-9 * weight.main_grad.double().norm()
+    assert (weight.main_grad.double() - before.double() - gradient).norm() <= allowed
 
 
 @pytest.mark.parametrize(

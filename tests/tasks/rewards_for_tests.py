@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ def follow_orders(question: str, response: str, answer: str | None, metadata: di
         raise SystemExit(3)
     if order == "die":
         os._exit(3)
-    if order == "sleep":
-        time.sleep(float(argument))
+    if order == "hang":
+        signal.pause()
+    if order == "note":
+        Path(argument).touch()
     if order == "backtrack":  # hangs in C code that holds the GIL: no signal handler and no other thread can run
+        if argument:
+            Path(argument).touch()
         re.match(r"(a+)+$", "a" * 60 + "b")
     if order == "spawn":  # starts a process, writes down its id, and hangs
         child = subprocess.Popen(["sleep", "300"])
         Path(argument).write_text(str(child.pid))
-        time.sleep(300)
+        signal.pause()
     return 1.0
 
 

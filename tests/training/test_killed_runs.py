@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from tests.training.tiny_runs import (
     wait_for_step,
     write_tiny_policy,
 )
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -107,16 +107,18 @@ def test_a_run_that_is_killed_in_a_save_resumes_with_the_same_numbers(policy, wh
 def kill_in_a_save(launcher: subprocess.Popen[str], checkpoints: Path) -> Path:
     """Kill the run while a checkpoint is being written; returns what it leaves behind."""
     processes = process_tree(launcher)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
+
+    def suspended_in_a_save() -> Path | None:
         if not (torn := next(checkpoints.glob("step_*.incomplete"), None)):
-            time.sleep(0.0005)
-            continue
+            return None
         for process in processes:
             process.suspend()
         if torn.exists():
-            kill(launcher)
             return torn
         for process in processes:  # the save was faster: the next one
             process.resume()
-    raise TimeoutError(f"{checkpoints}: no save was seen")
+        return None
+
+    torn = wait_until(suspended_in_a_save, within_s=240, every_s=0.0005, what=f"a save in {checkpoints}")
+    kill(launcher)
+    return torn

@@ -7,12 +7,12 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 
 from megatron_dppo.tasks.config import TaskConfig
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
@@ -87,9 +87,9 @@ def deterministic_part(record: dict) -> dict:
 
 def wait_for_step(run: Path, step: int) -> None:
     """Return when a running run has logged ``step``."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in read_metrics(run)):
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"{run} did not reach step {step}")
+    metrics = run / "metrics.jsonl"
+    wait_until(
+        lambda: metrics.exists() and any(record["step"] >= step for record in read_metrics(run)),
+        within_s=240,
+        what=f"step {step} of {run}",
+    )

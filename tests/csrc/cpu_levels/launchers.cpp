@@ -1,10 +1,34 @@
-// The CPU forward for one level of x86-64, with a C interface for ctypes: see test_cpu_levels.py.
+// The CPU kernels for one level of x86-64, with a C interface for ctypes: see ../cpu_level_library.py.
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
 
 #include "cpu/kernels.h"
 
 #define DPPO_EXPORT extern "C" __attribute__((visibility("default")))
 
-DPPO_EXPORT void row_partials(const megatron_dppo::PartialsArguments* args) { megatron_dppo::cpu::row_partials(*args); }
-DPPO_EXPORT void merge_partials(const megatron_dppo::MergeArguments* args) {
-  megatron_dppo::cpu::merge_partials(*args);
+using namespace megatron_dppo;
+
+DPPO_EXPORT void row_partials(const PartialsArguments* args) { cpu::row_partials(*args); }
+DPPO_EXPORT void merge_partials(const MergeArguments* args) { cpu::merge_partials(*args); }
+DPPO_EXPORT void policy_backward(const BackwardArguments* args) { cpu::policy_backward(*args); }
+DPPO_EXPORT void shard_divergence(const DivergenceArguments* args) { cpu::shard_divergence(*args); }
+
+// What the kernels allocate, from memory of this library: an emulated processor must not enter the heap of the process
+// that emulates it. Nothing is handed back; the kernels' few vectors of a call begin again at the beginning.
+namespace {
+alignas(64) std::byte memory[1 << 24];
+size_t used = 0;
+}  // namespace
+
+DPPO_EXPORT void forget_allocations() { used = 0; }
+
+void* operator new(size_t bytes) {
+  void* block = memory + used;
+  used += (bytes + 63) / 64 * 64;
+  if (used > sizeof(memory)) __builtin_trap();
+  return block;
 }
+void operator delete(void*) noexcept {}
+void operator delete(void*, size_t) noexcept {}

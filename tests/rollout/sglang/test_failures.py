@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -20,8 +19,11 @@ from megatron_dppo.rollout.sglang import SGLangEngine
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import server_config, tiny_weights
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+BATCH_STARTED = "Prefill batch"  # in a server's log
 
 
 def _engine(folder: Path, **options: object) -> SGLangEngine:
@@ -43,11 +45,16 @@ def _assert_all_end(processes: list[psutil.Process], timeout_s: float) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def _kill_one_server_soon(engine: SGLangEngine, indices: list[int]) -> threading.Thread:
-    """From another thread, while ``generate`` runs: SIGKILL the process groups of these servers."""
+def _kill_when_they_work(engine: SGLangEngine, indices: list[int], folder: Path) -> threading.Thread:
+    """From another thread, while ``generate`` runs: SIGKILL these servers' process groups once they all have begun."""
+    logs = [folder / f"sglang_server_{index}.log" for index in indices]
+    before = [log.read_text().count(BATCH_STARTED) for log in logs]
+
+    def all_work() -> bool:
+        return all(log.read_text().count(BATCH_STARTED) > count for log, count in zip(logs, before, strict=True))
 
     def kill() -> None:
-        time.sleep(1.0)
+        wait_until(all_work, within_s=60, what=f"servers {indices} begin")
         for index in indices:
             os.killpg(engine._servers[index]._process.pid, signal.SIGKILL)
 
@@ -82,7 +89,7 @@ def test_a_model_folder_without_a_config_is_refused_before_anything_starts(tmp_p
 @pytest.mark.timeout(600)
 def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
     """Two servers; one dies mid-generation and is started again by the next update; then both die."""
-    engine = _engine(tmp_path, num_servers=2)
+    engine = _engine(tmp_path, num_servers=2, generate_timeout_s=100.0)  # also to find out that none is left
     try:
         hf_model, tensors = tiny_weights("llama", seed=1)
         subject = EngineUnderTest(engine, hf_model, lambda *_: None)
@@ -90,7 +97,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         prompts, long = make_prompts(250, [4] * 24), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
         engine.update_weights(iter(tensors.items()), version=1)
 
-        killer = _kill_one_server_soon(engine, [0])
+        killer = _kill_when_they_work(engine, [0], tmp_path)
         samples = engine.generate(prompts, long)
         killer.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 192
@@ -104,24 +111,22 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         assert {sample.weight_versions[0] for sample in samples} == {(2, 4)}
         assert_log_probs_match(subject, samples, 1.0)
 
-        killer = _kill_one_server_soon(engine, [0, 1])
-        started = time.monotonic()
+        killer = _kill_when_they_work(engine, [0, 1], tmp_path)
         with pytest.raises(RolloutError, match="no SGLang server is left"):
             engine.generate(prompts, long)
         killer.join()
-        assert time.monotonic() - started < 60
     finally:
         engine.close()
     _assert_all_end(_processes_of(tmp_path), timeout_s=5)
 
 
 _TRAINER = """
-import sys, time, torch
+import signal, sys, torch
 from megatron_dppo.rollout.sglang import SGLangEngine
 from tests.rollout.sglang.conftest import server_config
 engine = SGLangEngine(server_config(), sys.argv[1] + "/model", vocab_size=250, dtype=torch.float32, log_folder=sys.argv[1])
 print("ready", flush=True)
-time.sleep(1000)
+signal.pause()
 """
 
 

@@ -15,7 +15,7 @@ from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.training.config.check import check_config
 from megatron_dppo.training.config.load import load_config
-from tests.models.test_build import QWEN3_30B_A3B
+from tests.models.published_configs import QWEN3_30B_A3B
 from tests.models.tiny_policies import tiny_hf_config
 
 ROOT = Path(__file__).parents[3]

@@ -61,7 +61,7 @@ def _compare_padded_and_packed(kind: str) -> None:
     initialize_randomly(chunks, seed=3)
     policy = wrap_for_training(chunks, hf_config, torch.float32)
 
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=20)
     @given(some_sizes)
     def compare(sizes: list[tuple[int, int]]) -> None:
         examples = examples_of(sizes)

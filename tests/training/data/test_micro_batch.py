@@ -79,7 +79,7 @@ def test_topk_values_and_routed_experts_follow_their_tokens():
     assert batch.routed_experts[0, 3:].sum() == batch.routed_experts[1, 1:].sum() == 0
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=5),
     packed=st.booleans(),

@@ -30,7 +30,7 @@ def test_padded_groups_hold_similar_lengths_longest_first():
     assert padded_groups([7, 1, 6, 2, 3], 2) == [[0, 2], [4, 3], [1]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(some_lengths, st.integers(0, 5))
 def test_every_sequence_is_in_one_packed_group_and_no_group_breaks_the_budget(lengths, more_groups):
     count = fewest_packed_groups(lengths, BUDGET) + more_groups
@@ -41,7 +41,7 @@ def test_every_sequence_is_in_one_packed_group_and_no_group_breaks_the_budget(le
         assert sum(lengths[i] for i in group) <= BUDGET or len(group) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(some_lengths)
 def test_few_groups_suffice(lengths):
     """First fit leaves at most one group that is not more than half full."""
@@ -51,7 +51,7 @@ def test_few_groups_suffice(lengths):
     assert (fewest - 1) * BUDGET < 2 * sum(lengths)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 20), min_size=20, max_size=60), st.integers(2, 5))
 def test_groups_with_room_to_choose_are_balanced(lengths, count):
     """Merging two partitions largest-with-smallest never widens the wider spread, which begins as the largest length: 20."""
