@@ -156,12 +156,12 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("gap", [10.0, 20.0, 40.0])
-@pytest.mark.parametrize("columns", [2, 3000, 49152])
+@pytest.mark.parametrize("columns", [2, 2047, 3000, 49152])
 def test_near_certainty_keeps_the_digits_of_one_minus_p(gap: float, columns: int) -> None:
     """``1 + rest`` would have lost every digit of the rest at a gap of 20.
 
     Tolerance, relative: exp2 is good to 2e-7; its argument is the gap times log2(e), a constant and a product that are
-    rounded (2^-24 each), which scales the rest by e to the gap times that; and the sum's 17 roundings of 2^-24 (kLanes in
+    rounded (2^-24 each), which scales the rest by e to the gap times that; and the sum's 24 roundings of 2^-24 (kChunk in
     csrc/cpu/row_partials.cpp), whatever the row's length and the processor. log1p and what follows: 2^-23.
     """
     logits = torch.full((1, columns), -gap)
@@ -170,7 +170,7 @@ def test_near_certainty_keeps_the_digits_of_one_minus_p(gap: float, columns: int
     partials = operators.row_partials(logits, None, None, torch.tensor([at]), None, 1.0, 0, columns)
     log_prob = operators.merge_partials(partials[None], None)[0]
     rest = (columns - 1) * torch.tensor(-gap, dtype=torch.float64).exp()
-    tolerance = 2e-7 + 2 * gap * 2.0**-24 + 17 * 2.0**-24 + 2.0**-23
+    tolerance = 2e-7 + 2 * gap * 2.0**-24 + 24 * 2.0**-24 + 2.0**-23
     assert float(log_prob) == pytest.approx(-float(rest.log1p()), rel=tolerance)
 
 

@@ -130,8 +130,8 @@ def _log_sum(z: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("gap", [10.0, 11.3, 20.0, 40.0])
-@pytest.mark.parametrize("columns", [100, 3000, 49152, 151936])
-def test_sums_of_equal_terms_are_off_by_no_more_than_their_17_roundings(
+@pytest.mark.parametrize("columns", [100, 2047, 3000, 49152, 151936])
+def test_sums_of_equal_terms_are_off_by_no_more_than_their_24_roundings(
     library: LevelLibrary, gap: float, columns: int
 ) -> None:
     """csrc/cpu/row_partials.cpp counts them. The term itself, and so what exp2 leaves, is measured."""
@@ -145,7 +145,7 @@ def test_sums_of_equal_terms_are_off_by_no_more_than_their_17_roundings(
     _, rest, tilts, squares, _ = row(columns).astype(np.float64)
     for total, one in ((rest, term), (tilts, tilt), (squares, square)):
         # One more rounding each for a result in single precision.
-        assert abs(total / ((columns - 1) * one) - 1) <= 19 * ROUNDING
+        assert abs(total / ((columns - 1) * one) - 1) <= 26 * ROUNDING
 
 
 def test_rows_of_random_logits_are_right_to_the_last_digits(library: LevelLibrary) -> None:

@@ -28,6 +28,8 @@ from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.engine import RolloutEngine
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 
+LOG_PROB_TOLERANCE = 2e-5
+
 
 @dataclass(frozen=True)
 class EngineUnderTest:
@@ -43,7 +45,7 @@ class EngineUnderTest:
     engine: RolloutEngine
     hf_model: torch.nn.Module
     serve: Callable[[torch.nn.Module, int], None]
-    log_prob_tolerance: float = 2e-5
+    log_prob_tolerance: float = LOG_PROB_TOLERANCE
 
     @property
     def vocab_size(self) -> int:
@@ -144,6 +146,7 @@ def check_topk_log_probs(subject: EngineUnderTest) -> None:
     """Top-K ids are the most likely tokens, sorted, of the same distribution as the sampled token's log-prob."""
     k = min(5, subject.engine.max_topk_log_probs)
     assert k >= 1
+    sampled_in_topk = 0
     for temperature in (1.0, 0.7):
         tolerance = subject.log_prob_tolerance / temperature
         params = SamplingParams(
@@ -170,6 +173,8 @@ def check_topk_log_probs(subject: EngineUnderTest) -> None:
                     sampled = sample.rollout_log_probs[position]
                     # One engine, one distribution: only the way the number travelled (binary, JSON) may differ.
                     assert abs(sample.topk_log_probs[position, slot].item() - sampled) < 1e-6
+                    sampled_in_topk += 1
+    assert sampled_in_topk > 0, "the last comparison compared nothing"
 
 
 def check_topk_is_absent_unless_asked_for(subject: EngineUnderTest) -> None:

@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.metric_names import STEP_METRICS
+<<<<<<< HEAD
 from tests.training.tiny_runs import ROOT, train, write_tiny_policy
+=======
+from tests.training.tiny_runs import MISMATCH, train, write_tiny_policy
+>>>>>>> csrc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,8 +39,7 @@ def test_a_run_writes_its_folder_and_every_documented_metric(policy, tmp_path):
     assert set(STEP_METRICS) <= {name for record in records for name in record}
     assert "eval/accuracy" in records[0]
     assert "eval/accuracy" in records[4]
-    # On-policy, engine and policy compute the same fp32 network: anything above is a seam that does not fit.
-    assert all(record["mismatch/abs_log_ratio"] < 1e-4 for record in records[1:])
+    assert max(record["mismatch/abs_log_ratio"] for record in records[1:]) < MISMATCH
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "samples.jsonl", "checkpoints", "tensorboard", "hf"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
@@ -91,8 +94,9 @@ def test_a_finished_run_that_is_continued_exports_its_last_weights(policy, tmp_p
 )
 def test_every_kind_of_divergence_anchor_and_penalty_trains(policy, tmp_path, overrides):
     records = train(policy, tmp_path, "run", *SMALL, *overrides, "train.steps=2")
-    assert all(record["mismatch/abs_log_ratio"] < 1e-4 for record in records[1:])
-    assert all(record["grad_norm"] < 1e3 for record in records[1:])
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert max(record["mismatch/abs_log_ratio"] for record in records[1:]) < MISMATCH
+    assert max(record["grad_norm"] for record in records[1:]) < 1e3
 
 
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")
@@ -118,4 +122,4 @@ def test_other_layouts_learn_the_same_from_the_same_first_batch(policy, tmp_path
     """The supervised phase sees the same examples in every layout, so the policies it leaves behind must agree."""
     reference, records = one_step_of_tp2_ep2, train(policy, tmp_path, "other", *ONE_STEP, *overrides)
     assert records[0]["eval/reward_mean"] == pytest.approx(reference[0]["eval/reward_mean"], abs=1e-6)
-    assert records[1]["mismatch/abs_log_ratio"] < 1e-4
+    assert records[1]["mismatch/abs_log_ratio"] < MISMATCH

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.transport import Transport
+from tests.rollout.engine_contract import LOG_PROB_TOLERANCE
 from tests.rollout.sglang.conftest import server_config
 from tests.training.tiny_runs import start_training, train, wait_for_step, write_tiny_policy
 
@@ -35,8 +36,9 @@ def test_server_and_policy_agree_before_the_first_update_of_every_batch(tmp_path
         timeout=500,
     )
     assert [record["step"] for record in records] == [0, 1, 2, 3]
-    # Server and policy compute the same fp32 network with different kernels; stale or wrong weights cost 1e-2 and more.
-    assert all(record["mismatch/abs_log_ratio"] < 1e-4 for record in records[1:])
+    # Server and policy compute the same fp32 network with different kernels; no single log-prob may differ by more than the
+    # contract's tolerance (tests/rollout/engine_contract.py), so their mean does not. Stale or wrong weights cost 1e-2.
+    assert max(record["mismatch/abs_log_ratio"] for record in records[1:]) < LOG_PROB_TOLERANCE
     assert all(record["rollout/staleness_max"] == 0 for record in records[1:])
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     assert left == []
