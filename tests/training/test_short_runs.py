@@ -10,11 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.metric_names import STEP_METRICS
-<<<<<<< HEAD
-from tests.training.tiny_runs import ROOT, train, write_tiny_policy
-=======
-from tests.training.tiny_runs import MISMATCH, train, write_tiny_policy
->>>>>>> csrc
+from tests.training.tiny_runs import MISMATCH, ROOT, train, write_tiny_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
