@@ -16,14 +16,16 @@ from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.hf import weights as hf_weights
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
-from tests.models.policy_runs import TWO_RANK_LAYOUTS, example_tokens, full_logits, loaded_policy, rows
+from tests.models.policy_runs import (
+    LOGITS_TOLERANCE,
+    TWO_RANK_LAYOUTS,
+    example_tokens,
+    full_logits,
+    loaded_policy,
+    rows,
+)
 from tests.models.tiny_policies import KINDS, tiny_hf_model, write_tiny_hf_model
 from tests.rank_pool import RankPools
-
-# An fp32 rounding is 6e-8. A logit has passed about 20 roundings that depend on each other and is a sum of 64 products:
-# some 1e-6 of the largest logit. Summing in another order may cost that several times over. A 5 % change to any one
-# parameter moves the logits 100 times more (tests/models/test_tiny_policies.py).
-RELATIVE_TOLERANCE = 1e-5
 
 FAST_LAYOUTS = [("qwen3_moe", "TP2 EP2"), ("qwen3_tied", "PP2 VPP2"), ("qwen2", "TP2")]
 SLOW_LAYOUTS = [
@@ -72,7 +74,7 @@ def _check_against_hf(kind: str, layout: dict[str, Any], world_size: int, ranks:
         if logits is not None:
             compared += 1
             torch.testing.assert_close(
-                logits[..., :250], expected, rtol=0, atol=RELATIVE_TOLERANCE * expected.abs().max().item()
+                logits[..., :250], expected, rtol=0, atol=LOGITS_TOLERANCE * expected.abs().max().item()
             )
             assert (logits[..., 250:] == 0).all(), "padded vocabulary rows are zero"
     assert compared >= 1
@@ -145,7 +147,7 @@ def test_scaled_rope_and_unnormalised_routing_match(ranks: RankPools, tmp_path: 
         with torch.no_grad():
             expected = tiny_hf_model(kind, **overrides)(example_tokens()).logits
             without = tiny_hf_model(kind)(example_tokens()).logits
-        tolerance = RELATIVE_TOLERANCE * expected.abs().max().item()
+        tolerance = LOGITS_TOLERANCE * expected.abs().max().item()
         assert (expected - without).abs().max() > 10 * tolerance, "the variant must make a difference to be tested"
         torch.testing.assert_close(logits[..., :250], expected, rtol=0, atol=tolerance)
 

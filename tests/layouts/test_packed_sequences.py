@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_dppo.models.hf.weights import export_hf_weights
 from tests.models.policy_runs import (
+    GRADIENT_TOLERANCE,
+    LOGITS_TOLERANCE,
     TWO_RANK_LAYOUTS,
     full_logits,
     loaded_policy,
@@ -103,8 +105,7 @@ def test_packed_sequences_have_the_logits_and_gradients_of_each_alone(
     for _, gradients in results:
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
-            # As in test_layout.py: twice the forward's roundings, and sums over 33 tokens with cancellation.
-            tolerance = 1e-4 * expected[name].abs().max().item()
+            tolerance = GRADIENT_TOLERANCE * expected[name].abs().max().item()
             torch.testing.assert_close(
                 gradient, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -118,8 +119,7 @@ def _compare_logits(packs: list[torch.Tensor], alone: list[torch.Tensor], contex
         start = 0
         for expected in order:
             length = len(expected)
-            # As in test_hf_weights.py: some 1e-6 of the largest logit, several times over for another order of sums.
-            tolerance = 1e-5 * expected.abs().max().item()
+            tolerance = LOGITS_TOLERANCE * expected.abs().max().item()
             torch.testing.assert_close(logits[start : start + length], expected, rtol=0, atol=tolerance)
             start += -(-length // multiple) * multiple
             compared += 1

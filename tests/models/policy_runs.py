@@ -22,6 +22,14 @@ from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.weights import load_hf_weights
 
+# An fp32 rounding is 6e-8. A logit has passed about 20 roundings that depend on each other and is a sum of 64 products:
+# some 1e-6 of the largest logit. Summing in another order may cost that several times over. A 5 % change to any one
+# parameter moves the logits 100 times more (tests/models/test_tiny_policies.py).
+LOGITS_TOLERANCE = 1e-5
+# Of a gradient's largest element: it has passed the layers forwards and backwards. The sum over some 30 tokens adds less, a
+# reduction left out or done twice 30 % and more, one token with another expert 1e-2.
+GRADIENT_TOLERANCE = 2 * LOGITS_TOLERANCE
+
 # name -> layout for two ranks, as keyword arguments: bodies are sent to other processes.
 TWO_RANK_LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},

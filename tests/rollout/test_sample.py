@@ -39,7 +39,9 @@ def test_a_good_sample_passes_and_knows_its_parts():
 
 
 def test_a_log_prob_slightly_above_zero_is_rounding():
-    sample(rollout_log_probs=[1e-6, -1.0, -2.0]).check()
+    rounded = sample(rollout_log_probs=[1e-6, -1.0, -2.0])
+    rounded.check()
+    assert rounded.rollout_log_probs[0] == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_watch_notices_every_way_of_waiting() -> None:
         values[mask] = 0.0
         values.masked_select(mask)
         torch.unique(values)
-        torch.equal(values, values)
+        assert torch.equal(values, values)
         values.repeat_interleave(torch.tensor([1, 2, 1, 1]))
         bool(mask.any())
         values.tolist()
