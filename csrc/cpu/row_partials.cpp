@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kChunk = 2048;
 
 // With the lanes of lane_sums.h no term of a chunk passes through more than kDepth - 1 + kChunk / (kDepth * kLanes) +
-// log2(kLanes / 8) = 17 roundings; in the row's last chunk, which may not be full, through kDepth - 1 more. Chunks are added
-// in double precision: however long the row.
+// log2(kLanes / 8) = 17 roundings; in the row's last chunk, which may not be full, through kDepth - 1 more. Chunks are
+// added in double precision: however long the row.
 static_assert(kDepth == 8 && kLanes == 32 && kChunk == 2048);
 
 // The chunk as floats: itself, or unpacked into `scratch`, as reductions over 16-bit loads do not vectorise well.

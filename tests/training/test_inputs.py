@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from megatron_dppo.errors import ConfigError, TaskError
+from megatron_dppo.errors import CheckpointError, ConfigError, TaskError
 from megatron_dppo.tasks.held_out import question_key
+from megatron_dppo.training.checkpoint.info import CheckpointInfo, TrainerState
 from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import read_run_inputs
@@ -150,3 +151,24 @@ def test_a_used_run_folder_is_refused_where_resuming_is_not_wanted(tmp_path):
     (tmp_path / "used" / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="holds a run already"):
         check_run_folder(config, hf_config)
+
+
+def test_a_run_of_another_model_is_refused_before_its_folder_is_touched(tmp_path):
+    """Its config.yaml says what the model was, and the error points there."""
+    config, hf_config = Config(), tiny_hf_config("qwen3")
+    config.run.root, config.run.name = str(tmp_path), "used"
+    checkpoint = tmp_path / "used" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    CheckpointInfo(TrainerState(1), 1, "bfloat16", hf_config.to_dict(), {}, {}).write(checkpoint)
+    check_run_folder(config, hf_config)
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    with pytest.raises(CheckpointError, match=r"rope_theta is 10000\.0, the policy's is 500000\.0"):
+        check_run_folder(config, tiny_hf_config("qwen3", rope_parameters=rope))
+    config.model.dtype = "fp32"
+    with pytest.raises(CheckpointError, match="its weights are bfloat16, the policy's are float32"):
+        check_run_folder(config, hf_config)
+    assert sorted(path.name for path in (tmp_path / "used").rglob("*")) == [
+        "checkpoint.json",
+        "checkpoints",
+        checkpoint.name,
+    ]
