@@ -128,7 +128,8 @@ def test_what_is_not_this_policys_checkpoint_is_refused_with_the_reason(ranks, t
     assert "hidden_size is 32, the policy's is 64" in other_shape
     assert "rope_theta is 500000.0, the policy's is 10000.0" in other_rope
     assert "rms_norm_eps is 0.001, the policy's is 1e-06" in other_norm
-    assert "cannot be built: the given config does not say num_hidden_layers" in no_model
+    assert "cannot be built" in no_model
+    assert "num_hidden_layers" in no_model
     assert "does not load" in torn
     assert "__0_0.distcp" in torn
     assert "has no checkpoint.json" in nothing
