@@ -55,9 +55,10 @@ def test_extraction(extraction: str, response: str, answer: str | None) -> None:
 def test_a_megabyte_of_openings_takes_one_pass(extraction: str, piece: str) -> None:
     """In quadratic time these would take minutes to hours, beyond the suite's time limit."""
     answers = {"boxed": "\\boxed{42}", "tag": "<answer>42</answer>", "last_line": "42\n", "last_number": "42 "}
-    answer = extract_answer(answers[extraction] + piece * (1_000_000 // len(piece)), extraction)
-    if extraction in ("boxed", "tag"):
-        assert answer == "42"
+    openings = piece * (1_000_000 // len(piece))
+    says_nothing = piece[-1] in "*`\n"  # rules and fences
+    last_of_piece = {"last_number": "1" if "1" in piece else "42", "last_line": "42" if says_nothing else openings}
+    assert extract_answer(answers[extraction] + openings, extraction) == last_of_piece.get(extraction, "42")
 
 
 def test_boxes_within_boxes_take_one_pass() -> None:
