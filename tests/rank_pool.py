@@ -4,8 +4,8 @@
         results = ranks(2).run(_body, 3.0)   # _body(3.0) runs on 2 ranks; returns [result of rank 0, result of rank 1]
 
 A body is a module-level function. It finds the default process group initialised (gloo) and Megatron's parallel state
-uninitialised. An exception on any rank, or a rank that does not answer in time, fails the test and ends the pool. Ask
-``ranks(n)`` anew for every run: it replaces a pool that has ended, or that threads have worn out.
+uninitialised. An exception on any rank, or a rank that does not answer in time, fails the test and ends the processes; so
+does a good end after which threads have worn them out. The next run starts others.
 """
 
 from __future__ import annotations
@@ -88,74 +88,84 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
 
 
 # What is left of a job's groups all the same adds up, and a hundred threads that poll take some percent of a core: after
-# some tests a pool is replaced.
+# some tests the processes are replaced.
 _MOST_THREADS = 100
 
 
 class RankPool:
-    """``world_size`` processes joined in one gloo group, waiting for functions to run."""
+    """``world_size`` processes joined in one gloo group, waiting for functions to run. They are started when first needed."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
-        port = free_port()
-        self.pipes, self.processes = [], []
-        for rank in range(world_size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=True)
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
-        self.alive = True
-        self.failed = False
-        self.worn_out = False
+        self.world_size = world_size
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        results, failures = [], []
+        if not self.processes:
+            self._start()
+        results, failures, worn_out = [], [], False
         for rank, pipe in enumerate(self.pipes):
+            try:
+                pipe.send((function, args))
+            except OSError:
+                failures.append(f"rank {rank}: {self._death(rank)}, before it was given {function.__qualname__}")
+        asked = [] if failures else enumerate(self.pipes)
+        for rank, pipe in asked:
             try:
                 # Once one rank has failed the others probably wait for it in a collective: do not wait long for them.
                 if not pipe.poll(5.0 if failures else timeout):
                     failures.append(f"rank {rank}: no answer in time")
                     continue
                 fine, result, threads = pipe.recv()
-            except EOFError:
-                fine, result, threads = False, "the process died", 0
+            except (EOFError, OSError):
+                fine, result, threads = False, self._death(rank), 0
             results.append(result)
-            self.worn_out |= threads > _MOST_THREADS
+            worn_out |= threads > _MOST_THREADS
             if not fine:
                 failures.append(f"rank {rank}: {result}")
-        self.failed = bool(failures)
-        if failures or self.worn_out:
-            self.close()
+        if failures or worn_out:
+            self.close(in_good_order=not failures)
         if failures:
             raise AssertionError("\n".join(failures))
         return results
 
-    def close(self) -> None:
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        port = free_port()
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, there), daemon=True)
+            process.start()
+            there.close()  # or the end of the process would not be the end of the pipe
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def _death(self, rank: int) -> str:
+        self.processes[rank].join(timeout=5.0)
+        return f"the process died (exit code {self.processes[rank].exitcode})"
+
+    def close(self, in_good_order: bool = True) -> None:
         """End the processes: those that wait for a job in good order, so that what they measured (coverage) is written."""
-        self.alive = False
         for pipe in self.pipes:
             with contextlib.suppress(OSError):  # it died
                 pipe.send(None)
         for process in self.processes:
-            process.join(timeout=20.0 if not self.failed else 0.0)
+            process.join(timeout=20.0 if in_good_order else 0.0)
             process.kill()
             process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.pipes, self.processes = [], []
 
 
 class RankPools:
-    """One pool per world size, made when first asked for."""
+    """One pool per world size."""
 
     def __init__(self) -> None:
         self.pools: dict[int, RankPool] = {}
 
     def __call__(self, world_size: int) -> RankPool:
-        pool = self.pools.get(world_size)
-        if pool is None or not pool.alive:
-            pool = self.pools[world_size] = RankPool(world_size)
-        return pool
+        return self.pools.setdefault(world_size, RankPool(world_size))
 
     def close(self) -> None:
         for pool in self.pools.values():
