@@ -6,20 +6,14 @@ import os
 from collections.abc import Iterator
 from functools import partial
 
-import hypothesis
 import pytest
 import torch
 
+import tests.hypothesis_profiles  # noqa: F401  loads one
 from tests.rank_pool import RankPools
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-# The same examples in every run, so that a change is what makes a test fail. --hypothesis-profile=explore draws others each
-# time; a failure then prints what reproduces it. How long an example takes says nothing on a shared machine.
-hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None)
-hypothesis.settings.register_profile("explore", derandomize=False, deadline=None, print_blob=True)
-hypothesis.settings.load_profile("repeat")
 
 
 @pytest.fixture(scope="session")

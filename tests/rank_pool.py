@@ -14,7 +14,6 @@ import contextlib
 import gc
 import itertools
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,13 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+import tests.hypothesis_profiles  # noqa: F401  a rank's own process loads one too
+from tests.forked_ranks import forkserver, free_port, rank_environment
 
 
 def _reset_megatron() -> None:
@@ -54,14 +49,7 @@ def _let_go_of_models() -> None:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=120))
     for number in itertools.count():
@@ -87,9 +75,9 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         pipe.send((*answer, len(os.listdir("/proc/self/task"))))
 
 
-# What is left of a job's groups all the same adds up, and a hundred threads that poll take some percent of a core: after
-# some tests the processes are replaced.
-_MOST_THREADS = 100
+# What is left of a job's groups all the same adds up, and a dozen threads that poll take some percent of a core: after some
+# tests the processes are replaced.
+_MOST_THREADS = 40
 
 
 class RankPool:
@@ -130,7 +118,7 @@ class RankPool:
         return results
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = forkserver()
         port = free_port()
         for rank in range(self.world_size):
             here, there = context.Pipe()

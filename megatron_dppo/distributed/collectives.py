@@ -38,6 +38,20 @@ def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[
     return gathered
 
 
+def gather_bytes(payload: bytes, *, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Every rank's bytes, of any length, in the order of ranks, on every rank. Takes as much as the longest for each."""
+    if _size(group) == 1:
+        return [payload]
+    lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(payload)], device="cpu"), group=group)
+    longest = max(int(length) for length in lengths)
+    mine = torch.zeros(longest, dtype=torch.uint8, device="cpu")
+    mine[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+    gathered = [torch.empty_like(mine) for _ in lengths]
+    dist.all_gather(gathered, mine, group=group)
+    return [bytes(of_rank[: int(length)].numpy()) for of_rank, length in zip(gathered, lengths, strict=True)]
+
+
 def first_rank_where(condition: bool, *, group: dist.ProcessGroup | None = None) -> int:
     """The first rank on which ``condition`` holds. Raises ValueError, on every rank, if there is none."""
     return gather_objects(bool(condition), group=group).index(True)

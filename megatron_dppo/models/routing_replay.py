@@ -38,6 +38,9 @@ class RoutingReplay:
     """Replays recorded expert choices in forward passes of an MoE policy, and in what a backward pass recomputes of them.
 
     Nothing special is needed when the policy is built. Without ``forward_pass`` the routers choose for themselves.
+
+    Attributes:
+        layers: this rank's, by their indices in the whole policy, in the order in which choices are given for them.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -47,6 +50,7 @@ class RoutingReplay:
         self._choosers = [
             [_ReplayingChooser(router, layer) for layer, router in moe_routers(model)] for model in self._models
         ]
+        self.layers = tuple(chooser.layer for choosers in self._choosers for chooser in choosers)
 
     @contextmanager
     def forward_pass(self, chunk: torch.nn.Module, routed_experts_BSLk: torch.Tensor) -> Iterator[None]:
@@ -54,8 +58,9 @@ class RoutingReplay:
 
         Args:
             chunk: one of the policy's, wrapped or not.
-            routed_experts_BSLk: [B, S, layers of the whole policy, experts per token] integers, for the tokens [B, S] of the
-                forward pass. Where all are 0 nothing was recorded (padding, a response's last token) and the router chooses.
+            routed_experts_BSLk: [B, S, layers of this rank, experts per token] integers, for the tokens [B, S] of the
+                forward pass; the layers are ``layers``. Where all are 0 nothing was recorded (padding, a response's last
+                token) and the router chooses.
 
         Raises:
             ValueError: the choices do not fit the policy or the tokens. Values are looked at on the CPU only; where they
@@ -104,13 +109,13 @@ class RoutingReplay:
     def _choices(self, choosers: Sequence[_ReplayingChooser], routed_experts_BSLk: torch.Tensor) -> list[torch.Tensor]:
         """This rank's [tokens, k] choices for each chooser, in the order in which its router sees the tokens."""
         config = self._config
-        expected = (config.num_layers, config.moe_router_topk)
+        expected = (len(self.layers), config.moe_router_topk)
         if routed_experts_BSLk.dim() != 4 or tuple(routed_experts_BSLk.shape[2:]) != expected:
             raise ValueError(
-                f"routed_experts has shape {tuple(routed_experts_BSLk.shape)}, expected [B, S, {expected[0]} layers, "
-                f"{expected[1]} experts per token]: was it recorded with another model?"
+                f"routed_experts has shape {tuple(routed_experts_BSLk.shape)}, expected [B, S, {expected[0]} layers of "
+                f"this rank, {expected[1]} experts per token]: was it recorded with another model?"
             )
-        own_BSLk = routed_experts_BSLk[:, :, [chooser.layer for chooser in choosers]]
+        own_BSLk = routed_experts_BSLk[:, :, [self.layers.index(chooser.layer) for chooser in choosers]]
         if not own_BSLk.is_cuda:  # to look at values on a GPU is to wait for it
             _check_choices(own_BSLk, [chooser.layer for chooser in choosers], config.num_moe_experts)
         if config.sequence_parallel:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -29,11 +29,12 @@ class RolloutEngine(Protocol):
         """The largest K for which the engine can return top-K log-probs."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         """Sample ``samples_per_prompt`` responses for each of this replica's prompts.
 
-        Returns, on every rank of the replica, ``len(prompts) * samples_per_prompt`` samples, those of one prompt next to
-        each other and with ``group_id`` equal to the prompt's index in ``prompts``. Raises RolloutError.
+        Returns, on the replica's first rank, ``len(prompts) * samples_per_prompt`` samples, those of one prompt next to each
+        other and with ``group_id`` equal to the prompt's index in ``prompts``; other ranks may get less. What goes wrong with
+        one response is a FailedSample in its place. Raises RolloutError, maybe on some ranks only, if nothing can be had.
         """
         ...
 

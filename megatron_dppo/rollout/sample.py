@@ -69,6 +69,21 @@ class SamplingParams:
             raise ValueError(f"SamplingParams.topk_log_probs must be >= 0, not {self.topk_log_probs}")
 
 
+@dataclass(frozen=True)
+class FailedSample:
+    """A response that was asked for and cannot be used.
+
+    Attributes:
+        prompt: the prompt that was asked.
+        reason: why not; names the prompt.
+        group_id: as of a ``Sample``.
+    """
+
+    prompt: Prompt
+    reason: str
+    group_id: int = 0
+
+
 @dataclass
 class Sample:
     """One response (T tokens) to one prompt.

@@ -1,18 +1,19 @@
-"""Generate and score: from prompts to samples with rewards, the same on every rank of a model replica."""
+"""Generate and score: from prompts to samples with rewards on each replica's first rank, and what all ranks know of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dppo.distributed.collectives import on_one_rank, sum_over_ranks
+from megatron_dppo.errors import RolloutError, ScoringError
 from megatron_dppo.rollout.engine import RolloutEngine
-from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.tasks.scoring import Scorer
 from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.exchange import Report, SampleReport, exchange
 from megatron_dppo.training.inputs import RunInputs
 
 # Verifiers give 1 to a right answer; some give partial credit below that, which does not count as right.
@@ -20,22 +21,40 @@ CORRECT = 1.0 - 1e-6
 
 
 @dataclass(frozen=True)
-class ScoredRollouts:
-    """This replica's samples of one batch.
+class ScoredSample:
+    """A sample with its reward, and its response as text."""
+
+    sample: Sample
+    response: str
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The samples of one batch of prompts.
 
     Attributes:
-        samples: with rewards; those of one prompt are adjacent.
-        responses: their decoded texts.
+        reports: of the usable samples of all replicas, by their numbers. The same on every rank.
+        sources: number -> the replica that has the sample. The same on every rank.
+        own: number -> the sample itself, of this replica and on its first rank; empty elsewhere.
+        failed: how many samples of all replicas cannot be used.
+        reasons: why, for some of them.
         scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
     """
 
-    samples: list[Sample]
-    responses: list[str]
+    reports: Sequence[SampleReport]
+    sources: Mapping[int, int]
+    own: Mapping[int, ScoredSample]
+    failed: int
+    reasons: Sequence[str]
     scoring_failures: int
 
 
 class RolloutPhase:
-    """Owns the way from prompts to scored samples. Every method is collective over all ranks."""
+    """Owns the way from prompts to scored samples. Every method is collective over all ranks.
+
+    What goes wrong with one sample costs that sample. All ranks raise RolloutError, the same one, if more samples failed than
+    ``rollout.max_failed_share``, if none is left, or if anything else went wrong on any rank.
+    """
 
     def __init__(
         self,
@@ -49,49 +68,116 @@ class RolloutPhase:
         self.engine = engine
         self._inputs = inputs
         self._scorer = scorer
-        self._replica_group = replica_group
+        self._is_leader = dist.get_rank(replica_group) == 0
+        self._replica = parallel_state.get_data_parallel_rank()
+        self._replicas = parallel_state.get_data_parallel_world_size()
         self._prompts_per_step = config.rollout.prompts_per_step
+        self._max_failed_share = config.rollout.max_failed_share
         self._sampling, self._eval_sampling = sampling_params(config, inputs.stop_token_ids)
 
-    def collect(self, *, first_prompt: int, step: int) -> ScoredRollouts:
-        """Sample and score responses to this replica's share of a step's prompts.
+    def collect(self, *, first_prompt: int, step: int) -> Rollouts:
+        """Sample and score responses to a step's prompts.
 
         Args:
             first_prompt: position of the step's first prompt in the stream of training prompts.
             step: steps completed before; no two steps draw with the same random numbers.
         """
-        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        prompts = self._inputs.train_prompts(first_prompt, self._prompts_per_step, replica, replicas)
-        return self._generate_and_score(prompts, replace(self._sampling, seed=self._sampling.seed * 1_000_003 + step))
+        prompts = self._inputs.train_prompts(first_prompt, self._prompts_per_step, self._replica, self._replicas)
+        sampling = replace(self._sampling, seed=self._sampling.seed * 1_000_003 + step)
+        return self._generate_and_score(prompts, sampling)
 
     def evaluate(self) -> dict[str, float]:
         """Share of right answers and mean reward on the held-out prompts: the same prompts and random seed every time."""
-        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        rollouts = self._generate_and_score(self._inputs.eval_prompts[replica::replicas], self._eval_sampling)
-        rewards = [float(sample.reward or 0.0) for sample in rollouts.samples]
-        right, reward, count = sum_over_ranks(
-            [sum(r >= CORRECT for r in rewards), sum(rewards), len(rewards)],
-            group=parallel_state.get_data_parallel_group(),
+        prompts = self._inputs.eval_prompts[self._replica :: self._replicas]
+        rollouts = self._generate_and_score(prompts, self._eval_sampling)
+        rewards = [report.reward for report in rollouts.reports]
+        return {
+            "eval/accuracy": sum(reward >= CORRECT for reward in rewards) / len(rewards),
+            "eval/reward_mean": sum(rewards) / len(rewards),
+        }
+
+    def _generate_and_score(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
+        own: dict[int, ScoredSample] = {}
+        cause: Exception | None = None
+        try:
+            made = self.engine.generate(prompts, sampling)
+            own, report = self._score(made if self._is_leader else [], sampling.samples_per_prompt)
+        except Exception as error:
+            cause = error
+            report = self._failure(error, asked=len(prompts) * sampling.samples_per_prompt)
+        reports = exchange(report)
+        if (reason := self._reason_to_stop(reports)) is not None:
+            raise reason from cause
+        return _rollouts(reports, own)
+
+    def _score(
+        self, made: Sequence[Sample | FailedSample], samples_per_prompt: int
+    ) -> tuple[dict[int, ScoredSample], Report]:
+        """The samples with their rewards, by number, and what there is to report of them."""
+        usable: dict[int, ScoredSample] = {}
+        failed: list[FailedSample] = []
+        for index, sample in enumerate(made):
+            if isinstance(sample, FailedSample):
+                failed.append(sample)
+            else:
+                prompt, position = divmod(index, samples_per_prompt)
+                number = (self._replica + prompt * self._replicas) * samples_per_prompt + position
+                usable[number] = ScoredSample(sample, self._inputs.encoder.decode(sample.response_ids))
+        results = self._scorer.score([(s.sample.prompt.metadata["problem"], s.response) for s in usable.values()])
+        for scored, result in zip(usable.values(), results, strict=True):
+            scored.sample.reward = result.reward
+        return usable, Report(
+            self._replica,
+            samples=tuple(_report(number, scored.sample) for number, scored in usable.items()),
+            failed=len(failed),
+            reasons=tuple(sample.reason for sample in failed),
+            scoring_failures=sum(result.failure is not None for result in results),
         )
-        return {"eval/accuracy": right / count, "eval/reward_mean": reward / count}
 
-    def _generate_and_score(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> ScoredRollouts:
-        samples = self.engine.generate(prompts, sampling)
-        responses = [self._inputs.encoder.decode(sample.response_ids) for sample in samples]
-        rewards, failures = self._score(samples, responses)
-        for sample, reward in zip(samples, rewards, strict=True):
-            sample.reward = reward
-        return ScoredRollouts(samples, responses, failures)
+    def _failure(self, error: Exception, asked: int) -> Report:
+        """A replica without a server or a scorer has lost its samples; the others may have enough. All else is an error."""
+        if self._is_leader and isinstance(error, (RolloutError, ScoringError)):
+            return Report(self._replica, failed=asked, reasons=(str(error),))
+        return Report(self._replica, error=f"{type(error).__name__}: {error}")
 
-    def _score(self, samples: Sequence[Sample], responses: Sequence[str]) -> tuple[list[float], int]:
-        """Grade on one rank only: a scorer need not be deterministic or cheap, the ranks must agree all the same."""
-        pairs = [(sample.prompt.metadata["problem"], text) for sample, text in zip(samples, responses, strict=True)]
+    def _reason_to_stop(self, reports: Sequence[Report]) -> RolloutError | None:
+        """The same on every rank."""
+        for rank, report in enumerate(reports):
+            if report.error is not None:
+                return RolloutError(f"rank {rank} (replica {report.replica}) cannot go on: {report.error}")
+        failed = sum(report.failed for report in reports)
+        usable = sum(len(report.samples) for report in reports)
+        if usable and failed <= self._max_failed_share * (failed + usable):
+            return None
+        reason = next((reason for report in reports for reason in report.reasons), "no prompt was asked")
+        return RolloutError(
+            f"{failed} of {failed + usable} samples cannot be used, more than rollout.max_failed_share ="
+            f" {self._max_failed_share:g} allows; the first: {reason}"
+        )
 
-        def score() -> tuple[list[float], int]:
-            results = self._scorer.score(pairs)
-            return [result.reward for result in results], sum(result.failure is not None for result in results)
 
-        return on_one_rank(score, group=self._replica_group)
+def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample]) -> Rollouts:
+    source = {sample.number: report.replica for report in reports for sample in report.samples}
+    return Rollouts(
+        reports=sorted(sample for report in reports for sample in report.samples),
+        sources=source,
+        own=own,
+        failed=sum(report.failed for report in reports),
+        reasons=[reason for report in reports for reason in report.reasons],
+        scoring_failures=sum(report.scoring_failures for report in reports),
+    )
+
+
+def _report(number: int, sample: Sample) -> SampleReport:
+    return SampleReport(
+        number=number,
+        prompt_tokens=len(sample.prompt.token_ids),
+        response_tokens=len(sample.response_ids),
+        reward=float(sample.reward or 0.0),
+        was_cut=sample.finish_reason == "length",
+        was_aborted=sample.finish_reason == "abort",
+        oldest_weight_version=sample.oldest_weight_version,
+    )
 
 
 def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> tuple[SamplingParams, SamplingParams]:

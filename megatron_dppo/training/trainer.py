@@ -11,20 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.loss.advantages import group_advantages
+from megatron_dppo.models.hf.config import architecture
 from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.training.checkpoint.info import TrainerState
 from megatron_dppo.training.checkpoint.load import last_checkpoint, load_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import Config
-from megatron_dppo.training.data.micro_batch import TrainingExample, example_from_sample
+from megatron_dppo.training.data.batcher import ReplicaBatch
+from megatron_dppo.training.data.hand_over import ExampleHeader, HandOver
+from megatron_dppo.training.data.micro_batch import ExampleFields, TrainingExample, example_from_sample
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
-from megatron_dppo.training.rollouts import RolloutPhase, ScoredRollouts
+from megatron_dppo.training.rollouts import RolloutPhase, Rollouts
 
 
 class Trainer:
@@ -48,6 +52,7 @@ class Trainer:
         optimizer_steps = config.train.steps * config.train.updates_per_rollout
         self.optimizer_state = build_optimizer(policy, config.train.optimizer, optimizer_steps)
         self.dppo_step = DPPOStep(config, policy, self.optimizer_state)
+        self.hand_over = HandOver(sampled_fields(config, policy), self.dppo_step.routed_layers)
         self.state = TrainerState()
         self._seconds: dict[str, float] = {}
 
@@ -59,7 +64,7 @@ class Trainer:
                 with self.timed("rollout"):
                     rollouts = self.generate_and_score()
                 with self.timed("update"):
-                    metrics = self.dppo_step.run(self.learnable_examples(rollouts))
+                    metrics = self.dppo_step.run(self.replica_batch(rollouts))
                 self.state.step += 1
                 with self.recorded(rollouts, metrics):
                     with self.timed("sync"):
@@ -81,21 +86,36 @@ class Trainer:
         if self.state.step == 0:
             self.log.record(0, self.rollout_phase.evaluate())
 
-    def generate_and_score(self) -> ScoredRollouts:
-        """Responses to this replica's share of the next prompts, with rewards."""
+    def generate_and_score(self) -> Rollouts:
+        """Responses to the next prompts, with rewards."""
         rollouts = self.rollout_phase.collect(first_prompt=self.state.prompts_drawn, step=self.state.step)
         self.state.prompts_drawn += self.config.rollout.prompts_per_step
         return rollouts
 
-    def learnable_examples(self, rollouts: ScoredRollouts) -> list[TrainingExample]:
-        """Samples with their advantages; a group's baseline is the mean reward of the same prompt's other samples."""
-        samples = rollouts.samples
+    def replica_batch(self, rollouts: Rollouts) -> ReplicaBatch:
+        """What this replica learns from: its part of one schedule for all, and the examples in it, whoever sampled them."""
+        headers = {
+            report.number: ExampleHeader(
+                rollouts.sources[report.number], report.prompt_tokens, report.prompt_tokens + report.response_tokens
+            )
+            for report in rollouts.reports
+        }
+        lengths = {number: header.tokens for number, header in headers.items()}
+        schedules = self.dppo_step.scheduler.schedules(lengths, self.config.train.updates_per_rollout)
+        owners = {number: replica for schedule in schedules for number, replica in schedule.owners().items()}
+        examples = self.hand_over.hand_over(self.learnable_examples(rollouts), headers, owners)
+        replica = parallel_state.get_data_parallel_rank()
+        return ReplicaBatch([schedule.replicas[replica] for schedule in schedules], examples, self.hand_over.fields)
+
+    def learnable_examples(self, rollouts: Rollouts) -> dict[int, TrainingExample]:
+        """This rank's samples with their advantages, which compare the rewards of responses to the same prompt."""
+        samples = {number: scored.sample for number, scored in rollouts.own.items()}
         advantages = group_advantages(
-            torch.tensor([float(sample.reward or 0.0) for sample in samples]),
-            torch.tensor([sample.group_id for sample in samples]),
+            torch.tensor([float(sample.reward or 0.0) for sample in samples.values()]),
+            torch.tensor([number // self.config.rollout.samples_per_prompt for number in samples]),
             kind=self.config.algorithm.advantage,
         )
-        return [example_from_sample(s, float(a)) for s, a in zip(samples, advantages, strict=True)]
+        return {n: example_from_sample(s, float(a)) for (n, s), a in zip(samples.items(), advantages, strict=True)}
 
     def sync_weights(self) -> None:
         """Give the engine the present weights under a new version; returns when it was seen to serve them."""
@@ -124,7 +144,7 @@ class Trainer:
             raise
 
     @contextmanager
-    def recorded(self, rollouts: ScoredRollouts, metrics: dict[str, float | str]) -> Iterator[None]:
+    def recorded(self, rollouts: Rollouts, metrics: dict[str, float | str]) -> Iterator[None]:
         """Log everything there is to report of the step that was just done, once what follows it is done too.
 
         Also if the engine gives out within: the step is done, and will be in the checkpoint. Collective.
@@ -139,7 +159,7 @@ class Trainer:
         metrics |= rollout_metrics(rollouts, sampled_version)
         metrics |= phase_metrics(rollouts, float(metrics["batch/computed_tokens"]), seconds)
         self.log.record(self.state.step, metrics)
-        self.log.samples(self.state.step, rollouts, self.config.logging.samples_per_step)
+        self.log.rollouts(self.state.step, rollouts, self.config.logging.samples_per_step)
         if stopped is not None:
             raise stopped
 
@@ -151,6 +171,17 @@ class Trainer:
         yield
         _wait_for_device()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def sampled_fields(config: Config, policy: TrainablePolicy) -> ExampleFields:
+    """What examples have where they are sampled."""
+    experts, dtype = None, torch.uint8
+    if config.algorithm.routing_replay:
+        fields = architecture(policy.hf_config)
+        experts = (fields["num_hidden_layers"], fields["num_experts_per_tok"])
+        dtype = torch.uint8 if fields["num_experts"] <= 256 else torch.int16
+    topk = config.algorithm.topk if config.algorithm.loss.needs_topk else 0
+    return ExampleFields(rollout_log_probs=True, topk=topk, routed_experts=experts, expert_dtype=dtype)
 
 
 def _wait_for_device() -> None:

@@ -29,7 +29,7 @@ from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Co
 from megatron_dppo.training.data.micro_batch import TrainingExample
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer, wrap_for_training
-from tests.example_sequences import examples
+from tests.example_sequences import examples, replica_batch
 from tests.models.forced_routing import random_choices
 from tests.models.tiny_policies import tiny_hf_config
 
@@ -295,9 +295,9 @@ def _update(policy: TrainablePolicy, parallel: ParallelConfig, column: Column, m
     )
     optimizer_state = build_optimizer(policy, _GRADIENT_DESCENT, total_steps=1)
     start = [parameter.detach().clone() for parameter in _parameters(policy)]
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    step = DPPOStep(config, policy, optimizer_state)
     with _check_that_the_column_is_in_force(policy, column):
-        metrics = DPPOStep(config, policy, optimizer_state).run(_examples(policy, column)[replica::replicas])
+        metrics = step.run(replica_batch(step, _examples(policy, column, step.routed_layers), 1))
     weights = _clones(export_hf_weights(policy.chunks))
     with torch.no_grad():
         for parameter, weight in zip(_parameters(policy), start, strict=True):
@@ -309,14 +309,15 @@ def _update(policy: TrainablePolicy, parallel: ParallelConfig, column: Column, m
     return Update(metrics["loss"], metrics["grad_norm"], metrics["dppo/mask_fraction"], gradients, weights)
 
 
-def _examples(policy: TrainablePolicy, column: Column) -> list[TrainingExample]:
+def _examples(policy: TrainablePolicy, column: Column, layers: Sequence[int]) -> list[TrainingExample]:
     """Eight sequences; with routing replay their tokens go to experts that the router would not choose."""
     if not column.routing_replay:
         return examples()
     config = policy.transformer_config
 
     def choices(seed: int, tokens: int) -> torch.Tensor:
-        return random_choices(tokens, config.num_layers, config.num_moe_experts, config.moe_router_topk, seed)[:-1]
+        of_all = random_choices(tokens, config.num_layers, config.num_moe_experts, config.moe_router_topk, seed)
+        return of_all[:-1, list(layers)]
 
     return [
         dataclasses.replace(example, routed_experts=choices(seed, len(example.token_ids)))

@@ -89,7 +89,7 @@ def _run(folder: str, layout: dict[str, Any], batching: str, overrides: dict[str
 
     def forward_step(batches: Iterator, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         x, choices = next(batches)
-        with replay.forward_pass(chunk, choices):
+        with replay.forward_pass(chunk, choices[:, :, list(replay.layers)]):
             losses = chunk(x.tokens, x.positions, None, labels=x.labels, packed_seq_params=x.packed)
 
         def loss_func(losses_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.loss.config import DPPOConfig
@@ -16,7 +15,7 @@ from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
-from tests.example_sequences import examples
+from tests.example_sequences import examples, replica_batch
 from tests.models.tiny_policies import tiny_hf_config
 
 # Adam with a huge epsilon moves weights in proportion to the gradient, so comparing weights compares gradients. At the usual
@@ -51,8 +50,8 @@ def _update(
         train=TrainConfig(updates_per_rollout=1, **train),
     )
     optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    metrics = DPPOStep(config, policy, optimizer_state).run(examples()[replica::replicas])
+    step = DPPOStep(config, policy, optimizer_state)
+    metrics = step.run(replica_batch(step, examples(), 1))
     return {name: metrics[name] for name in METRICS}, {n: t.clone() for n, t in export_hf_weights(policy.chunks)}
 
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 8
 SMALL = (
-    "warm_start.steps=30",
+    "warm_start.steps=5",
     f"train.steps={STEPS}",
     "train.updates_per_rollout=2",
     "rollout.prompts_per_step=4",

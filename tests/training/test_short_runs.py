@@ -15,7 +15,7 @@ from tests.training.tiny_runs import MISMATCH, ROOT, train, write_tiny_policy
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = (
-    "warm_start.steps=30",
+    "warm_start.steps=5",
     "train.steps=4",
     "rollout.prompts_per_step=4",
     "eval.prompts=8",

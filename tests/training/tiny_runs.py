@@ -1,4 +1,4 @@
-"""Short real training runs for tests: a tiny policy with its tokenizer, and the example script under torchrun."""
+"""Short real training runs for tests: a tiny policy with its tokenizer, and the example script on some ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 
 from megatron_dppo.tasks.config import TaskConfig
+from tests.forked_ranks import run_script
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "pretrain_dppo.py"
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
 # Wall-clock figures differ between runs; everything else is a function of the seed.
 TIMED = ("time/", "throughput/", "memory/")
@@ -31,19 +33,16 @@ def write_tiny_policy(folder: Path) -> Path:
     return folder
 
 
+def _arguments(policy: Path, runs: Path, name: str, *overrides: str) -> list[str]:
+    settings = [f"model.path={policy}", f"run.root={runs}", f"run.name={name}", "checkpoint.export_hf=false"]
+    return ["--config", str(QUICKSTART), *settings, *overrides]
+
+
 def start_training(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
-    """Start the quick start with overrides; the caller waits for it or kills it."""
+    """Start the quick start with overrides, by torchrun; the caller waits for it or kills it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [str(ROOT / "examples" / "pretrain_dppo.py"), "--config", str(QUICKSTART)]
-    settings = [
-        f"model.path={policy}",
-        f"run.root={runs}",
-        f"run.name={name}",
-        "checkpoint.export_hf=false",
-        *overrides,
-    ]
     return subprocess.Popen(
-        [*launcher, *script, *settings],
+        [*launcher, str(SCRIPT), *_arguments(policy, runs, name, *overrides)],
         cwd=runs,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
@@ -68,14 +67,10 @@ def process_tree(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2, timeout: float = 280) -> list[dict]:
-    """Run to the end; returns the records of metrics.jsonl."""
-    process = start_training(policy, runs, name, *overrides, processes=processes)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
-    assert process.returncode == 0, output[-4000:]
+    """Run to the end, on forked ranks; returns the records of metrics.jsonl."""
+    arguments = _arguments(policy, runs, name, *overrides)
+    code, output = run_script(SCRIPT, arguments, ranks=processes, folder=runs, timeout=timeout)
+    assert code == 0, output[-4000:]
     return read_metrics(runs / name)
 
 

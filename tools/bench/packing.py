@@ -26,10 +26,12 @@ import torch
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.models.build import build_policy, initialize_randomly
+from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.training.config.schema import AdamConfig, TrainConfig
-from megatron_dppo.training.data.batcher import MicroBatcher
-from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample
+from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
+from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample
+from megatron_dppo.training.data.schedule import Scheduler
 from megatron_dppo.training.policy.head_outputs import response_log_probs
 from megatron_dppo.training.policy.optimizer_step import MicroBatchLoss, optimizer_step
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy, build_optimizer, wrap_for_training
@@ -62,7 +64,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
         initialize_model_parallel(ParallelConfig(), seed=0)
         policy, optimizer_state = small_policy(options, device)
-        batches = {name: MicroBatcher(train, ParallelConfig()).micro_batches(examples) for name, train in ways.items()}
+        batches = {name: micro_batches(train, examples, policy) for name, train in ways.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.turns + 1):
             for name, train in ways.items():
@@ -79,11 +81,18 @@ def draw_examples(options: argparse.Namespace) -> list[TrainingExample]:
     lengths = (options.median * (options.sigma * torch.randn(options.sequences, generator=generator)).exp()).long()
     return [
         TrainingExample(
-            torch.randint(0, options.vocab, (options.prompt + int(length),), generator=generator).tolist(),
+            torch.randint(0, options.vocab, (options.prompt + int(length),), generator=generator),
             options.prompt,
         )
         for length in lengths.clamp(1, options.cap)
     ]
+
+
+def micro_batches(train: TrainConfig, examples: Sequence[TrainingExample], policy: TrainablePolicy) -> list[MicroBatch]:
+    """All examples in one optimizer step of one replica."""
+    scheduler = Scheduler(train, ParallelConfig(), 1, PolicyFlops.of(policy.hf_config).training)
+    (planned,) = scheduler.schedule({n: len(example.token_ids) for n, example in enumerate(examples)}).replicas
+    return MicroBatcher(scheduler).micro_batches(ReplicaBatch([planned], dict(enumerate(examples)), ExampleFields()), 0)
 
 
 def small_policy(options: argparse.Namespace, device: torch.device) -> tuple[TrainablePolicy, OptimizerState]:

@@ -27,11 +27,12 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
+from megatron_dppo.errors import RolloutError
 from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.weights import export_hf_weights, load_hf_weights
 from megatron_dppo.models.routing_replay import RoutingRecorder, RoutingReplay
-from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
 
 
@@ -137,7 +138,15 @@ def generate(folder: Path, logs: Path, args: argparse.Namespace) -> list[Sample]
     with closing(engine):
         engine.update_weights(export_hf_weights(load_policy(folder, dtype)), 1)
         params = SamplingParams(args.tokens, samples_per_prompt=args.samples_per_prompt, return_routed_experts=True)
-        return engine.generate(prompts, params)
+        return usable(engine.generate(prompts, params))
+
+
+def usable(samples: Sequence[Sample | FailedSample]) -> list[Sample]:
+    """All of them, or the first failure as an error."""
+    for sample in samples:
+        if isinstance(sample, FailedSample):
+            raise RolloutError(sample.reason)
+    return [sample for sample in samples if isinstance(sample, Sample)]
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dppo.distributed.collectives import first_rank_where
 from megatron_dppo.distributed.layout import replica_group
-from megatron_dppo.errors import RolloutError
+from megatron_dppo.errors import InvalidSampleError, RolloutError
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
 from megatron_dppo.rollout.embedded.routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.embedded.sampling import Draw, draw_tokens
 from megatron_dppo.rollout.engine import NamedTensors, check_request
-from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 
 
 class EmbeddedEngine:
@@ -77,11 +77,11 @@ class EmbeddedEngine:
         """All logits are at hand."""
         return self._vocab_size
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         """See ``RolloutEngine.generate``. Collective over all replicas, each with its own prompts, maybe none.
 
-        Raises ValueError, before anything runs, for prompts or parameters that the policy cannot serve, and
-        InvalidSampleError if its weights give NaN.
+        Raises ValueError, before anything runs, for prompts or parameters that the policy cannot serve. If its weights give
+        NaN, the samples are failed ones.
         """
         self.health()
         check_request(prompts, sampling, vocab_size=self._vocab_size, max_length=self._max_length)
@@ -92,7 +92,7 @@ class EmbeddedEngine:
             (sampling.seed * 1_000_003 + parallel_state.get_data_parallel_rank()) % 2**63
         )
         group_ids = [g for g in range(len(prompts)) for _ in range(sampling.samples_per_prompt)]
-        samples: list[Sample] = []
+        samples: list[Sample | FailedSample] = []
         with self._policy.decoding(), self._recording(sampling):
             for start in range(0, len(group_ids), self._max_batch_size):
                 batch = group_ids[start : start + self._max_batch_size]
@@ -136,7 +136,7 @@ class EmbeddedEngine:
 
     def _generate_batch(
         self, prompts: Sequence[Prompt], group_ids: list[int], sampling: SamplingParams, generator: torch.Generator
-    ) -> list[Sample]:
+    ) -> list[Sample | FailedSample]:
         """One response per entry of ``group_ids`` (sorted indices into ``prompts``)."""
         device, limit = self._device, sampling.max_new_tokens
         uniform_BT = torch.rand(len(group_ids), limit, generator=generator, dtype=torch.float64).to(device)
@@ -225,29 +225,32 @@ class EmbeddedEngine:
         sampling: SamplingParams,
         drawn: _Drawn,
         routing: BatchRouting | None,
-    ) -> list[Sample]:
+    ) -> list[Sample | FailedSample]:
         stop_ids = set(sampling.stop_token_ids)
         token_ids, log_probs, topk_ids, topk_log_probs = (tensor.cpu() for tensor in drawn.tensors())
-        samples = []
+        samples: list[Sample | FailedSample] = []
         for row, (tokens, row_log_probs) in enumerate(zip(token_ids.tolist(), log_probs.tolist(), strict=True)):
             # A row that has ended may have been decoded further, until it left the batch: cut at its first stop token.
             stopped_at = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
             length = len(tokens) if stopped_at is None else stopped_at + 1
             prompt = prompts[group_ids[row]]
-            samples.append(
-                Sample(
-                    prompt=prompt,
-                    response_ids=tokens[:length],
-                    rollout_log_probs=row_log_probs[:length],
-                    finish_reason="length" if stopped_at is None else "stop",
-                    weight_versions=[(self._weight_version, length)],
-                    topk_ids=topk_ids[row, :length].clone() if sampling.topk_log_probs else None,
-                    topk_log_probs=topk_log_probs[row, :length].clone() if sampling.topk_log_probs else None,
-                    routed_experts=None if routing is None else routing.of_response(row, len(prompt.token_ids), length),
-                    group_id=group_ids[row],
-                )
+            sample = Sample(
+                prompt=prompt,
+                response_ids=tokens[:length],
+                rollout_log_probs=row_log_probs[:length],
+                finish_reason="length" if stopped_at is None else "stop",
+                weight_versions=[(self._weight_version, length)],
+                topk_ids=topk_ids[row, :length].clone() if sampling.topk_log_probs else None,
+                topk_log_probs=topk_log_probs[row, :length].clone() if sampling.topk_log_probs else None,
+                routed_experts=None if routing is None else routing.of_response(row, len(prompt.token_ids), length),
+                group_id=group_ids[row],
             )
-            samples[-1].check()
+            try:
+                sample.check()
+            except InvalidSampleError as error:
+                samples.append(FailedSample(prompt, str(error), group_ids[row]))
+            else:
+                samples.append(sample)
         return samples
 
 

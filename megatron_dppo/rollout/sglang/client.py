@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_dppo.compat.extras import from_extra
-from megatron_dppo.errors import RolloutError, TransientServerError
-from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.errors import InvalidSampleError, RolloutError, TransientServerError
+from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -41,13 +41,17 @@ class RolloutClient:
         """Use these servers from now on; all of them are taken to be alive."""
         self._in_flight = dict.fromkeys(urls, 0)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int) -> list[Sample]:
-        """All samples of all (checked) prompts, in order. Raises RolloutError or InvalidSampleError."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
+    ) -> list[Sample | FailedSample]:
+        """All samples of all (checked) prompts, in order; a FailedSample, with the reason, for one that could not be had."""
         return self._transport.submit(self._generate_all(prompts, sampling, weight_version)).result()
 
     async def _generate_all(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
-    ) -> list[Sample]:
+    ) -> list[Sample | FailedSample]:
+        if not prompts:
+            return []
         gate = asyncio.Semaphore(self._config.max_concurrent_requests)
         tasks = [
             asyncio.ensure_future(
@@ -57,15 +61,36 @@ class RolloutClient:
             for sample_index in range(sampling.samples_per_prompt)
         ]
         try:
-            return await asyncio.wait_for(asyncio.gather(*tasks), self._config.generate_timeout_s)
-        except asyncio.TimeoutError as error:
-            limit = self._config.generate_timeout_s
-            raise RolloutError(f"not all of {len(tasks)} responses were complete after {limit:g} s") from error
+            await asyncio.wait(tasks, timeout=self._config.generate_timeout_s)
+            return [
+                task.result() if task.done() else self._unfinished(prompts, index // sampling.samples_per_prompt)
+                for index, task in enumerate(tasks)
+            ]
         finally:
-            for task in tasks:  # the first error ends the call; what is still in flight would only load the servers
+            for task in tasks:  # what is still in flight would only load the servers
                 task.cancel()
 
+    def _unfinished(self, prompts: Sequence[Prompt], prompt_index: int) -> FailedSample:
+        prompt, limit = prompts[prompt_index], self._config.generate_timeout_s
+        return FailedSample(
+            prompt, f"sample of {prompt.prompt_id}: not complete after generate_timeout_s = {limit:g} s", prompt_index
+        )
+
     async def _generate_one(
+        self,
+        gate: asyncio.Semaphore,
+        prompt: Prompt,
+        prompt_index: int,
+        sample_index: int,
+        sampling: SamplingParams,
+        weight_version: int,
+    ) -> Sample | FailedSample:
+        try:
+            return await self._ask_for_one(gate, prompt, prompt_index, sample_index, sampling, weight_version)
+        except (RolloutError, InvalidSampleError) as error:
+            return FailedSample(prompt, str(error), prompt_index)
+
+    async def _ask_for_one(
         self,
         gate: asyncio.Semaphore,
         prompt: Prompt,

@@ -1,8 +1,7 @@
 """The SGLang rollout engine: servers of their own, reached over HTTP, updated by broadcast.
 
-The trainer's global rank 0 owns the servers and sends the weights; the leader of each model replica asks for that
-replica's responses and hands them to the replica's other ranks. Whatever goes wrong on one rank is raised on all that
-wait for it.
+The trainer's global rank 0 owns the servers and sends the weights; the leader of each model replica, its first rank, asks for
+that replica's responses. Whatever goes wrong in a weight update is raised on all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megatron_dppo.distributed.collectives import first_error, on_one_rank, spli
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name, load_hf_config
 from megatron_dppo.rollout.engine import NamedTensors, check_request
-from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
@@ -50,7 +49,6 @@ class SGLangEngine:
         dtype: torch.dtype,
         log_folder: str | Path,
         replica_group: dist.ProcessGroup | None = None,
-        leader: int = 0,
         return_routed_experts: bool = False,
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
@@ -62,7 +60,6 @@ class SGLangEngine:
             dtype: the trainer's dtype, used unless ``config.dtype`` names another.
             log_folder: where servers write their logs, normally the run folder.
             replica_group: the ranks that share one copy of the policy and its prompts; None: this rank alone.
-            leader: the rank, within ``replica_group``, that asks the servers on behalf of its replica.
             return_routed_experts: start servers that can return expert choices, for
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
         """
@@ -76,13 +73,10 @@ class SGLangEngine:
         self._failed = False
         self._unusable_because: str | None = "no weights were sent yet: call update_weights before generating"
         self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
-        self._leader = leader
-        self._world: dist.ProcessGroup | None = None  # both are None without torch.distributed, and once closed
-        self._replica: dist.ProcessGroup | None = None
+        self._is_leader = replica_group is None or dist.get_rank(replica_group) == 0
+        self._world: dist.ProcessGroup | None = None  # None without torch.distributed, and once closed
         if dist.is_initialized():
-            own_replica = [dist.get_rank()] if replica_group is None else dist.get_process_group_ranks(replica_group)
             self._world = _patient_group(range(dist.get_world_size()), config)
-            self._replica = _patient_group(own_replica, config)
         self._transport = Transport()
         self._client = RolloutClient(self._transport, config, self._routing)
         self._servers: list[SGLangServer] = []
@@ -104,7 +98,7 @@ class SGLangEngine:
         """The largest K for which the servers return top-K log-probs: the whole vocabulary."""
         return self._vocab_size
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         """See ``RolloutEngine.generate``."""
         self._require_usable()
         check_request(prompts, sampling, vocab_size=self._vocab_size)
@@ -113,12 +107,7 @@ class SGLangEngine:
                 "SamplingParams.return_routed_experts needs SGLangEngine(return_routed_experts=True) and an MoE policy: "
                 "the servers of this engine were not asked to keep expert choices"
             )
-        return on_one_rank(
-            lambda: self._client.generate(prompts, sampling, self._weight_version),
-            rank=self._leader,
-            group=self._replica,
-            failure=_shared_error,
-        )
+        return self._client.generate(prompts, sampling, self._weight_version) if self._is_leader else []
 
     def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         """See ``RolloutEngine.update_weights``. Servers of this engine that have died are started again first."""
@@ -167,11 +156,9 @@ class SGLangEngine:
             server.close()
         self._servers = []
         self._transport.close()
-        if dist.is_initialized():
-            for group in (self._replica, self._world):
-                if group is not None:
-                    dist.destroy_process_group(group)
-        self._replica = self._world = None
+        if dist.is_initialized() and self._world is not None:
+            dist.destroy_process_group(self._world)
+        self._world = None
         self._failed = True
         self._unusable_because = "it was closed"
 

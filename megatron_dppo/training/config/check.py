@@ -26,6 +26,7 @@ _AT_LEAST = {
     "rollout.max_batch_size": 1,
     "rollout.prompts_per_step": 1,
     "rollout.samples_per_prompt": 1,
+    "rollout.max_failed_share": 0,
     "train.steps": 1,
     "train.updates_per_rollout": 1,
     "train.micro_batch_size": 1,
@@ -64,7 +65,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     config.rollout.sglang.check()
     _check_sampling(config, hf_config)
     _check_algorithm(config, hf_config)
-    _check_batch_sizes(config, world_size // config.parallel.replica_size)
+    _check_batch_sizes(config)
     _check_kernels(config)
     _check_extras(config)
     _check_optimizer("train.optimizer", config.train.optimizer)
@@ -136,38 +137,26 @@ def _check_topk(config: Config, hf_config: PretrainedConfig) -> None:
         )
 
 
-def _check_batch_sizes(config: Config, replicas: int) -> None:
+def _check_batch_sizes(config: Config) -> None:
+    """Shares of replicas may be uneven, and some may have none; what there is to share must be there."""
     rollout, train = config.rollout, config.train
     if rollout.samples_per_prompt < 2:
         raise ConfigError(
             "rollout.samples_per_prompt must be at least 2: the advantage compares responses to one prompt"
         )
-    for key, value in (
-        ("rollout.prompts_per_step", rollout.prompts_per_step),
-        ("warm_start.batch_size", config.warm_start.batch_size),
-    ):
-        if value % replicas:
-            raise ConfigError(f"{key}={value} is not divisible by the {replicas} data-parallel replicas")
-    if config.eval.prompts < replicas:
-        raise ConfigError(f"eval.prompts must be at least {replicas}, one for each replica, not {config.eval.prompts}")
+    if rollout.max_failed_share >= 1:
+        raise ConfigError(f"rollout.max_failed_share must be below 1, not {rollout.max_failed_share}")
+    if config.eval.prompts < 1:
+        raise ConfigError(f"eval.prompts must be at least 1, not {config.eval.prompts}")
     if not config.tasks.train or not config.tasks.eval:
         raise ConfigError("tasks.train and tasks.eval must each name at least one task")
-    per_step, rest = divmod(
-        rollout.prompts_per_step // replicas * rollout.samples_per_prompt, train.updates_per_rollout
-    )
-    if rest or per_step == 0:
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    if samples < train.updates_per_rollout:
         raise ConfigError(
-            f"train.updates_per_rollout={train.updates_per_rollout} does not divide the"
-            f" {rollout.prompts_per_step // replicas} x {rollout.samples_per_prompt} samples of each replica"
+            f"train.updates_per_rollout={train.updates_per_rollout} is more than the {samples} samples of a step"
         )
     if train.batching == "packed":
         _check_token_budget(config)
-    elif config.parallel.pipeline_model_parallel_size > 1:
-        _check_pipeline_micro_batches(config, "the samples of one optimizer step", per_step)
-        if config.warm_start.steps:
-            _check_pipeline_micro_batches(
-                config, "warm_start.batch_size per replica", config.warm_start.batch_size // replicas
-            )
 
 
 def _check_token_budget(config: Config) -> None:
@@ -177,22 +166,6 @@ def _check_token_budget(config: Config) -> None:
         raise ConfigError(
             f"train.tokens_per_micro_batch={budget} is less than one sequence can have, rollout.max_prompt_tokens +"
             f" rollout.max_response_tokens = {longest}: raise it to at least that"
-        )
-
-
-def _check_pipeline_micro_batches(config: Config, name: str, sequences: int) -> None:
-    """Pipeline stages exchange tensors of one shape, and interleaved ones take micro-batches in rounds of PP."""
-    size, parallel = config.train.micro_batch_size, config.parallel
-    if sequences % size:
-        raise ConfigError(
-            f"train.micro_batch_size={size} does not divide {name} ({sequences}), as it must with pipeline parallelism"
-            " (train.batching=packed has no such condition)"
-        )
-    if parallel.chunks_per_stage > 1 and sequences // size % parallel.pipeline_model_parallel_size:
-        raise ConfigError(
-            f"{name} are {sequences // size} micro-batches of train.micro_batch_size={size}: with"
-            f" parallel.virtual_pipeline_model_parallel_size they must be a multiple of the"
-            f" {parallel.pipeline_model_parallel_size} pipeline stages (train.batching=packed has no such condition)"
         )
 
 

@@ -3,7 +3,7 @@
 A micro-batch holds B rows of S tokens: one sequence to a row (padded), or all sequences in one row (packed). Everything per
 token is aligned with the logits: position t predicts token t + 1, so the sampled token, its rollout log-prob, its advantage
 and its mask stand at the position *before* the token. With context parallelism each rank holds its part of every sequence
-(see packing.py), cut after this alignment, so a target may be a token that stands on another rank.
+(see token_layout.py), cut after this alignment, so a target may be a token that stands on another rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_dppo.loss.inputs import LossInputs, Sequences, TopK
 from megatron_dppo.models.attention import PackedSequences
 from megatron_dppo.rollout.sample import Sample
-from megatron_dppo.training.data.packing import TokenLayout
-
-PADDING = -1  # in place of an example's index
+from megatron_dppo.training.data.schedule import PADDING_LENGTH
+from megatron_dppo.training.data.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,18 @@ class TrainingExample:
     """One sequence to learn from: R response tokens after a prompt.
 
     Attributes:
-        token_ids: prompt and response.
+        token_ids: [prompt + R] integers, prompt and response.
         prompt_length: tokens of the prompt; at least 1.
         advantage: of every response token.
         rollout_log_probs: [R] fp32 log-probs under the policy that the update is anchored on; None in supervised learning.
-        topk_ids: [R, K] int64, topk_log_probs: [R, K] fp32, both from the rollout policy, or None.
+        topk_ids: [R, K] integers, topk_log_probs: [R, K] fp32, both from the rollout policy, or None.
         ref_log_probs: [R] fp32 log-probs under the reference policy, or None.
-        routed_experts: [prompt + R - 1, layers, experts per token] int32, where the engine routed each token, or None.
+        routed_experts: [prompt + R - 1, layers, experts per token] integers, where the engine routed each token, or None.
+            The layers are those of the whole policy where it was sampled, and this rank's where it is learned from.
         trainable: False for a sample that must not contribute (the engine gave up on it).
     """
 
-    token_ids: Sequence[int]
+    token_ids: torch.Tensor
     prompt_length: int
     advantage: float = 0.0
     rollout_log_probs: torch.Tensor | None = None
@@ -55,10 +55,44 @@ class TrainingExample:
         return slice(self.prompt_length - 1, len(self.token_ids) - 1)
 
 
+@dataclass(frozen=True)
+class ExampleFields:
+    """What the examples of a step have beside tokens: all of them, or none.
+
+    Attributes:
+        rollout_log_probs: whether they have any.
+        topk: K of the rollout policy's top-K log-probs; 0: none.
+        ref_log_probs: whether they have any.
+        routed_experts: (layers, experts per token); None: none.
+        expert_dtype: of the expert choices: one byte, or two for a policy of more than 256 experts.
+    """
+
+    rollout_log_probs: bool = False
+    topk: int = 0
+    ref_log_probs: bool = False
+    routed_experts: tuple[int, int] | None = None
+    expert_dtype: torch.dtype = torch.int16
+
+    def padding_example(self) -> TrainingExample:
+        """An example that only fills a slot: one token after a prompt of one, which counts for nothing."""
+        return TrainingExample(
+            token_ids=torch.zeros(PADDING_LENGTH, dtype=torch.int32),
+            prompt_length=1,
+            rollout_log_probs=torch.zeros(1) if self.rollout_log_probs else None,
+            topk_ids=torch.zeros(1, self.topk, dtype=torch.int32) if self.topk else None,
+            topk_log_probs=torch.zeros(1, self.topk) if self.topk else None,
+            ref_log_probs=torch.zeros(1) if self.ref_log_probs else None,
+            routed_experts=None
+            if self.routed_experts is None
+            else torch.zeros(1, *self.routed_experts, dtype=self.expert_dtype),
+            trainable=False,
+        )
+
+
 def example_from_sample(sample: Sample, advantage: float) -> TrainingExample:
     """What a scored sample teaches."""
     return TrainingExample(
-        token_ids=sample.token_ids,
+        token_ids=torch.tensor(sample.token_ids, dtype=torch.int32),
         prompt_length=len(sample.prompt.token_ids),
         advantage=advantage,
         rollout_log_probs=torch.tensor(sample.rollout_log_probs, dtype=torch.float32),
@@ -77,7 +111,7 @@ class MicroBatch:
     known here, on the host: ``rows``. Nothing after this asks a device how many there are.
 
     Attributes:
-        example_indices: which example of the step each sequence is; PADDING for one that only fills a slot.
+        example_indices: number of the example that each sequence is; PADDING for one that only fills a slot.
         layout: where the sequences stand before the cut over context-parallel ranks.
         positions: [S] int64, where this rank's tokens stand in ``layout``; None without context parallelism.
         tokens, position_ids: [B, S] int64.
@@ -85,7 +119,7 @@ class MicroBatch:
         rows: [n] int64, where in the flattened [B, S] the response tokens to learn from are predicted, in order.
         target: [n] int64, those tokens.
         inputs: [n] everything that the loss needs to know of them; None in supervised learning.
-        routed_experts: [B, S, layers, experts per token] int32, 0 where the engine has not routed; or None.
+        routed_experts: [B, S, layers of this rank, experts per token] integers, 0 where the engine has not routed; or None.
         packed_seq_params: where the whole, uncut sequences begin; None if padded.
     """
 
@@ -131,7 +165,7 @@ class MicroBatch:
         """What a person calls the ``token``-th response token of this rank. Waits for the device."""
         row, position = divmod(int(self.rows[token]), self.shape[1])
         if self.inputs is not None and self.inputs.sequences is not None and self.inputs.sequences.ids is not None:
-            return f"example {int(self.inputs.sequences.ids[token])} of this optimizer step (row {row}, position {position})"
+            return f"example {int(self.inputs.sequences.ids[token])} of this step (row {row}, position {position})"
         return f"row {row}, position {position}"
 
 
@@ -146,8 +180,8 @@ def make_micro_batch(
 
     Args:
         examples: one for every place of the layout. All or none have log-probs, top-K values, routed experts.
-        indices: their indices in the step; PADDING for one that only fills a slot.
-        layout: see packing.py.
+        indices: their numbers; PADDING for one that only fills a slot.
+        layout: see token_layout.py.
         context_parallel_size: ranks that share every sequence; the layout's parts are multiples of twice that.
         context_parallel_rank: this one of them.
     """
@@ -162,7 +196,7 @@ def make_micro_batch(
     predicting = _Spans(layout, [0] * len(examples), [len(e.token_ids) - 1 for e in examples])
     part_positions = torch.cat([torch.arange(end - start) for start, end in pairwise(layout.bounds)])
     whole = {
-        "tokens": sequences.write(torch.tensor([token for e in examples for token in e.token_ids])),
+        "tokens": sequences.write(torch.cat([e.token_ids for e in examples]).long()),
         "position_ids": part_positions.expand(layout.rows, -1).contiguous(),
         "routed_experts": predicting.write_given([e.routed_experts for e in examples]),
     }
@@ -208,10 +242,10 @@ def _response_fields(
         lengths = responses.write(responses.repeat(responses.lengths * trainable))
         starts = _Spans(layout, [e.prompt_length - 1 for e in examples], [1] * len(examples)).write(trainable)
     return responses.write(responses.repeat(trainable)), {
-        "target": predicting.write(torch.tensor([token for e in examples for token in e.token_ids[1:]])),
+        "target": predicting.write(torch.cat([e.token_ids[1:] for e in examples]).long()),
         "advantages": responses.write(responses.repeat(torch.tensor([e.advantage for e in examples]))),
         "rollout_log_probs": responses.write_given([e.rollout_log_probs for e in examples]),
-        "topk_ids": responses.write_given([e.topk_ids for e in examples]),
+        "topk_ids": responses.write_given([None if e.topk_ids is None else e.topk_ids.long() for e in examples]),
         "topk_log_probs": responses.write_given([e.topk_log_probs for e in examples]),
         "ref_log_probs": responses.write_given([e.ref_log_probs for e in examples]),
         "ids": responses.write(responses.repeat(torch.tensor(indices))),

@@ -1,4 +1,6 @@
-"""The folder of a run: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, tensorboard/, logs/ and, at the end, hf/."""
+"""The folder of a run: config.yaml, metrics.jsonl, samples.jsonl, failures.jsonl, checkpoints/, tensorboard/, logs/; at the
+end, hf/.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ class RunFolder:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
+        self.failures_path = self.path / "failures.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.logs = self.path / "logs"
@@ -36,7 +39,7 @@ class RunFolder:
         try:
             for folder in self._folders():
                 _check_folder(folder)
-            for file in (self.config_path, self.metrics_path, self.samples_path):
+            for file in (self.config_path, *self._line_files()):
                 if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
                     raise ConfigError(f"{file} is no file that can be written: choose another run.name or run.root")
         except (OSError, ValueError) as error:
@@ -58,12 +61,15 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after ``step``: a resumed run writes them again."""
-        for path in (self.metrics_path, self.samples_path):
+        for path in self._line_files():
             if path.exists():
                 kept = [line for line in json_lines(path) if _step_of(line) <= step]
                 replacement = path.with_suffix(".tmp")
                 replacement.write_bytes(b"".join(line + b"\n" for line in kept))
                 replacement.replace(path)
+
+    def _line_files(self) -> tuple[Path, ...]:
+        return (self.metrics_path, self.samples_path, self.failures_path)
 
     def _folders(self) -> tuple[Path, ...]:
         return (self.path, self.checkpoints, self.tensorboard, self.logs)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.training.metrics.run_folder import RunFolder
-from megatron_dppo.training.rollouts import ScoredRollouts
+from megatron_dppo.training.rollouts import Rollouts
 
 with from_extra("train"):
     from torch.utils.tensorboard import SummaryWriter
@@ -92,12 +92,17 @@ class MetricsLog:
             elif math.isfinite(value):
                 writer.add_scalar(name, value, step)
 
-    def samples(self, step: int, rollouts: ScoredRollouts, count: int) -> None:
-        """Write some of a step's responses, spread over the batch, to ``samples.jsonl``."""
-        if not self._writes or count == 0:
+    def rollouts(self, step: int, rollouts: Rollouts, count: int) -> None:
+        """Write some of the responses that this rank has, spread over the batch, to ``samples.jsonl``, and why others cannot
+        be used to ``failures.jsonl``.
+        """
+        if not self._writes:
             return
-        stride = max(len(rollouts.samples) // count, 1)
-        for sample, text in list(zip(rollouts.samples, rollouts.responses, strict=True))[::stride][:count]:
+        for reason in rollouts.reasons:
+            self._folder.append(self._folder.failures_path, {"step": step, "reason": reason})
+        stride = max(len(rollouts.own) // max(count, 1), 1)
+        for scored in list(rollouts.own.values())[::stride][:count]:
+            sample = scored.sample
             self._folder.append(
                 self._folder.samples_path,
                 {
@@ -105,7 +110,7 @@ class MetricsLog:
                     "prompt_id": sample.prompt.prompt_id,
                     "question": sample.prompt.metadata["problem"].question,
                     "answer": sample.prompt.metadata["problem"].answer,
-                    "response": text,
+                    "response": scored.response,
                     "reward": sample.reward,
                     "finish_reason": sample.finish_reason,
                     "tokens": len(sample.response_ids),

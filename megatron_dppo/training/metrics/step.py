@@ -8,38 +8,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from megatron.core import parallel_state
 
-from megatron_dppo.distributed.collectives import max_over_ranks, sum_over_ranks
+from megatron_dppo.distributed.collectives import sum_over_ranks
 from megatron_dppo.training.data.micro_batch import MicroBatch
-from megatron_dppo.training.rollouts import ScoredRollouts
+from megatron_dppo.training.rollouts import Rollouts
 
 
-def rollout_metrics(rollouts: ScoredRollouts, weight_version: int) -> dict[str, float]:
-    """Rewards, lengths and staleness over all replicas. Collective.
+def rollout_metrics(rollouts: Rollouts, weight_version: int) -> dict[str, float]:
+    """Rewards, lengths and staleness over all replicas.
 
     ``weight_version`` is the newest there was when the step's samples were drawn; staleness counts versions behind it.
     """
-    samples, replicas = rollouts.samples, parallel_state.get_data_parallel_group()
-    rewards = [float(sample.reward or 0.0) for sample in samples]
-    sums = [
-        float(len(samples)),
-        sum(rewards),
-        sum(reward**2 for reward in rewards),
-        float(sum(len(sample.response_ids) for sample in samples)),
-        float(sum(sample.finish_reason == "length" for sample in samples)),
-        float(sum(sample.finish_reason == "abort" for sample in samples)),
-        float(rollouts.scoring_failures),
-    ]
-    count, reward, reward_squared, tokens, cut, aborted, failures = sum_over_ranks(sums, group=replicas)
-    staleness = max(weight_version - sample.oldest_weight_version for sample in samples)
-    mean = reward / count
+    reports, count = rollouts.reports, len(rollouts.reports)
+    mean = sum(report.reward for report in reports) / count
+    variance = sum(report.reward**2 for report in reports) / count - mean**2
     return {
         "reward/mean": mean,
-        "reward/std": max(reward_squared / count - mean**2, 0.0) ** 0.5,
-        "reward/scoring_failures": failures,
-        "rollout/length_mean": tokens / count,
-        "rollout/cut_fraction": cut / count,
-        "rollout/aborted": aborted,
-        "rollout/staleness_max": max_over_ranks([staleness], group=replicas)[0],
+        "reward/std": max(variance, 0.0) ** 0.5,
+        "reward/scoring_failures": float(rollouts.scoring_failures),
+        "rollout/length_mean": sum(report.response_tokens for report in reports) / count,
+        "rollout/cut_fraction": sum(report.was_cut for report in reports) / count,
+        "rollout/aborted": float(sum(report.was_aborted for report in reports)),
+        "rollout/failed": float(rollouts.failed),
+        "rollout/staleness_max": float(weight_version - min(report.oldest_weight_version for report in reports)),
     }
 
 
@@ -70,14 +60,13 @@ class BatchMetrics:
         }
 
 
-def phase_metrics(rollouts: ScoredRollouts, computed_tokens: float, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each phase, tokens per second over all replicas, peak memory of this rank. Collective.
+def phase_metrics(rollouts: Rollouts, computed_tokens: float, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each phase, tokens per second over all replicas, peak memory of this rank.
 
     ``computed_tokens`` are those of the step's forward-backward passes, padding included.
     """
-    generated = float(sum(len(sample.response_ids) for sample in rollouts.samples))
-    trained = float(sum(len(sample.token_ids) for sample in rollouts.samples))
-    generated, trained = sum_over_ranks([generated, trained], group=parallel_state.get_data_parallel_group())
+    generated = float(sum(report.response_tokens for report in rollouts.reports))
+    trained = generated + sum(report.prompt_tokens for report in rollouts.reports)
     step_seconds = sum(seconds.values())
     return {
         **{f"time/{phase}_s": duration for phase, duration in seconds.items()},

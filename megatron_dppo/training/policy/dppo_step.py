@@ -7,7 +7,6 @@ away from the policy that generated the samples, and there the trust region matt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,12 +14,14 @@ from megatron.core import parallel_state
 
 from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead
 from megatron_dppo.loss.metrics import MetricSums
+from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.training.config.schema import Config
-from megatron_dppo.training.data.batcher import MicroBatcher
-from megatron_dppo.training.data.micro_batch import PADDING, MicroBatch, TrainingExample
+from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
+from megatron_dppo.training.data.micro_batch import MicroBatch
+from megatron_dppo.training.data.schedule import PADDING, Scheduler
 from megatron_dppo.training.metrics.loss import global_metrics
 from megatron_dppo.training.metrics.step import BatchMetrics
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
@@ -30,15 +31,27 @@ from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePol
 
 
 class DPPOStep:
-    """Turns examples into optimizer steps and metrics. All ranks call ``run`` together."""
+    """Turns examples into optimizer steps and metrics. All ranks call ``run`` together.
+
+    Attributes:
+        scheduler: makes the schedules that a batch's micro-batches are of.
+        routed_layers: those whose expert choices this rank replays, in the order in which examples have them; none without
+            routing replay.
+    """
 
     def __init__(self, config: Config, policy: TrainablePolicy, optimizer_state: OptimizerState) -> None:
+        self.scheduler = Scheduler(
+            config.train,
+            config.parallel,
+            parallel_state.get_data_parallel_world_size(),
+            PolicyFlops.of(policy.hf_config).training,
+        )
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
         # Which kernels the loss takes: the logits have the parameters' dtype.
         self._backend = choose_backend(config.train.kernel_backend, next(policy.chunks[0].parameters()).detach()).name
-        self._batcher = MicroBatcher(config.train, config.parallel)
+        self._batcher = MicroBatcher(self.scheduler)
         loss_config = config.algorithm.loss
         self._loss = DPPOLoss(
             loss_config,
@@ -53,22 +66,21 @@ class DPPOStep:
         # The reference policy is the one that training starts from.
         self._reference_weights = FrozenWeights(policy.chunks) if loss_config.kl_coef else None
         self._replay = RoutingReplay(policy.chunks) if config.algorithm.routing_replay else None
+        self.routed_layers = () if self._replay is None else self._replay.layers
 
-    def run(self, examples: Sequence[TrainingExample]) -> dict[str, float | str]:
-        """Learn from this replica's examples of one rollout batch; returns global metrics.
+    def run(self, batch: ReplicaBatch) -> dict[str, float | str]:
+        """Learn from this replica's part of one rollout batch; returns global metrics.
 
         They are numbers but for ``backend``, which names the kernels that ran.
         """
         if self._rollout_weights is not None:
             self._rollout_weights.refresh()  # the engine samples with the weights as they are before the first step
-        examples = self._with_extra_log_probs(examples)
+        batch = self._with_extra_log_probs(batch)
         first: MetricSums | None = None
         every: MetricSums | None = None
         batches = BatchMetrics()
-        steps = self._config.train.updates_per_rollout
-        for index in range(steps):
-            share = examples[index::steps]  # every step sees some of the samples of every prompt
-            micro_batches = self._batcher.micro_batches(share)
+        for step in range(len(batch.steps)):
+            micro_batches = self._batcher.micro_batches(batch, step)
             batches.add(micro_batches)
             parts: list[MetricSums] = []
             outcome = optimizer_step(
@@ -116,29 +128,32 @@ class DPPOStep:
         parts.append(output.metrics)
         return MicroBatchLoss(output.loss, output.num_tokens, output.checks)
 
-    def _with_extra_log_probs(self, examples: Sequence[TrainingExample]) -> Sequence[TrainingExample]:
+    def _with_extra_log_probs(self, batch: ReplicaBatch) -> ReplicaBatch:
         """Add the reference policy's log-probs, or exchange the anchor, where the configuration asks for it."""
+        examples, fields = dict(batch.examples), batch.fields
         if self._reference_weights is not None:
             with self._reference_weights.in_place():
-                log_probs = self._response_log_probs(examples)
-            examples = [dataclasses.replace(e, ref_log_probs=lp) for e, lp in zip(examples, log_probs, strict=True)]
+                log_probs = self._response_log_probs(batch)
+            examples = {n: dataclasses.replace(e, ref_log_probs=log_probs[n]) for n, e in examples.items()}
+            fields = dataclasses.replace(fields, ref_log_probs=True)
         if self._config.algorithm.anchor == "recomputed":
-            log_probs = self._response_log_probs(examples)
-            examples = [dataclasses.replace(e, rollout_log_probs=lp) for e, lp in zip(examples, log_probs, strict=True)]
-        return examples
+            log_probs = self._response_log_probs(batch)
+            examples = {n: dataclasses.replace(e, rollout_log_probs=log_probs[n]) for n, e in examples.items()}
+        return dataclasses.replace(batch, examples=examples, fields=fields)
 
-    def _response_log_probs(self, examples: Sequence[TrainingExample]) -> list[torch.Tensor]:
+    def _response_log_probs(self, batch: ReplicaBatch) -> dict[int, torch.Tensor]:
         """[R] fp32 log-probs of each example's response under the present weights, on every rank of the replica."""
         temperature = self._config.algorithm.loss.temperature
 
-        def log_probs(batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
-            return response_log_probs(self._policy, self._config.train, batch, hidden, temperature)
+        def log_probs(micro_batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
+            return response_log_probs(self._policy, self._config.train, micro_batch, hidden, temperature)
 
-        micro_batches = self._batcher.micro_batches(examples)
-        result: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-        values = forward_only(self._policy, micro_batches, log_probs, self._replay)
-        for batch, whole in zip(micro_batches, values, strict=True):
-            for index, (row, start) in zip(batch.example_indices, batch.layout.places, strict=True):
-                if index != PADDING:
-                    result[index] = whole[row, start:][examples[index].response_slice].clone()
+        result: dict[int, torch.Tensor] = {}
+        for step in range(len(batch.steps)):
+            micro_batches = self._batcher.micro_batches(batch, step)
+            values = forward_only(self._policy, micro_batches, log_probs, self._replay)
+            for micro_batch, whole in zip(micro_batches, values, strict=True):
+                for number, (row, start) in zip(micro_batch.example_indices, micro_batch.layout.places, strict=True):
+                    if number != PADDING:
+                        result[number] = whole[row, start:][batch.examples[number].response_slice].clone()
         return result

@@ -12,9 +12,11 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import TaskError
+from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.training.config.schema import Config, TrainConfig
-from megatron_dppo.training.data.batcher import MicroBatcher
-from megatron_dppo.training.data.micro_batch import MicroBatch, TrainingExample
+from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
+from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample
+from megatron_dppo.training.data.schedule import Scheduler
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.head_outputs import response_log_probs
@@ -28,9 +30,14 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
     """Run ``warm_start.steps`` supervised steps with an optimizer of their own. Collective over all ranks."""
     section, start = config.warm_start, time.perf_counter()
     optimizer_state = build_optimizer(policy, section.optimizer, section.steps)
-    batcher = MicroBatcher(config.train, config.parallel)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    scheduler = Scheduler(config.train, config.parallel, replicas, PolicyFlops.of(policy.hf_config).training)
+    batcher = MicroBatcher(scheduler)
     for step in range(section.steps):
-        micro_batches = batcher.micro_batches(_replica_examples(inputs, step * section.batch_size, section.batch_size))
+        # Every rank reads all answers: they are few and short, and so nobody has to be told anything.
+        examples = {n: _reference_example(inputs, step * section.batch_size + n) for n in range(section.batch_size)}
+        schedule = scheduler.schedule({n: len(example.token_ids) for n, example in examples.items()})
+        micro_batches = batcher.micro_batches(ReplicaBatch([schedule.replicas[replica]], examples, ExampleFields()), 0)
         outcome = optimizer_step(
             policy,
             optimizer_state,
@@ -44,11 +51,6 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
             )
 
 
-def _replica_examples(inputs: RunInputs, first: int, count: int) -> list[TrainingExample]:
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return [_reference_example(inputs, index) for index in range(first + replica, first + count, replicas)]
-
-
 def _reference_example(inputs: RunInputs, index: int) -> TrainingExample:
     problem = inputs.train_problems.problem(index)
     if problem.answer is None:
@@ -56,7 +58,8 @@ def _reference_example(inputs: RunInputs, index: int) -> TrainingExample:
     prompt = inputs.prompt(problem)
     answer = inputs.tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
     return TrainingExample(
-        token_ids=[*prompt.token_ids, *answer, inputs.stop_token_ids[0]], prompt_length=len(prompt.token_ids)
+        token_ids=torch.tensor([*prompt.token_ids, *answer, inputs.stop_token_ids[0]], dtype=torch.int32),
+        prompt_length=len(prompt.token_ids),
     )
 
 

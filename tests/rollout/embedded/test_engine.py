@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_dppo.distributed.layout import ParallelConfig
-from megatron_dppo.errors import InvalidSampleError
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
-from megatron_dppo.rollout.sample import Sample, SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, Sample, SamplingParams
 from tests.rollout.embedded.embedded_subject import build_tiny_policy, embedded_subject
 from tests.rollout.engine_contract import assert_log_probs_match, make_prompts
 
@@ -145,8 +146,9 @@ def _what_cannot_be_served() -> None:
         engine.generate(make_prompts(250, [100]), SamplingParams(max_new_tokens=30))
     with torch.no_grad():
         model_chunks[0].decoder.final_layernorm.weight[0] = float("nan")
-    with pytest.raises(InvalidSampleError, match=r"prompt/0: token 0 .* has rollout log-prob nan"):
-        engine.generate(make_prompts(250, [3]), SamplingParams(max_new_tokens=2))
+    (failed,) = engine.generate(make_prompts(250, [3]), SamplingParams(max_new_tokens=2))
+    assert isinstance(failed, FailedSample)
+    assert re.search(r"prompt/0: token 0 .* has rollout log-prob nan", failed.reason)
     model_chunks[0].config.moe_expert_capacity_factor = 1.0
     with pytest.raises(ValueError, match="moe_expert_capacity_factor"):
         EmbeddedEngine(model_chunks, 250)

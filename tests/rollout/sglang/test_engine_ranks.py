@@ -1,4 +1,4 @@
-"""The engine on several trainer ranks: one owner of the servers, one leader per replica, the same outcome on every rank."""
+"""The engine on several trainer ranks: one owner of the servers, one leader per replica, an update that all agree on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.errors import RolloutError, WeightSyncError
-from megatron_dppo.rollout.sample import SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
 from tests.rollout.engine_contract import make_prompts
 from tests.rollout.sglang.conftest import RunningServer, tiny_weights
@@ -43,10 +43,10 @@ def _generate_as_one_replica(server: RunningServer, tensors: dict[str, torch.Ten
     return [sample.response_ids for sample in samples]
 
 
-def test_all_ranks_of_a_replica_get_the_same_samples(ranks, servers):
+def test_the_first_rank_of_a_replica_gets_its_samples(ranks, servers):
     first, second = ranks(2).run(_generate_as_one_replica, servers("qwen3_moe"), _tensors())
-    assert len(first) == 4
-    assert first == second
+    assert [len(response_ids) for response_ids in first] == [5] * 4
+    assert second == []
 
 
 def _generate_as_two_replicas(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
@@ -66,24 +66,33 @@ def test_each_replica_generates_for_its_own_prompts(ranks, servers):
     assert first != second
 
 
-def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) -> tuple[str, str, str]:
-    engine = _engine(server, replica_group=dist.group.WORLD, leader=1)
+def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+    engine = _engine(server, replica_group=dist.group.WORLD)
     with pytest.raises(WeightSyncError) as missing:
         engine.update_weights(_collectively(tensors, fails_on="model.norm.weight"), version=1)
     with pytest.raises(RolloutError) as unusable:
         engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
     engine.close()
 
-    engine = _engine(server, replica_group=dist.group.WORLD, leader=1)
+    return str(missing.value), str(unusable.value)
+
+
+def _ask_for_too_much(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[str]:
+    engine = _engine(server)
     engine.update_weights(_collectively(tensors), version=1)
-    with pytest.raises(RolloutError) as refused:  # 400 tokens are more than the model has positions for
-        engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=400))
+    # 400 tokens are more than the model has positions for.
+    samples = engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=400, samples_per_prompt=2))
     engine.close()
-    return str(missing.value), str(unusable.value), str(refused.value)
+    return [sample.reason for sample in samples if isinstance(sample, FailedSample)]
 
 
-def test_an_error_on_one_rank_is_raised_on_all(ranks, servers):
+def test_what_the_server_refuses_is_a_failed_sample(ranks, servers):
+    (reasons,) = ranks(1).run(_ask_for_too_much, servers("qwen3_moe"), _tensors())
+    assert len(reasons) == 2
+    assert all("maximum context length" in reason for reason in reasons)
+
+
+def test_an_update_that_fails_on_one_rank_fails_on_all(ranks, servers):
     outcomes = ranks(2).run(_fail_on_all_ranks, servers("qwen3_moe"), _tensors())
     assert outcomes[0] == outcomes[1]
     assert "model.norm.weight was never sent" in outcomes[0][0]
-    assert "maximum context length" in outcomes[0][2]

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = (
     "rollout.engine=sglang",
-    "warm_start.steps=30",
+    "warm_start.steps=5",
     "rollout.prompts_per_step=4",
     "eval.prompts=8",
     "checkpoint.every=0",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dppo.errors import RolloutError, WeightSyncError
-from megatron_dppo.rollout.sample import SamplingParams
+from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import weight_sync
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import tiny_weights
@@ -124,7 +124,8 @@ def test_weights_changed_behind_the_engines_back_are_noticed(server):
     engine, other = server.attach(), server.attach()
     engine.update_weights(iter(tensors.items()), version=1)
     other.update_weights(iter(tensors.items()), version=2)
-    with pytest.raises(RolloutError, match="drawn by weights version '2', but version 1 was the last one sent"):
-        engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
+    (failed,) = engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
+    assert isinstance(failed, FailedSample)
+    assert "drawn by weights version '2', but version 1 was the last one sent" in failed.reason
     engine.close()
     other.close()

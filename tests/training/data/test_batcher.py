@@ -1,4 +1,4 @@
-"""How a step's examples become micro-batches: same numbers however they are batched, same count on all replicas."""
+"""How a replica's examples become micro-batches: the same numbers however they are batched."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from megatron.core import parallel_state
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.training.config.schema import TrainConfig
-from megatron_dppo.training.data.batcher import MicroBatcher
-from megatron_dppo.training.data.micro_batch import PADDING, MicroBatch, TrainingExample
+from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
+from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample
+from megatron_dppo.training.data.schedule import PADDING, PlannedMicroBatch, Scheduler
 from megatron_dppo.training.policy.head_outputs import response_log_probs
 from megatron_dppo.training.policy.optimizer_step import forward_only
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
@@ -29,19 +30,18 @@ some_sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 24)), min_siz
 def examples_of(sizes: list[tuple[int, int]]) -> list[TrainingExample]:
     """(prompt, response) tokens each; no two sequences alike."""
     generator = torch.Generator().manual_seed(len(sizes))
-    return [
-        TrainingExample(torch.randint(0, 250, (p + r,), generator=generator).tolist(), p, advantage=1.0)
-        for p, r in sizes
-    ]
+    return [TrainingExample(torch.randint(0, 250, (p + r,), generator=generator), p, advantage=1.0) for p, r in sizes]
 
 
-def batcher(parallel: ParallelConfig, **train: Any) -> MicroBatcher:
-    return MicroBatcher(TrainConfig(**train), parallel)
+def scheduler(**train: Any) -> Scheduler:
+    return Scheduler(TrainConfig(**train), ParallelConfig(), replicas=1, cost_of=float)
 
 
 def log_probs(policy: TrainablePolicy, examples: list[TrainingExample], **train: Any) -> torch.Tensor:
     """Of all responses, in order."""
-    batches = batcher(ParallelConfig(), **train).micro_batches(examples)
+    made = scheduler(**train)
+    planned = made.schedule({n: len(e.token_ids) for n, e in enumerate(examples)}).replicas[0]
+    batches = MicroBatcher(made).micro_batches(ReplicaBatch([planned], dict(enumerate(examples)), ExampleFields()), 0)
 
     def consume(batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
         return response_log_probs(policy, TrainConfig(**train), batch, hidden)
@@ -78,54 +78,30 @@ def test_log_probs_do_not_depend_on_batching(ranks, kind):
     ranks(1).run(_compare_padded_and_packed, kind)
 
 
-def _micro_batches(layout: dict[str, Any], train: dict[str, Any], sizes: list[list[tuple[int, int]]]) -> list[tuple]:
-    """On a rank: (shape, examples, tokens to learn from) of each micro-batch."""
-    parallel = ParallelConfig(**layout)
-    initialize_model_parallel(parallel, seed=1)
-    mine = sizes[parallel_state.get_data_parallel_rank()]
-    made = batcher(parallel, **train).micro_batches(examples_of(mine))
-    return [(batch.shape, batch.example_indices, len(batch.rows)) for batch in made]
+def _micro_batches_of_two_replicas() -> list[tuple[tuple[int, int], int, bool, tuple[int, ...] | None]]:
+    """On a rank: (shape, tokens to learn from, has top-K, shape of the expert choices) of each micro-batch."""
+    initialize_model_parallel(ParallelConfig(), seed=1)
+    replica = parallel_state.get_data_parallel_rank()
+    fields = ExampleFields(rollout_log_probs=True, topk=3, ref_log_probs=True, routed_experts=(2, 2))
+    example = TrainingExample(
+        torch.arange(5),
+        prompt_length=2,
+        rollout_log_probs=-torch.ones(3),
+        topk_ids=torch.zeros(3, 3, dtype=torch.int32),
+        topk_log_probs=-torch.ones(3, 3),
+        ref_log_probs=-torch.ones(3),
+        routed_experts=torch.tensor([0, 1], dtype=torch.uint8).expand(4, 2, 2),
+    )
+    made = scheduler(batching="packed")
+    planned = made.schedule({0: 5}).replicas[0]
+    batch = ReplicaBatch([planned if replica == 0 else [PlannedMicroBatch((PADDING,), 2)]], {0: example}, fields)
+    return [
+        (b.shape, len(b.rows), b.inputs.rollout_topk.ids.shape == (len(b.rows), 3), tuple(b.routed_experts.shape))
+        for b in MicroBatcher(made).micro_batches(batch, 0)
+    ]
 
 
-SHORT, LONG = [(2, 2), (2, 3)], [(10, 30), (12, 28), (4, 20), (3, 5)]
-
-
-def test_a_replica_with_less_work_fills_up_with_micro_batches_that_count_for_nothing(ranks):
-    little, much = ranks(2).run(_micro_batches, {}, PACKED, [SHORT, LONG])
-    assert [indices for _, indices, _ in little] == [(1,), (0,), (PADDING,)]
-    assert [learnt for _, _, learnt in little] == [3, 2, 0]
-    assert [shape for shape, _, _ in much] == [(1, 40), (1, 40), (1, 32)]
-    assert [shape for shape, _, _ in little] == [(1, 5), (1, 4), (1, 4)]
-
-
-def test_replicas_whose_experts_gather_all_tokens_have_equal_shapes(ranks):
-    layout = {"expert_model_parallel_size": 2, "moe_token_dispatcher": "allgather"}
-    for train in (PACKED, {"batching": "padded", "micro_batch_size": 2}):
-        little, much = ranks(2).run(_micro_batches, layout, train, [[*SHORT, *SHORT], LONG])
-        assert [shape for shape, _, _ in little] == [shape for shape, _, _ in much]
-
-
-@pytest.mark.parametrize("chunks", [None, 2])
-def test_a_pipeline_has_equal_shapes_and_if_interleaved_whole_rounds(ranks, chunks):
-    layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": chunks}
-    first, last = ranks(2).run(_micro_batches, layout, PACKED, [LONG])
-    assert first == last
-    assert len({shape for shape, _, _ in first}) == 1
-    assert len(first) == (4 if chunks else 3)
-    assert sum(learnt for _, _, learnt in first) == sum(response for _, response in LONG)
-
-
-@pytest.mark.parametrize(
-    ("layout", "packed", "padded"),
-    [  # three sequences of 7, 11 and 2 tokens -> (rows, length) on one rank
-        ({}, (1, 20), (3, 11)),
-        ({"tensor_model_parallel_size": 2}, (1, 20), (3, 12)),
-        ({"tensor_model_parallel_size": 2, "sequence_parallel": False}, (1, 20), (3, 11)),
-        ({"context_parallel_size": 2}, (1, (8 + 12 + 4) // 2), (3, 12 // 2)),
-    ],
-)
-def test_padding_is_no_more_than_what_ranks_that_split_tokens_need(ranks, layout, packed, padded):
-    sizes = [(3, 4), (5, 6), (1, 1)]
-    for train, shape in ((PACKED, packed), ({"batching": "padded", "micro_batch_size": 3}, padded)):
-        for ((found, _, _),) in ranks(2 if layout else 1).run(_micro_batches, layout, train, [sizes]):
-            assert found == shape
+def test_a_replica_without_examples_has_a_micro_batch_that_counts_for_nothing_with_the_same_fields(ranks):
+    one, other = ranks(2).run(_micro_batches_of_two_replicas)
+    assert one == [((1, 5), 3, True, (1, 5, 2, 2))]
+    assert other == [((1, 2), 0, True, (1, 2, 2, 2))]

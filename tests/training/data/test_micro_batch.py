@@ -16,13 +16,13 @@ from megatron_dppo.training.data.micro_batch import (
     example_from_sample,
     make_micro_batch,
 )
-from megatron_dppo.training.data.packing import TokenLayout, packed_layout, padded_layout, round_up
+from megatron_dppo.training.data.token_layout import TokenLayout, packed_layout, padded_layout, round_up
 
 CPU = torch.device("cpu")
 
 
 def example(prompt: int, response: int, first_token: int = 1, **fields) -> TrainingExample:
-    ids = list(range(first_token, first_token + prompt + response))
+    ids = torch.arange(first_token, first_token + prompt + response)
     return TrainingExample(ids, prompt, rollout_log_probs=-torch.arange(1.0, response + 1), **fields)
 
 
@@ -45,7 +45,7 @@ def test_values_stand_at_the_position_that_predicts_their_token():
     assert batch.inputs.advantages.tolist() == [0.5, 0.5]
     assert batch.inputs.sequences.ids.tolist() == [7, 7]
     assert batch.num_padding == 1
-    assert batch.describe(1) == "example 7 of this optimizer step (row 0, position 3)"
+    assert batch.describe(1) == "example 7 of this step (row 0, position 3)"
     assert batch.packed_seq_params is None
 
 
@@ -93,7 +93,7 @@ def test_the_ranks_parts_put_together_are_the_whole(sizes, packed, ranks):
     whole = sum(part.in_layout(part.target.float()) for part in parts)
     for item, (row, start) in zip(examples, layout.places, strict=True):
         values = whole[row, start:][item.response_slice]
-        assert values.tolist() == [float(token) for token in item.token_ids[item.prompt_length :]]
+        assert values.tolist() == item.token_ids[item.prompt_length :].tolist()
     assert whole.count_nonzero() == sum(response for _, response in sizes)
     if ranks > 1:
         _check_split_sequences(examples, parts)
@@ -128,7 +128,7 @@ def test_an_aborted_sample_keeps_its_place_but_teaches_nothing():
 
 
 def test_examples_without_rollout_log_probs_are_for_supervised_learning():
-    batch = make_micro_batch([TrainingExample([1, 2, 3], 1)], [0], padded_layout([3], 3))
+    batch = make_micro_batch([TrainingExample(torch.tensor([1, 2, 3]), 1)], [0], padded_layout([3], 3))
     assert batch.inputs is None
     assert batch.target.tolist() == [2, 3]
 

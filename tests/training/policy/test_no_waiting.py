@@ -19,7 +19,7 @@ from megatron_dppo.training.policy import optimizer_step
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
 from tests.device_waits import DeviceWaits
-from tests.example_sequences import examples
+from tests.example_sequences import examples, replica_batch
 from tests.models.tiny_policies import tiny_hf_config
 from tests.rank_pool import RankPools
 
@@ -52,7 +52,7 @@ def _waits(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer_step, "_run_schedule", watched)
-        step.run(examples())
+        step.run(replica_batch(step, examples(), 1))
     return found
 
 

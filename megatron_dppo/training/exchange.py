@@ -1,0 +1,91 @@
+"""What all ranks tell each other once a step, after generating and scoring, and before anything else that is collective.
+
+Every rank sends one report, whatever happened to it, and reads everybody's: so all of them take the same branch, and know of
+every sample what deciding who learns from it takes. Reports travel as bytes over CPU groups; a rank that is not yet there is
+waited for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_dppo.distributed.collectives import gather_bytes
+
+_REASONS_KEPT = 20  # of each rank, in words; how many there are is counted
+_LONGEST_REASON = 1000
+
+
+class SampleReport(NamedTuple):
+    """What every rank learns of a sample.
+
+    Attributes:
+        number: position of its prompt in the step, times samples per prompt, plus its own position among these.
+        prompt_tokens: length of the prompt.
+        response_tokens: length of the response.
+        reward: in [0, 1].
+        was_cut: whether it ended at the length limit.
+        was_aborted: whether the engine gave it up.
+        oldest_weight_version: of its tokens.
+    """
+
+    number: int
+    prompt_tokens: int
+    response_tokens: int
+    reward: float
+    was_cut: bool
+    was_aborted: bool
+    oldest_weight_version: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank has to say.
+
+    Attributes:
+        replica: that it belongs to.
+        samples: those that it has: all of its replica on the replica's first rank, none elsewhere.
+        failed: how many samples of its replica cannot be used.
+        reasons: why, for some of them.
+        scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
+        error: what ended its work, if anything did.
+    """
+
+    replica: int
+    samples: tuple[SampleReport, ...] = ()
+    failed: int = 0
+    reasons: tuple[str, ...] = ()
+    scoring_failures: int = 0
+    error: str | None = None
+
+    def to_bytes(self) -> bytes:
+        """A line of JSON, then the samples as float64, which holds each of their numbers exactly."""
+        fields = asdict(self) | {
+            "samples": len(self.samples),
+            "reasons": [reason[:_LONGEST_REASON] for reason in self.reasons[:_REASONS_KEPT]],
+        }
+        rows = torch.tensor([list(sample) for sample in self.samples], dtype=torch.float64, device="cpu")
+        return json.dumps(fields).encode() + b"\n" + rows.numpy().tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Report:
+        """What ``to_bytes`` made."""
+        line, _, rest = data.partition(b"\n")
+        fields = json.loads(line)
+        rows = torch.frombuffer(bytearray(rest), dtype=torch.float64).view(fields["samples"], -1) if rest else ()
+        samples = tuple(_sample_report(row) for row in rows)
+        return cls(**fields | {"samples": samples, "reasons": tuple(fields["reasons"])})
+
+
+def exchange(report: Report, *, group: dist.ProcessGroup | None = None) -> list[Report]:
+    """Every rank's report, in the order of ranks, on every rank. Collective."""
+    return [Report.from_bytes(data) for data in gather_bytes(report.to_bytes(), group=group)]
+
+
+def _sample_report(row: torch.Tensor) -> SampleReport:
+    number, prompt, response, reward, was_cut, was_aborted, version = row.tolist()
+    return SampleReport(int(number), int(prompt), int(response), reward, bool(was_cut), bool(was_aborted), int(version))
