@@ -24,7 +24,9 @@ class ParallelConfig:
 
     Attributes:
         tensor_model_parallel_size: ranks that share every matrix.
-        pipeline_model_parallel_size: stages that share the layers; the layers must divide evenly.
+        pipeline_model_parallel_size: stages that share the layers.
+        num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage: layers of these stages, which also hold the
+            embedding and the output layer; the others share what is left evenly. None: as many as any other.
         virtual_pipeline_model_parallel_size: model chunks per stage: each stage holds that many shorter runs of layers, so
             that the pipeline fills faster (Megatron's interleaved schedule). None or 1: one chunk.
         context_parallel_size: ranks that share every sequence.
@@ -47,6 +49,8 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     moe_token_dispatcher: str = "alltoall"
     use_distributed_optimizer: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -56,6 +60,8 @@ class ParallelConfig:
             "expert_model_parallel_size",
             "expert_tensor_parallel_size",
             "virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
         ):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -70,6 +76,14 @@ class ParallelConfig:
                 f"ParallelConfig.virtual_pipeline_model_parallel_size={self.chunks_per_stage} needs "
                 "pipeline_model_parallel_size > 1: without a pipeline there is nothing to interleave (leave it None)"
             )
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+            if getattr(self, name) is None:
+                continue
+            if self.pipeline_model_parallel_size == 1 or self.chunks_per_stage > 1:
+                raise ConfigError(
+                    f"ParallelConfig.{name}={getattr(self, name)} needs pipeline_model_parallel_size > 1, and no virtual"
+                    " stages (leave it None)"
+                )
         if self.moe_token_dispatcher not in MOE_TOKEN_DISPATCHERS:
             raise ConfigError(
                 f"ParallelConfig.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of "
@@ -87,6 +101,25 @@ class ParallelConfig:
     def chunks_per_stage(self) -> int:
         """``virtual_pipeline_model_parallel_size`` with None resolved: model chunks that each rank holds."""
         return self.virtual_pipeline_model_parallel_size or 1
+
+    def layers_of_stages(self, num_layers: int) -> list[int]:
+        """How many layers each pipeline stage holds, virtual stages together. Raises ConfigError if they do not come out."""
+        stages = self.pipeline_model_parallel_size
+        first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        equal_stages = stages - (first is not None) - (last is not None)
+        left = num_layers - (first or 0) - (last or 0)
+        parts = equal_stages * self.chunks_per_stage
+        if (left != 0) if parts == 0 else (left <= 0 or left % parts):
+            raise ConfigError(
+                f"num_hidden_layers={num_layers} cannot be divided among the stages of pipeline_model_parallel_size={stages},"
+                f" virtual_pipeline_model_parallel_size={self.chunks_per_stage}, num_layers_in_first_pipeline_stage={first},"
+                f" num_layers_in_last_pipeline_stage={last}: {left} layers are left for {parts} equal parts"
+            )
+        equal = left // equal_stages if equal_stages else 0
+        shares = [equal] * stages
+        shares[0] = equal if first is None else first
+        shares[-1] = shares[-1] if last is None else last
+        return shares
 
     @property
     def expert_tensor_size(self) -> int:

@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel, replica_group
+from megatron_dppo.errors import ConfigError
 
 
 def test_sequence_parallelism_follows_tensor_parallelism() -> None:
@@ -77,3 +78,55 @@ def test_groups_need_torch_distributed() -> None:
         initialize_model_parallel(ParallelConfig(), seed=1)
     with pytest.raises(RuntimeError, match="initialize_model_parallel first"):
         replica_group()
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "others", "shares"),
+    [
+        (8, 4, {}, [2, 2, 2, 2]),
+        (8, 2, {"virtual_pipeline_model_parallel_size": 2}, [4, 4]),
+        (94, 4, {"num_layers_in_last_pipeline_stage": 22}, [24, 24, 24, 22]),
+        (94, 4, {"num_layers_in_first_pipeline_stage": 23, "num_layers_in_last_pipeline_stage": 23}, [23, 24, 24, 23]),
+        (8, 2, {"num_layers_in_first_pipeline_stage": 3}, [3, 5]),
+        (8, 2, {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 5}, [3, 5]),
+    ],
+)
+def test_layers_of_stages(layers, stages, others, shares):
+    assert ParallelConfig(pipeline_model_parallel_size=stages, **others).layers_of_stages(layers) == shares
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "others", "message"),
+    [
+        (94, 4, {}, "94 layers are left for 4 equal parts"),
+        (94, 4, {"num_layers_in_last_pipeline_stage": 23}, "71 layers are left for 3 equal parts"),
+        (8, 2, {"num_layers_in_first_pipeline_stage": 8}, "0 layers are left for 1 equal parts"),
+        (8, 2, {"num_layers_in_first_pipeline_stage": 9}, "-1 layers are left for 1 equal parts"),
+        (
+            8,
+            2,
+            {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 4},
+            "1 layers are left for 0 equal parts",
+        ),
+    ],
+)
+def test_layers_that_do_not_come_out_are_refused(layers, stages, others, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(pipeline_model_parallel_size=stages, **others).layers_of_stages(layers)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"num_layers_in_first_pipeline_stage": 1},
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "num_layers_in_last_pipeline_stage": 1,
+        },
+        {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 0},
+    ],
+)
+def test_stages_with_numbers_of_their_own_need_a_plain_pipeline(layout):
+    with pytest.raises(ConfigError, match="num_layers_in_"):
+        ParallelConfig(**layout)

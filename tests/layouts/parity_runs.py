@@ -93,6 +93,7 @@ ROWS = (
     Row("TP2 ETP2", 2, _layout(tp=2, **_ETP2), (QWEN3_MOE,)),
     Row("PP2", 2, _layout(pp=2)),
     Row("PP2 VPP2", 2, _layout(pp=2, **_VPP2)),
+    Row("PP2 of 1 and 3 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=1), (LLAMA, QWEN3_MOE)),
     Row("CP2", 2, _layout(cp=2)),
     Row("CP2, distributed optimizer", 2, _layout(cp=2, **_SHARDED_OPTIMIZER), (QWEN3,)),
     Row("EP2 (DP2)", 2, _layout(ep=2), (QWEN3_MOE,)),

@@ -159,18 +159,11 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
     """
     _refuse_inexpressible(hf_config)
     parallel.check_world_size(world_size)
-    tensor, pipeline = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+    tensor = "tensor_model_parallel_size"
     _check_divides(hf_config, "num_attention_heads", parallel, tensor)
     # Newer versions of core can repeat KV heads over TP ranks; an export would then send the copies as heads.
     _check_divides(hf_config, "num_key_value_heads", parallel, tensor)
-    _check_divides(hf_config, "num_hidden_layers", parallel, pipeline)
-    chunks = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
-    if hf_config.num_hidden_layers % chunks:
-        raise ConfigError(
-            f"num_hidden_layers={hf_config.num_hidden_layers} is not divisible by pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size} x virtual_pipeline_model_parallel_size={parallel.chunks_per_stage} = "
-            f"{chunks}: choose chunks that divide the layers"
-        )
+    parallel.layers_of_stages(hf_config.num_hidden_layers)
     if not is_moe(hf_config):
         _check_divides(hf_config, "intermediate_size", parallel, tensor)
         if parallel.expert_model_parallel_size > 1:
@@ -267,6 +260,8 @@ def _parallel_fields(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, 
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
         "virtual_pipeline_model_parallel_size": parallel.chunks_per_stage if parallel.chunks_per_stage > 1 else None,
         # Interleaved, a stage sends forward and backward at once. Batched, as core does it unless told otherwise, these would
         # be taken for each other on two stages, where both neighbours are the same rank.

@@ -185,7 +185,7 @@ def test_the_fields_that_are_given_stay_as_they_are() -> None:
         ("llama", {"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, "num_hidden_layers=3"),
         ("llama", {"num_hidden_layers": 6},
          {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-         "num_hidden_layers=6 is not divisible by .* x virtual_pipeline_model_parallel_size=2 = 4"),
+         "num_hidden_layers=6 .* virtual_pipeline_model_parallel_size=2.* 6 layers are left for 4 equal parts"),
         ("llama", {"intermediate_size": 95}, {"tensor_model_parallel_size": 2}, "intermediate_size=95"),
         ("llama", {}, {"expert_model_parallel_size": 2}, "has no experts"),
         ("qwen3_moe", {"num_experts": 3}, {"expert_model_parallel_size": 2}, "num_experts=3"),

@@ -144,7 +144,7 @@ def test_the_h100_recipe_fits_its_model_and_whole_nodes():
         ROOT / "examples" / "conf" / "qwen3_30b_a3b.yaml", ["rollout.sglang.urls=[http://serving:30000]"]
     )
     hf_config = load_hf_config(QWEN3_30B_A3B)  # tests/models/test_build.py builds it without weights
-    for world_size in (8, 16, 32):
+    for world_size in (8, 16, 64, 128, 256, 512, 1024):
         check_config(config, hf_config, world_size)
     with pytest.raises(ConfigError, match="does not divide the 12 ranks"):
         check_config(config, hf_config, world_size=12)
