@@ -16,6 +16,7 @@ from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transfo
 from megatron_dppo.distributed.collectives import broadcast_object, on_one_rank
 from megatron_dppo.distributed.layout import initialize_model_parallel, replica_group
 from megatron_dppo.distributed.ranks import joined_ranks
+from megatron_dppo.distributed.shared_folder import check_shared_folder
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.weights import load_hf_weights, save_hf_checkpoint
@@ -61,6 +62,7 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         folder = RunFolder(config.run)
         initialize_model_parallel(config.parallel, config.run.seed)
         on_one_rank(lambda: folder.create(config))
+        check_shared_folder(folder.path, "run.root")
         writes = dist.get_rank() == 0
         log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
         log.say(environment_report())
@@ -72,7 +74,7 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         rollout_phase = RolloutPhase(config, inputs, engine=engine, scorer=scorer, replica_group=replica_group())
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
         checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
-        if config.warm_start.steps and last_checkpoint(folder.checkpoints) is None:
+        if config.warm_start.steps and checkpoint_writer.last() is None:
             warm_start(policy, config, inputs, log)
         Trainer(config, policy, rollout_phase=rollout_phase, checkpoint_writer=checkpoint_writer, log=log).train()
         if config.checkpoint.export_hf:

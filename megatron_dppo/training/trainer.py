@@ -18,7 +18,7 @@ from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf.config import architecture
 from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.training.checkpoint.info import TrainerState
-from megatron_dppo.training.checkpoint.load import last_checkpoint, load_checkpoint
+from megatron_dppo.training.checkpoint.load import load_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import ReplicaBatch
@@ -77,7 +77,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Bring weights, optimizer and engine to where the run was stopped, or to the start."""
-        checkpoint = last_checkpoint(self.checkpoint_writer.folder)
+        checkpoint = self.checkpoint_writer.last()
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
             self.log.say(f"resuming from {checkpoint}")

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_dppo.distributed.collectives import on_one_rank
 from megatron_dppo.errors import CheckpointError
 from megatron_dppo.training.checkpoint.info import CheckpointInfo, TrainerState, describe
-from megatron_dppo.training.checkpoint.load import checkpoint_path, complete_checkpoints
+from megatron_dppo.training.checkpoint.load import checkpoint_path, complete_checkpoints, last_checkpoint
 from megatron_dppo.training.checkpoint.pieces import Piece, optimizer_pieces, random_state_pieces, weight_pieces
 from megatron_dppo.training.checkpoint.storage import write_pieces
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. All ranks construct it, and call ``save`` and ``finish`` together.
+    """Writes the checkpoints of one run. All ranks construct it, and call its methods together.
 
     A context manager: it leaves only when no save is under way. If it is left because of an exception, a save that
     fails at that time is logged, so that it does not hide the exception.
@@ -60,6 +60,10 @@ class CheckpointWriter:
         if asynchronous:
             self.group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
             self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def last(self) -> Path | None:
+        """The newest complete checkpoint, or None: what rank 0 sees, on all ranks, so that they start from the same one."""
+        return on_one_rank(lambda: last_checkpoint(self.folder))
 
     def save(self, policy: TrainablePolicy, optimizer_state: OptimizerState | None, state: TrainerState) -> Path:
         """Write a checkpoint of ``state.step``; waits for the save before it. Returns the folder it is, or will be, in.
