@@ -9,7 +9,8 @@ One process per GPU (or CPU core), started by torchrun:
 
 Any key of the configuration can be overridden by key.sub=value. --check reads and checks everything a run reads
 (configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why;
-3: the run was stopped by what the message names (if no more rollouts could be had, what was trained is in a checkpoint).
+3: the run was stopped by what the message names (if no more rollouts could be had, what was trained is in a checkpoint);
+75: it was asked to stop (SIGTERM, SIGUSR1, Ctrl-C, run.max_seconds), is saved, and goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core"
 
 from megatron_dppo.distributed.ranks import choose_device, world_size
 from megatron_dppo.distributed.said_once import is_first_to_say
-from megatron_dppo.errors import BAD_INPUT, STOPPED, CheckpointError
+from megatron_dppo.errors import BAD_INPUT, STOPPED, CheckpointError, StopRequested
 from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs, read_run_inputs
 from megatron_dppo.training.run import check_run_folder, run_training
 
 EXIT_BAD_INPUT = 2
+EXIT_START_AGAIN = 75  # EX_TEMPFAIL: asked to stop, and saved
 EXIT_STOPPED = 3  # the rollout engine gave out, a checkpoint cannot be read or written, a gradient is NaN, ...
 
 
@@ -80,6 +82,10 @@ def main() -> int:
         return fail(error, EXIT_BAD_INPUT)
     except STOPPED as error:
         return fail(error, EXIT_STOPPED)
+    except StopRequested as request:
+        if is_first_to_say(str(request)):
+            print(request, flush=True)
+        return EXIT_START_AGAIN
     return 0
 
 

@@ -54,6 +54,10 @@ class RefusedRequestError(RolloutError):
     """The server understood the request and refused it (4xx): the same request will fail again."""
 
 
+class StopRequested(RuntimeError):  # noqa: N818  it is no error
+    """The run was asked to stop, has written a checkpoint and goes on from there when it is started again."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written; the message names the folder and the remedy."""
 

@@ -25,8 +25,9 @@ class ParallelConfig:
     Attributes:
         tensor_model_parallel_size: ranks that share every matrix.
         pipeline_model_parallel_size: stages that share the layers.
-        num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage: layers of these stages, which also hold the
-            embedding and the output layer; the others share what is left evenly. None: as many as any other.
+        num_layers_in_first_pipeline_stage: of the stage that also holds the embedding; the others share what is left evenly.
+            None: as many as any other.
+        num_layers_in_last_pipeline_stage: of the stage that also holds the output layer, likewise.
         virtual_pipeline_model_parallel_size: model chunks per stage: each stage holds that many shorter runs of layers, so
             that the pipeline fills faster (Megatron's interleaved schedule). None or 1: one chunk.
         context_parallel_size: ranks that share every sequence.

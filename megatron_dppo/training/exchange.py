@@ -53,6 +53,8 @@ class Report:
         reasons: why, for some of them.
         scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
         error: what ended its work, if anything did.
+        stop: why the run should stop once the step is done, if it should.
+        save: whether it is time for a checkpoint, by the clock of this rank.
     """
 
     replica: int
@@ -61,6 +63,8 @@ class Report:
     reasons: tuple[str, ...] = ()
     scoring_failures: int = 0
     error: str | None = None
+    stop: str | None = None
+    save: bool = False
 
     def to_bytes(self) -> bytes:
         """A line of JSON, then the samples as float64, which holds each of their numbers exactly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -39,6 +39,8 @@ class Rollouts:
         failed: how many samples of all replicas cannot be used.
         reasons: why, for some of them.
         scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
+        stop: why the run is to stop once the step is done; None: it is not. The same on every rank.
+        save: whether a checkpoint is to be written then. The same on every rank.
     """
 
     reports: Sequence[SampleReport]
@@ -47,6 +49,8 @@ class Rollouts:
     failed: int
     reasons: Sequence[str]
     scoring_failures: int
+    stop: str | None
+    save: bool
 
 
 class RolloutPhase:
@@ -75,16 +79,20 @@ class RolloutPhase:
         self._max_failed_share = config.rollout.max_failed_share
         self._sampling, self._eval_sampling = sampling_params(config, inputs.stop_token_ids)
 
-    def collect(self, *, first_prompt: int, step: int) -> Rollouts:
+    def collect(
+        self, *, first_prompt: int, step: int, stop: Callable[[], str | None] = lambda: None, save: bool = False
+    ) -> Rollouts:
         """Sample and score responses to a step's prompts.
 
         Args:
             first_prompt: position of the step's first prompt in the stream of training prompts.
             step: steps completed before; no two steps draw with the same random numbers.
+            stop: asked after generating and scoring: why this rank wants the run to stop, or None.
+            save: whether this rank wants a checkpoint.
         """
         prompts = self._inputs.train_prompts(first_prompt, self._prompts_per_step, self._replica, self._replicas)
         sampling = replace(self._sampling, seed=self._sampling.seed * 1_000_003 + step)
-        return self._generate_and_score(prompts, sampling)
+        return self._generate_and_score(prompts, sampling, stop, save)
 
     def evaluate(self) -> dict[str, float]:
         """Share of right answers and mean reward on the held-out prompts: the same prompts and random seed every time."""
@@ -96,7 +104,13 @@ class RolloutPhase:
             "eval/reward_mean": sum(rewards) / len(rewards),
         }
 
-    def _generate_and_score(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
+    def _generate_and_score(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        stop: Callable[[], str | None] = lambda: None,
+        save: bool = False,
+    ) -> Rollouts:
         own: dict[int, ScoredSample] = {}
         cause: Exception | None = None
         try:
@@ -105,7 +119,7 @@ class RolloutPhase:
         except Exception as error:
             cause = error
             report = self._failure(error, asked=len(prompts) * sampling.samples_per_prompt)
-        reports = exchange(report)
+        reports = exchange(replace(report, stop=stop(), save=save))
         if (reason := self._reason_to_stop(reports)) is not None:
             raise reason from cause
         return _rollouts(reports, own)
@@ -165,6 +179,8 @@ def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample]) -> Rol
         failed=sum(report.failed for report in reports),
         reasons=[reason for report in reports for reason in report.reasons],
         scoring_failures=sum(report.scoring_failures for report in reports),
+        stop=next((report.stop for report in reports if report.stop is not None), None),
+        save=any(report.save for report in reports),
     )
 
 

@@ -34,6 +34,7 @@ from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
 from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
+from megatron_dppo.training.stop_requests import StopRequests
 from megatron_dppo.training.trainer import Trainer
 
 _STEPS_COMPARED = 5
@@ -56,6 +57,7 @@ def check_run_folder(config: Config, hf_config: PretrainedConfig) -> None:
 def run_training(config: Config, inputs: RunInputs, device: torch.device) -> None:
     """Train as configured, on all ranks that torchrun started."""
     with ExitStack() as stack:
+        stop_requests = stack.enter_context(StopRequests(config.run.max_seconds))
         stack.enter_context(joined_ranks(device))
         # It may hold the time of the start, which ranks read at different moments.
         config.run.name = broadcast_object(config.run.name)
@@ -76,7 +78,14 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
         if config.warm_start.steps and checkpoint_writer.last() is None:
             warm_start(policy, config, inputs, log)
-        Trainer(config, policy, rollout_phase=rollout_phase, checkpoint_writer=checkpoint_writer, log=log).train()
+        Trainer(
+            config,
+            policy,
+            rollout_phase=rollout_phase,
+            checkpoint_writer=checkpoint_writer,
+            stop_requests=stop_requests,
+            log=log,
+        ).train()
         if config.checkpoint.export_hf:
             save_hf_checkpoint(
                 policy.chunks,

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dppo.errors import RolloutError
+from megatron_dppo.errors import RolloutError, StopRequested
 from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf.config import architecture
 from megatron_dppo.models.hf.weights import export_hf_weights
@@ -29,6 +30,7 @@ from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
 from megatron_dppo.training.rollouts import RolloutPhase, Rollouts
+from megatron_dppo.training.stop_requests import StopRequests
 
 
 class Trainer:
@@ -41,6 +43,7 @@ class Trainer:
         *,
         rollout_phase: RolloutPhase,
         checkpoint_writer: CheckpointWriter,
+        stop_requests: StopRequests,
         log: MetricsLog,
     ) -> None:
         """``policy`` is as training starts: it is the reference policy too, also where a run is resumed."""
@@ -48,6 +51,7 @@ class Trainer:
         self.policy = policy
         self.rollout_phase = rollout_phase
         self.checkpoint_writer = checkpoint_writer
+        self.stop_requests = stop_requests
         self.log = log
         optimizer_steps = config.train.steps * config.train.updates_per_rollout
         self.optimizer_state = build_optimizer(policy, config.train.optimizer, optimizer_steps)
@@ -55,9 +59,13 @@ class Trainer:
         self.hand_over = HandOver(sampled_fields(config, policy), self.dppo_step.routed_layers)
         self.state = TrainerState()
         self._seconds: dict[str, float] = {}
+        self._last_save = time.monotonic()
 
     def train(self) -> None:
-        """Run until ``train.steps`` steps are done; goes on where a stopped run left off."""
+        """Run until ``train.steps`` steps are done; goes on where a stopped run left off.
+
+        Raises StopRequested, on all ranks, when the run was asked to stop and is saved.
+        """
         self.resume()
         with self.saved_if_rollouts_stop():
             while self.state.step < self.config.train.steps:
@@ -71,8 +79,10 @@ class Trainer:
                         self.sync_weights()
                     if self.is_due(self.config.eval.every):
                         metrics |= self.rollout_phase.evaluate()
-                if self.is_due(self.config.checkpoint.every):
+                if self.is_due(self.config.checkpoint.every) or rollouts.save or rollouts.stop is not None:
                     self.save_checkpoint()
+                if rollouts.stop is not None and self.state.step < self.config.train.steps:
+                    self.stop(rollouts.stop)
         self.checkpoint_writer.finish()
 
     def resume(self) -> None:
@@ -88,7 +98,12 @@ class Trainer:
 
     def generate_and_score(self) -> Rollouts:
         """Responses to the next prompts, with rewards."""
-        rollouts = self.rollout_phase.collect(first_prompt=self.state.prompts_drawn, step=self.state.step)
+        rollouts = self.rollout_phase.collect(
+            first_prompt=self.state.prompts_drawn,
+            step=self.state.step,
+            stop=lambda: self.stop_requests.reason,
+            save=self.is_time_for_a_checkpoint(),
+        )
         self.state.prompts_drawn += self.config.rollout.prompts_per_step
         return rollouts
 
@@ -126,9 +141,23 @@ class Trainer:
         """Every so many steps, and after the last one."""
         return self.state.step == self.config.train.steps or (every > 0 and self.state.step % every == 0)
 
+    def is_time_for_a_checkpoint(self) -> bool:
+        """By rank 0's clock: whether ``checkpoint.every_seconds`` have passed since the last checkpoint."""
+        every = self.config.checkpoint.every_seconds
+        return every > 0 and dist.get_rank() == 0 and time.monotonic() - self._last_save >= every
+
     def save_checkpoint(self) -> None:
         """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
         self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
+        self._last_save = time.monotonic()
+
+    def stop(self, reason: str) -> None:
+        """End the run after a step that is saved, so that it can be started again."""
+        self.checkpoint_writer.finish()
+        raise StopRequested(
+            f"stopped after step {self.state.step} of {self.config.train.steps} ({reason}); it is saved: start the same"
+            " run.name again to go on"
+        )
 
     @contextmanager
     def saved_if_rollouts_stop(self) -> Iterator[None]:

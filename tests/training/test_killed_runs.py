@@ -1,20 +1,25 @@
-"""Runs that are killed with SIGKILL go on as if nothing had happened: on two processes, with the example script."""
+"""Runs that are killed, or asked to stop, go on as if nothing had happened: on two processes, with the example script."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dppo.training.checkpoint.load import last_checkpoint
+from tests.forked_ranks import run_script
 from tests.training.tiny_runs import (
+    SCRIPT,
     deterministic_part,
     kill,
     process_tree,
     start_training,
     train,
+    training_arguments,
     wait_for_step,
     write_tiny_policy,
 )
@@ -89,6 +94,34 @@ def test_a_run_that_is_killed_resumes_on_another_layout(policy, whole, killed_in
     for record, expected in zip(resumed, whole, strict=True):
         for name in record.keys() & COMPARED:
             assert record[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (record["step"], name)
+
+
+@pytest.mark.parametrize("asked", ["SIGTERM", "SIGUSR1"])
+def test_a_run_that_one_rank_is_asked_to_stop_saves_its_step_and_resumes_with_the_same_numbers(
+    policy, whole, tmp_path, asked
+):
+    launcher = start_training(policy, tmp_path, "run", *SMALL, "checkpoint.every=0")
+    wait_for_step(tmp_path / "run", 2)
+    rank = psutil.Process(launcher.pid).children()[-1]
+    rank.send_signal(getattr(signal, asked))
+    output, _ = launcher.communicate(timeout=120)
+    step = int(last_checkpoint(tmp_path / "run" / "checkpoints").name.removeprefix("step_"))
+    assert 3 <= step < STEPS
+    assert output.count(f"stopped after step {step} of {STEPS} ({asked})") == 1
+    assert "exitcode  : 75" in output
+    resumed = train(policy, tmp_path, "run", *SMALL)
+    assert [deterministic_part(record) for record in resumed] == [deterministic_part(record) for record in whole]
+
+
+def test_a_run_whose_time_is_over_asks_to_be_started_again(policy, tmp_path):
+    settings = ("train.steps=3", "checkpoint.every=0", "checkpoint.every_seconds=0.001", "checkpoint.keep=9")
+    arguments = training_arguments(policy, tmp_path, "run", *SMALL, *settings)
+    code, output = run_script(SCRIPT, [*arguments, "run.max_seconds=0.001"], ranks=2, folder=tmp_path, timeout=200)
+    assert code == 75, output[-3000:]
+    assert "stopped after step 1 of 3 (run.max_seconds = 0.001 are over); it is saved" in output
+    assert [record["step"] for record in train(policy, tmp_path, "run", *SMALL, *settings)] == [0, 1, 2, 3]
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000001", "step_00000002", "step_00000003"]  # every_seconds saves each of them
 
 
 @pytest.mark.parametrize("async_save", ["false", "true"])

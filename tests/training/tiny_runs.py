@@ -33,7 +33,8 @@ def write_tiny_policy(folder: Path) -> Path:
     return folder
 
 
-def _arguments(policy: Path, runs: Path, name: str, *overrides: str) -> list[str]:
+def training_arguments(policy: Path, runs: Path, name: str, *overrides: str) -> list[str]:
+    """Of the example script: the quick start with overrides."""
     settings = [f"model.path={policy}", f"run.root={runs}", f"run.name={name}", "checkpoint.export_hf=false"]
     return ["--config", str(QUICKSTART), *settings, *overrides]
 
@@ -42,7 +43,7 @@ def start_training(policy: Path, runs: Path, name: str, *overrides: str, process
     """Start the quick start with overrides, by torchrun; the caller waits for it or kills it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*launcher, str(SCRIPT), *_arguments(policy, runs, name, *overrides)],
+        [*launcher, str(SCRIPT), *training_arguments(policy, runs, name, *overrides)],
         cwd=runs,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
@@ -68,7 +69,7 @@ def process_tree(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2, timeout: float = 280) -> list[dict]:
     """Run to the end, on forked ranks; returns the records of metrics.jsonl."""
-    arguments = _arguments(policy, runs, name, *overrides)
+    arguments = training_arguments(policy, runs, name, *overrides)
     code, output = run_script(SCRIPT, arguments, ranks=processes, folder=runs, timeout=timeout)
     assert code == 0, output[-4000:]
     return read_metrics(runs / name)

@@ -20,6 +20,7 @@ from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Confi
 # The least that a number may be. Those of parallel, algorithm.loss, rollout.sglang and the tasks: their classes check them.
 _AT_LEAST = {
     "run.seed": 0,
+    "run.max_seconds": 0,
     "algorithm.topk": 1,
     "rollout.max_prompt_tokens": 1,
     "rollout.max_response_tokens": 1,
@@ -38,6 +39,7 @@ _AT_LEAST = {
     "eval.samples_per_prompt": 1,
     "eval.temperature": 0,
     "checkpoint.every": 0,
+    "checkpoint.every_seconds": 0,
     "checkpoint.keep": 1,
     "logging.samples_per_step": 0,
     **{

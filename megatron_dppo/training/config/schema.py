@@ -30,6 +30,8 @@ class RunConfig:
         seed: of prompts, sampling and initial weights.
         device: auto | cuda | cpu.
         resume: auto: from the last complete checkpoint, if the run folder has one | never: refuse a used folder.
+        max_seconds: after so many the step ends, a checkpoint is written and the run exits with the code that asks to be
+            started again; 0: no limit. Leave room for one step and one checkpoint before the job's own limit.
     """
 
     name: str | None = None
@@ -37,6 +39,7 @@ class RunConfig:
     seed: int = 1234
     device: str = "auto"
     resume: str = "auto"
+    max_seconds: float = 0.0
 
 
 @dataclass
@@ -218,12 +221,14 @@ class CheckpointConfig:
 
     Attributes:
         every: training steps; 0: only at the end.
+        every_seconds: as well, at the end of the step in which so many seconds have passed since the last; 0: never.
         keep: older complete checkpoints are deleted.
         export_hf: write the final policy as a Hugging Face folder.
         async_save: go on training while a checkpoint is written.
     """
 
     every: int = 50
+    every_seconds: float = 0.0
     keep: int = 2
     export_hf: bool = True
     async_save: bool = False
