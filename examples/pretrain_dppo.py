@@ -10,6 +10,7 @@ One process per GPU (or CPU core), started by torchrun:
 Any key of the configuration can be overridden by key.sub=value. --check reads and checks everything a run reads
 (configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why;
 3: the run was stopped by what the message names (if no more rollouts could be had, what was trained is in a checkpoint);
+4: another rank has failed, and says why;
 75: it was asked to stop (SIGTERM, SIGUSR1, Ctrl-C, run.max_seconds), is saved, and goes on when it is started again.
 """
 

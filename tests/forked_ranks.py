@@ -6,6 +6,7 @@ in their environment; everything else is as if they had been started from a shel
 
 from __future__ import annotations
 
+import math
 import multiprocessing as mp
 import os
 import runpy
@@ -51,6 +52,23 @@ def run_script(script: Path, arguments: Sequence[str], *, ranks: int, folder: Pa
 
     When a rank fails the others have a little time to end by themselves; then they, or after ``timeout`` all, are killed.
     """
+    codes, output = exit_codes(script, arguments, ranks=ranks, folder=folder, timeout=timeout, grace=_GRACE_S)
+    return next((code for code in codes if code > 0), next((code for code in codes if code), 0)), output
+
+
+def exit_codes(
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    folder: Path,
+    timeout: float,
+    grace: float = math.inf,
+) -> tuple[list[int], str]:
+    """The exit code of each rank, minus the signal if one ended it, and all output.
+
+    What runs after ``timeout``, or ``grace`` after the first has failed, is killed.
+    """
     port, log = free_port(), folder / f"ranks-{time.monotonic_ns()}.log"
     processes = [
         forkserver().Process(
@@ -61,18 +79,15 @@ def run_script(script: Path, arguments: Sequence[str], *, ranks: int, folder: Pa
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout
-    code = 0
     while running := [process for process in processes if process.exitcode is None]:
         wait([process.sentinel for process in running], timeout=max(deadline - time.monotonic(), 0.0))
-        failed = [process.exitcode for process in processes if process.exitcode]
-        if failed and not code:
-            code, deadline = failed[0], min(deadline, time.monotonic() + _GRACE_S)
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() >= deadline:
             for process in running:
                 process.kill()
                 process.join()
-    output = log.read_text(encoding="utf-8", errors="replace")
-    return code or next((process.exitcode for process in processes if process.exitcode), 0), output
+    return [process.exitcode for process in processes], log.read_text(encoding="utf-8", errors="replace")
 
 
 def _run(environment: dict[str, str], script: str, arguments: list[str], folder: str, log: str) -> None:

@@ -10,7 +10,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.errors import ConfigError
+from megatron_dppo.distributed.collectives import sum_over_ranks
+from megatron_dppo.distributed.lifeline import Lifeline
+from megatron_dppo.errors import ConfigError, StopRequested
 
 
 def world_size() -> int:
@@ -45,7 +47,11 @@ def choose_device(wanted: str) -> torch.device:
 
 @contextmanager
 def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
-    """Within this context the default process group exists; gloo carries CPU tensors and objects, NCCL GPU tensors."""
+    """Within this context the default process group exists; gloo carries CPU tensors and objects, NCCL GPU tensors.
+
+    To be left by all ranks together: without an error, or by StopRequested. If a rank leaves with another error, the others
+    are ended (lifeline.py) and groups are left as they are: taking them down is collective.
+    """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -58,7 +64,18 @@ def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[No
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         backend = "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    request: StopRequested | None = None
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        with Lifeline(rank(), world_size()):
+            try:
+                yield
+            except StopRequested as asked:
+                request = asked
+            sum_over_ranks([0.0])  # nobody takes down what others still use
+    except BaseException:
+        if world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+    if request is not None:
+        raise request

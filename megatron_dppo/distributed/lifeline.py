@@ -1,0 +1,99 @@
+"""Every rank of every node ends soon after the first that failed, whatever it is waiting for.
+
+A rank that fails leaves the others in collectives that never end: NCCL gives up after half an hour, and torchrun's agents on
+other nodes hear of it late or never. So each rank has a thread that looks into the store where the ranks met: for a note that
+one has failed, and for signs of life of the next rank, as one that was killed leaves no note.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+EXIT_ANOTHER_FAILED = 4  # of a rank that ends because another has failed
+
+_EVERY_S = 1.0
+_SILENCE_S = 20.0  # without a sign of life, a rank is taken to be dead
+_GRACE_S = 3.0  # for a rank to meet the same failure by itself
+_CLEAN_UP_S = 10.0  # for a rank that has failed to end what it started
+_STORE_TIMEOUT = timedelta(seconds=10)
+_LEFT = b"left"
+
+
+class Lifeline:
+    """Entered by all ranks when they have met; left without an error when all of them are done.
+
+    Args:
+        rank: this one.
+        world_size: how many there are; alone there is nothing to do.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._next = rank, (rank + 1) % world_size
+        self._is_alone = world_size == 1
+        self._prefix = f"megatron_dppo/lifeline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._ends_by_itself = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+
+    def __enter__(self) -> Lifeline:
+        if not self._is_alone:
+            self._store = _connect()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_alone:
+            return
+        self._ends_by_itself.set()
+        self._thread.join()
+        if error is None:
+            self._store.set(self._key("sign", self._rank), _LEFT.decode())
+            return
+        deadline = threading.Timer(_CLEAN_UP_S, os._exit, args=(1,))  # what it started may wait for the others for ever
+        deadline.daemon = True
+        deadline.start()
+        with contextlib.suppress(RuntimeError):  # the store went first, which nobody overlooks
+            self._store.set(self._key("failed"), f"rank {self._rank} failed with {type(error).__name__}")
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._prefix, *map(str, parts)])
+
+    def _watch(self) -> None:
+        number, last, since = 0, b"", time.monotonic()
+        while not self._ends_by_itself.wait(_EVERY_S):
+            number += 1
+            try:
+                self._store.set(self._key("sign", self._rank), str(number))
+                if self._store.check([self._key("failed")]):
+                    self._end(self._store.get(self._key("failed")).decode())
+                of_next = self._key("sign", self._next)
+                sign = self._store.get(of_next) if self._store.check([of_next]) else b""
+                if sign != last:
+                    last, since = sign, time.monotonic()
+                elif last != _LEFT and time.monotonic() - since > _SILENCE_S:
+                    reason = f"rank {self._next} has given no sign of life for {_SILENCE_S:g} s"
+                    self._store.set(self._key("failed"), reason)
+                    self._end(reason)
+            except RuntimeError as error:  # torch's own errors are RuntimeErrors
+                self._end(f"the store of the ranks is gone ({error})")
+
+    def _end(self, reason: str) -> None:
+        """End this process, unless it is about to end by itself."""
+        if not self._ends_by_itself.wait(_GRACE_S):
+            print(f"rank {self._rank} ends: {reason}", file=sys.stderr, flush=True)
+            os._exit(EXIT_ANOTHER_FAILED)
+
+
+def _connect() -> TCPStore:
+    """A connection of its own: a thread that waits for an answer must not hold up anybody else."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
