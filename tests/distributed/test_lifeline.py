@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dppo.distributed.lifeline import EXIT_ANOTHER_FAILED
-from tests.forked_ranks import exit_codes
+from tests.forked_ranks import exit_codes, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -38,3 +42,25 @@ def test_ranks_that_are_done_at_different_times_end_well(tmp_path: Path, ending:
 def test_a_rank_whose_clean_up_hangs_is_ended_too(tmp_path: Path) -> None:
     codes, output = exit_codes(SCRIPT, ["clean-up hangs", "1"], ranks=2, folder=tmp_path, timeout=30)
     assert codes == [EXIT_ANOTHER_FAILED, 1], output
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("fault", ["error", "SIGKILL"])
+def test_a_failure_on_one_node_ends_the_agents_of_all(tmp_path: Path, fault: str, failing_rank: int) -> None:
+    """Two torchrun agents that meet by c10d. Alone, the other one would wait for its rank, which waits for ever."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "job"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"),
+        *(str(SCRIPT), fault, str(failing_rank)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(command, env=environment, cwd=tmp_path) for _ in range(2)]
+    try:
+        codes = [agent.wait(timeout=120) for agent in agents]
+    finally:
+        for agent in agents:
+            for process in [*psutil.Process(agent.pid).children(recursive=True)] if agent.poll() is None else []:
+                process.kill()
+            agent.kill()
+            agent.wait()
+    assert codes == [1, 1]
