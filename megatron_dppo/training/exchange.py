@@ -31,6 +31,7 @@ class SampleReport(NamedTuple):
         was_cut: whether it ended at the length limit.
         was_aborted: whether the engine gave it up.
         oldest_weight_version: of its tokens.
+        faulty_tokens: whose log-prob is below ``rollout.log_prob_floor``.
     """
 
     number: int
@@ -40,6 +41,7 @@ class SampleReport(NamedTuple):
     was_cut: bool
     was_aborted: bool
     oldest_weight_version: int
+    faulty_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,5 +93,7 @@ def exchange(report: Report, *, group: dist.ProcessGroup | None = None) -> list[
 
 
 def _sample_report(row: torch.Tensor) -> SampleReport:
-    number, prompt, response, reward, was_cut, was_aborted, version = row.tolist()
-    return SampleReport(int(number), int(prompt), int(response), reward, bool(was_cut), bool(was_aborted), int(version))
+    number, prompt, response, reward, was_cut, was_aborted, version, faulty = row.tolist()
+    return SampleReport(
+        int(number), int(prompt), int(response), reward, bool(was_cut), bool(was_aborted), int(version), int(faulty)
+    )

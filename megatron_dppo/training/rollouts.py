@@ -77,6 +77,7 @@ class RolloutPhase:
         self._replicas = parallel_state.get_data_parallel_world_size()
         self._prompts_per_step = config.rollout.prompts_per_step
         self._max_failed_share = config.rollout.max_failed_share
+        self._log_prob_floor = config.rollout.log_prob_floor
         self._sampling, self._eval_sampling = sampling_params(config, inputs.stop_token_ids)
 
     def collect(
@@ -142,7 +143,7 @@ class RolloutPhase:
             scored.sample.reward = result.reward
         return usable, Report(
             self._replica,
-            samples=tuple(_report(number, scored.sample) for number, scored in usable.items()),
+            samples=tuple(_report(number, scored.sample, self._log_prob_floor) for number, scored in usable.items()),
             failed=len(failed),
             reasons=tuple(sample.reason for sample in failed),
             scoring_failures=sum(result.failure is not None for result in results),
@@ -184,7 +185,7 @@ def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample]) -> Rol
     )
 
 
-def _report(number: int, sample: Sample) -> SampleReport:
+def _report(number: int, sample: Sample, log_prob_floor: float) -> SampleReport:
     return SampleReport(
         number=number,
         prompt_tokens=len(sample.prompt.token_ids),
@@ -193,6 +194,7 @@ def _report(number: int, sample: Sample) -> SampleReport:
         was_cut=sample.finish_reason == "length",
         was_aborted=sample.finish_reason == "abort",
         oldest_weight_version=sample.oldest_weight_version,
+        faulty_tokens=sum(log_prob < log_prob_floor for log_prob in sample.rollout_log_probs),
     )
 
 

@@ -99,7 +99,7 @@ def _collect(
 def expected_reports(*missing: int) -> list[tuple[Any, ...]]:
     """Prompt i has i + 1 tokens, and its j-th response one more for every j."""
     return [
-        (number, i + 1, i + 1 + j, i / 8, False, False, 3)
+        (number, i + 1, i + 1 + j, i / 8, False, False, 3, 0)
         for i in range(PROMPTS)
         for j in range(SAMPLES)
         if (number := i * SAMPLES + j) not in missing
@@ -164,7 +164,7 @@ def test_an_evaluation_counts_what_all_replicas_have(ranks: RankPools) -> None:
 
 
 def test_a_report_comes_through_as_it_was() -> None:
-    samples = (SampleReport(2**40, 3, 5, 0.1, True, False, 9), SampleReport(1, 1, 1, 1.0, False, True, 0))
+    samples = (SampleReport(2**40, 3, 5, 0.1, True, False, 9, 4), SampleReport(1, 1, 1, 1.0, False, True, 0))
     for report in (
         Report(1),
         Report(3, samples, failed=2, reasons=("a\nb", "ü\u2028"), scoring_failures=1),

@@ -146,6 +146,8 @@ def _check_batch_sizes(config: Config) -> None:
         raise ConfigError(
             "rollout.samples_per_prompt must be at least 2: the advantage compares responses to one prompt"
         )
+    if rollout.log_prob_floor >= 0:
+        raise ConfigError(f"rollout.log_prob_floor must be below 0, not {rollout.log_prob_floor:g}")
     if rollout.max_failed_share >= 1:
         raise ConfigError(f"rollout.max_failed_share must be below 1, not {rollout.max_failed_share}")
     if config.eval.prompts < 1:

@@ -96,6 +96,8 @@ class RolloutConfig:
         max_prompt_tokens: longer prompts are left out.
         max_response_tokens: responses end here.
         max_batch_size: embedded: sequences decoded at once per replica.
+        log_prob_floor: a sampled token whose reported log-prob is below is a fault of the engine, as nothing so unlikely is
+            ever drawn: the token is left out and counted.
         max_failed_share: of a step's samples, that may turn out unusable (an engine's fault in one, no server left for a
             replica); they are counted, named in failures.jsonl and not trained on. Above it the run stops with a checkpoint.
         sglang: options of the sglang engine.
@@ -107,6 +109,7 @@ class RolloutConfig:
     max_prompt_tokens: int = 512
     max_response_tokens: int = 512
     max_batch_size: int = 256
+    log_prob_floor: float = -30.0
     max_failed_share: float = 0.1
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
 

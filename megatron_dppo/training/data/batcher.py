@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,9 +29,15 @@ class ReplicaBatch:
 
 
 class MicroBatcher:
-    """Lays examples out as the schedules of a ``Scheduler`` say, for this context-parallel rank."""
+    """Lays examples out as the schedules of a ``Scheduler`` say, for this context-parallel rank.
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    Args:
+        scheduler: made the schedules.
+        log_prob_floor: see ``make_micro_batch``.
+    """
+
+    def __init__(self, scheduler: Scheduler, log_prob_floor: float = -math.inf) -> None:
+        self._log_prob_floor = log_prob_floor
         self._packed = scheduler.packed
         self._sequence_multiple = scheduler.sequence_multiple
 
@@ -46,6 +53,7 @@ class MicroBatcher:
             self._layout([len(example.token_ids) for example in examples], planned.row_length),
             parallel_state.get_context_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),
+            self._log_prob_floor,
         )
 
     def _layout(self, lengths: Sequence[int], row_length: int) -> TokenLayout:

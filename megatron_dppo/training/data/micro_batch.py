@@ -8,6 +8,7 @@ and its mask stand at the position *before* the token. With context parallelism 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -175,6 +176,7 @@ def make_micro_batch(
     layout: TokenLayout,
     context_parallel_size: int = 1,
     context_parallel_rank: int = 0,
+    log_prob_floor: float = -math.inf,
 ) -> MicroBatch:
     """Lay out ``examples`` and keep this context-parallel rank's part.
 
@@ -184,6 +186,7 @@ def make_micro_batch(
         layout: see token_layout.py.
         context_parallel_size: ranks that share every sequence; the layout's parts are multiples of twice that.
         context_parallel_rank: this one of them.
+        log_prob_floor: a rollout log-prob below is a fault of the engine: nothing is learned from its token.
     """
     is_split = context_parallel_size > 1
     positions = layout.positions_on_rank(context_parallel_size, context_parallel_rank) if is_split else None
@@ -201,7 +204,7 @@ def make_micro_batch(
         "routed_experts": predicting.write_given([e.routed_experts for e in examples]),
     }
     is_token = on_this_rank(sequences.write(torch.ones(int(sequences.lengths.sum()), dtype=torch.bool)))
-    learned_in_layout, per_token = _response_fields(examples, indices, layout, is_split)
+    learned_in_layout, per_token = _response_fields(examples, indices, layout, is_split, log_prob_floor)
     is_learned = on_this_rank(learned_in_layout)
     assert is_token is not None
     assert is_learned is not None
@@ -227,7 +230,11 @@ def make_micro_batch(
 
 
 def _response_fields(
-    examples: Sequence[TrainingExample], indices: Sequence[int], layout: TokenLayout, is_split: bool
+    examples: Sequence[TrainingExample],
+    indices: Sequence[int],
+    layout: TokenLayout,
+    is_split: bool,
+    log_prob_floor: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     """Which positions predict a token to learn from, and what is known of each, [rows, length, ...] of the uncut layout."""
     predicting = _Spans(layout, [0] * len(examples), [len(e.token_ids) - 1 for e in examples])
@@ -236,12 +243,18 @@ def _response_fields(
         [e.response_slice.start for e in examples],
         [e.response_slice.stop - e.response_slice.start for e in examples],
     )
-    trainable = torch.tensor([e.trainable for e in examples])
+    learned = responses.repeat(torch.tensor([e.trainable for e in examples]))
+    log_probs = [e.rollout_log_probs for e in examples if e.rollout_log_probs is not None]
+    if len(log_probs) == len(examples):
+        learned = learned & (torch.cat(log_probs) >= log_prob_floor)
     lengths = starts = None
     if is_split:  # a rank that holds part of a sequence cannot count it by itself
-        lengths = responses.write(responses.repeat(responses.lengths * trainable))
-        starts = _Spans(layout, [e.prompt_length - 1 for e in examples], [1] * len(examples)).write(trainable)
-    return responses.write(responses.repeat(trainable)), {
+        so_far = learned.cumsum(0)
+        ends = responses.lengths.cumsum(0)
+        before = torch.cat([so_far.new_zeros(1), so_far])[ends - responses.lengths]
+        lengths = responses.write(responses.repeat(so_far[ends - 1] - before))
+        starts = responses.write(learned & (so_far - responses.repeat(before) == 1))
+    return responses.write(learned), {
         "target": predicting.write(torch.cat([e.token_ids[1:] for e in examples]).long()),
         "advantages": responses.write(responses.repeat(torch.tensor([e.advantage for e in examples]))),
         "rollout_log_probs": responses.write_given([e.rollout_log_probs for e in examples]),

@@ -29,6 +29,7 @@ def rollout_metrics(rollouts: Rollouts, weight_version: int) -> dict[str, float]
         "rollout/cut_fraction": sum(report.was_cut for report in reports) / count,
         "rollout/aborted": float(sum(report.was_aborted for report in reports)),
         "rollout/failed": float(rollouts.failed),
+        "rollout/faulty_tokens": float(sum(report.faulty_tokens for report in reports)),
         "rollout/staleness_max": float(weight_version - min(report.oldest_weight_version for report in reports)),
     }
 

@@ -7,6 +7,7 @@ away from the policy that generated the samples, and there the trust region matt
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import torch
@@ -51,7 +52,9 @@ class DPPOStep:
         self._optimizer_state = optimizer_state
         # Which kernels the loss takes: the logits have the parameters' dtype.
         self._backend = choose_backend(config.train.kernel_backend, next(policy.chunks[0].parameters()).detach()).name
-        self._batcher = MicroBatcher(self.scheduler)
+        # Log-probs that the policy itself recomputes are no engine's fault, however low.
+        from_engine = config.algorithm.anchor == "rollout"
+        self._batcher = MicroBatcher(self.scheduler, config.rollout.log_prob_floor if from_engine else -math.inf)
         loss_config = config.algorithm.loss
         self._loss = DPPOLoss(
             loss_config,

@@ -41,6 +41,7 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["algorithm.loss.divergence=topk_kl", "algorithm.anchor=recomputed"], 2, "anchor=recomputed"),
         (["algorithm.loss.kl_coef=0.1"], 2, "kl_coef with warm_start"),
         (["train.updates_per_rollout=1000"], 2, r"updates_per_rollout=1000 is more than the \d+ samples"),
+        (["rollout.log_prob_floor=0"], 2, r"log_prob_floor must be below 0"),
         (["rollout.max_failed_share=1"], 2, r"max_failed_share must be below 1"),
         (["rollout.samples_per_prompt=1"], 2, "samples_per_prompt must be at least 2"),
         (["rollout.prompts_per_step=0"], 2, "prompts_per_step must be at least 1"),
@@ -75,6 +76,7 @@ def test_what_cannot_work_is_refused(overrides, world_size, message):
 # Those with a meaning below 0, or that are checked where the tasks are built.
 FREE_NUMBERS = {"tasks.train[0].seed", "tasks.eval[0].seed", "tasks.train[0].size", "tasks.eval[0].size"}
 FREE_NUMBERS |= {"tasks.train[0].weight", "tasks.eval[0].weight"}
+FREE_NUMBERS |= {"rollout.log_prob_floor"}
 
 
 def number_options(tree, prefix: str = "") -> list[str]:

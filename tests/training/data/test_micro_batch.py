@@ -127,6 +127,32 @@ def test_an_aborted_sample_keeps_its_place_but_teaches_nothing():
     assert batch.rows.shape == batch.target.shape == batch.inputs.advantages.shape == (0,)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_token_whose_log_prob_the_engine_lost_teaches_nothing_and_counts_for_nothing(packed, ranks):
+    log_probs = [torch.tensor([-3.4e38, -1.0, -18.0]), torch.tensor([-12.0, -30.1]), torch.tensor([-3.4e38])]
+    examples = [
+        TrainingExample(torch.arange(2 + len(values)) + 10 * i, 2, rollout_log_probs=values)
+        for i, values in enumerate(log_probs)
+    ]
+    layout = layout_of(examples, packed, ranks)
+    parts = [make_micro_batch(examples, range(3), layout, ranks, rank, log_prob_floor=-30.0) for rank in range(ranks)]
+    kept = sorted(
+        zip(
+            *(torch.cat([getattr(p.inputs, n) for p in parts]).tolist() for n in ("rollout_log_probs", "target")),
+            strict=True,
+        )
+    )
+    assert kept == [(-18.0, 4), (-12.0, 12), (-1.0, 3)]
+    if ranks > 1:
+        sequences = [part.inputs.sequences for part in parts]
+        ids, lengths, starts = (
+            torch.cat([getattr(s, name) for s in sequences]) for name in ("ids", "lengths", "starts")
+        )
+        assert dict(zip(ids.tolist(), lengths.tolist(), strict=True)) == {0: 2, 1: 1}
+        assert sorted(ids[starts].tolist()) == [0, 1]  # each of them is begun once
+
+
 def test_examples_without_rollout_log_probs_are_for_supervised_learning():
     batch = make_micro_batch([TrainingExample(torch.tensor([1, 2, 3]), 1)], [0], padded_layout([3], 3))
     assert batch.inputs is None
