@@ -63,7 +63,7 @@ class CheckpointError(RuntimeError):
 
 
 class NonFiniteGradientError(RuntimeError):
-    """The gradient norm is NaN or infinite; the weights were left as they are."""
+    """Too many optimizer steps in a row had gradients that are NaN or infinite; none of them was applied."""
 
 
 # What the person who started a run can mend: the input.

@@ -34,4 +34,5 @@ STEP_METRICS = (
     "time/rollout_s",
     "time/sync_s",
     "time/update_s",
+    "train/skipped_steps",
 )

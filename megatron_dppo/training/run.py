@@ -85,6 +85,7 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
             checkpoint_writer=checkpoint_writer,
             stop_requests=stop_requests,
             log=log,
+            evidence=folder.evidence,
         ).train()
         if config.checkpoint.export_hf:
             save_hf_checkpoint(

@@ -7,14 +7,15 @@ the loss: ``dppo_step.run`` -> ``optimizer_step`` -> ``DPPOLoss`` -> ``loss/obje
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dppo.errors import RolloutError, StopRequested
+from megatron_dppo.errors import NonFiniteGradientError, RolloutError, StopRequested
 from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf.config import architecture
 from megatron_dppo.models.hf.weights import export_hf_weights
@@ -24,7 +25,7 @@ from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import ReplicaBatch
 from megatron_dppo.training.data.hand_over import ExampleHeader, HandOver
-from megatron_dppo.training.data.micro_batch import ExampleFields, TrainingExample, example_from_sample
+from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample, example_from_sample
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
 from megatron_dppo.training.policy.dppo_step import DPPOStep
@@ -45,8 +46,12 @@ class Trainer:
         checkpoint_writer: CheckpointWriter,
         stop_requests: StopRequests,
         log: MetricsLog,
+        evidence: Path,
     ) -> None:
-        """``policy`` is as training starts: it is the reference policy too, also where a run is resumed."""
+        """``policy`` is as training starts: it is the reference policy too, also where a run is resumed.
+
+        ``evidence``: the folder for micro-batches that may be to blame for a step that was skipped.
+        """
         self.config = config
         self.policy = policy
         self.rollout_phase = rollout_phase
@@ -55,7 +60,8 @@ class Trainer:
         self.log = log
         optimizer_steps = config.train.steps * config.train.updates_per_rollout
         self.optimizer_state = build_optimizer(policy, config.train.optimizer, optimizer_steps)
-        self.dppo_step = DPPOStep(config, policy, self.optimizer_state)
+        self.evidence = evidence
+        self.dppo_step = DPPOStep(config, policy, self.optimizer_state, self.keep_evidence)
         self.hand_over = HandOver(sampled_fields(config, policy), self.dppo_step.routed_layers)
         self.state = TrainerState()
         self._seconds: dict[str, float] = {}
@@ -79,8 +85,11 @@ class Trainer:
                         self.sync_weights()
                     if self.is_due(self.config.eval.every):
                         metrics |= self.rollout_phase.evaluate()
-                if self.is_due(self.config.checkpoint.every) or rollouts.save or rollouts.stop is not None:
+                diverged = self.dppo_step.skipped_in_a_row > self.config.train.max_skipped_steps
+                if self.is_due(self.config.checkpoint.every) or rollouts.save or rollouts.stop is not None or diverged:
                     self.save_checkpoint()
+                if diverged:
+                    self.give_up()
                 if rollouts.stop is not None and self.state.step < self.config.train.steps:
                     self.stop(rollouts.stop)
         self.checkpoint_writer.finish()
@@ -150,6 +159,29 @@ class Trainer:
         """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
         self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
         self._last_save = time.monotonic()
+
+    def keep_evidence(self, suspects: Sequence[MicroBatch]) -> None:
+        """Write down this rank's micro-batches whose loss is not finite: for ``torch.load``."""
+        for index, batch in enumerate(suspects):
+            self.evidence.mkdir(exist_ok=True)
+            name = f"step_{self.state.step + 1}_skipped_{self.dppo_step.skipped_in_a_row}_rank_{dist.get_rank()}_{index}.pt"
+            inputs = None if batch.inputs is None else batch.inputs.to(torch.device("cpu"))
+            found = {
+                "tokens": batch.tokens.cpu(),
+                "rows": batch.rows.cpu(),
+                "target": batch.target.cpu(),
+                "inputs": inputs,
+            }
+            torch.save({**found, "example_indices": batch.example_indices}, self.evidence / name)
+
+    def give_up(self) -> None:
+        """End a run whose gradients are not finite any more, after a step that is saved."""
+        self.checkpoint_writer.finish()
+        raise NonFiniteGradientError(
+            f"the gradients of {self.dppo_step.skipped_in_a_row} optimizer steps in a row were NaN or infinite"
+            f" (train.max_skipped_steps = {self.config.train.max_skipped_steps}); the weights are as they were before, and"
+            f" saved after step {self.state.step}. Micro-batches whose loss is not finite are in {self.evidence}"
+        )
 
     def stop(self, reason: str) -> None:
         """End the run after a step that is saved, so that it can be started again."""

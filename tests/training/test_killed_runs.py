@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megatron_dppo.training.checkpoint.load import last_checkpoint
 from tests.forked_ranks import run_script
@@ -17,6 +18,7 @@ from tests.training.tiny_runs import (
     deterministic_part,
     kill,
     process_tree,
+    read_metrics,
     start_training,
     train,
     training_arguments,
@@ -122,6 +124,24 @@ def test_a_run_whose_time_is_over_asks_to_be_started_again(policy, tmp_path):
     assert [record["step"] for record in train(policy, tmp_path, "run", *SMALL, *settings)] == [0, 1, 2, 3]
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints == ["step_00000001", "step_00000002", "step_00000003"]  # every_seconds saves each of them
+
+
+def test_a_run_whose_gradients_stay_nan_stops_with_good_weights_and_evidence(policy, tmp_path):
+    script = Path(__file__).with_name("nan_gradients_script.py")
+    settings = (*SMALL, "warm_start.steps=0", "checkpoint.every=0", "train.max_skipped_steps=3")
+    arguments = training_arguments(policy, tmp_path, "run", *settings)
+    code, output = run_script(script, arguments, ranks=2, folder=tmp_path, timeout=200)
+    assert code == 3, output[-3000:]
+    assert "the gradients of 4 optimizer steps in a row were NaN or infinite" in output
+    assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "step_00000003"  # two updates in each step
+    records = read_metrics(tmp_path / "run")
+    assert [record.get("train/skipped_steps") for record in records] == [None, 0.0, 2.0, 2.0]
+    assert "loss" in records[1]
+    assert "loss" not in records[2]
+    kept = torch.load(next((tmp_path / "run" / "evidence").iterdir()), weights_only=False)
+    assert kept["inputs"].rollout_log_probs.isfinite().all()
+    resumed = train(policy, tmp_path, "run", *settings, "train.steps=4")
+    assert resumed[-1]["train/skipped_steps"] == 0.0
 
 
 @pytest.mark.parametrize("async_save", ["false", "true"])

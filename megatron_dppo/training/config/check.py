@@ -31,6 +31,7 @@ _AT_LEAST = {
     "train.steps": 1,
     "train.updates_per_rollout": 1,
     "train.micro_batch_size": 1,
+    "train.max_skipped_steps": 0,
     "train.tokens_per_micro_batch": 1,
     "warm_start.steps": 0,
     "warm_start.batch_size": 1,

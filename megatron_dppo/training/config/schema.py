@@ -155,6 +155,9 @@ class TrainConfig:
         fused_linear: compute log-probs straight from hidden states, a few rows of logits at a time: the logits of a
             micro-batch, often its largest tensor, never exist as a whole. Costs a second pass over the output matrix. Not
             with exact_* divergences.
+        max_skipped_steps: an optimizer step whose gradients are NaN or infinite is skipped on all ranks and counted, and what
+            may be to blame is kept in the run folder (evidence/). After more than so many in a row the run stops, with a
+            checkpoint.
         kernel_backend: which kernels reduce the vocabulary: auto | cuda | cpu | torch; a named one is demanded.
         optimizer: of the policy.
     """
@@ -165,6 +168,7 @@ class TrainConfig:
     micro_batch_size: int = 8
     tokens_per_micro_batch: int = 8192
     fused_linear: bool = False
+    max_skipped_steps: int = 3
     kernel_backend: str = "auto"
     optimizer: AdamConfig = field(default_factory=AdamConfig)
 

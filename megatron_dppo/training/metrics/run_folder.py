@@ -1,5 +1,5 @@
-"""The folder of a run: config.yaml, metrics.jsonl, samples.jsonl, failures.jsonl, checkpoints/, tensorboard/, logs/; at the
-end, hf/.
+"""The folder of a run: config.yaml, metrics.jsonl, samples.jsonl, failures.jsonl, checkpoints/, tensorboard/, logs/;
+evidence/ where a step was skipped; at the end, hf/.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.logs = self.path / "logs"
+        self.evidence = self.path / "evidence"
         self.exported_policy = self.path / "hf"
 
     def check(self) -> None:

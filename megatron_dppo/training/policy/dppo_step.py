@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -27,7 +28,13 @@ from megatron_dppo.training.metrics.loss import global_metrics
 from megatron_dppo.training.metrics.step import BatchMetrics
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy.head_outputs import response_log_probs
-from megatron_dppo.training.policy.optimizer_step import MicroBatchLoss, forward_only, optimizer_step
+from megatron_dppo.training.policy.optimizer_step import (
+    MicroBatchLoss,
+    SkippedStepError,
+    StepOutcome,
+    forward_only,
+    optimizer_step,
+)
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 
@@ -36,17 +43,27 @@ class DPPOStep:
 
     Attributes:
         scheduler: makes the schedules that a batch's micro-batches are of.
+        skipped_in_a_row: optimizer steps that were not applied since the last that was, as their gradients were not finite.
         routed_layers: those whose expert choices this rank replays, in the order in which examples have them; none without
             routing replay.
     """
 
-    def __init__(self, config: Config, policy: TrainablePolicy, optimizer_state: OptimizerState) -> None:
+    def __init__(
+        self,
+        config: Config,
+        policy: TrainablePolicy,
+        optimizer_state: OptimizerState,
+        keep_evidence: Callable[[Sequence[MicroBatch]], None] = lambda suspects: None,
+    ) -> None:
+        """``keep_evidence`` is called with this rank's micro-batches that may be to blame for a step that was skipped."""
+        self._keep_evidence = keep_evidence
         self.scheduler = Scheduler(
             config.train,
             config.parallel,
             parallel_state.get_data_parallel_world_size(),
             PolicyFlops.of(policy.hf_config).training,
         )
+        self.skipped_in_a_row = 0
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
@@ -74,7 +91,8 @@ class DPPOStep:
     def run(self, batch: ReplicaBatch) -> dict[str, float | str]:
         """Learn from this replica's part of one rollout batch; returns global metrics.
 
-        They are numbers but for ``backend``, which names the kernels that ran.
+        They are numbers but for ``backend``, which names the kernels that ran. An optimizer step whose gradients are not
+        finite, on any rank, is skipped on all; the metrics are those of the others.
         """
         if self._rollout_weights is not None:
             self._rollout_weights.refresh()  # the engine samples with the weights as they are before the first step
@@ -82,18 +100,27 @@ class DPPOStep:
         first: MetricSums | None = None
         every: MetricSums | None = None
         batches = BatchMetrics()
+        outcome = StepOutcome(grad_norm=math.nan, lr=self._optimizer_state.lr)
+        skipped = 0
         for step in range(len(batch.steps)):
             micro_batches = self._batcher.micro_batches(batch, step)
             batches.add(micro_batches)
             parts: list[MetricSums] = []
-            outcome = optimizer_step(
-                self._policy,
-                self._optimizer_state,
-                micro_batches,
-                partial(self._loss_of, parts),
-                self._rollout_weights,
-                self._replay,
-            )
+            try:
+                outcome = optimizer_step(
+                    self._policy,
+                    self._optimizer_state,
+                    micro_batches,
+                    partial(self._loss_of, parts),
+                    self._rollout_weights,
+                    self._replay,
+                )
+            except SkippedStepError as error:
+                skipped += 1
+                self.skipped_in_a_row += 1
+                self._keep_evidence(error.suspects)
+                continue
+            self.skipped_in_a_row = 0
             if parts:  # on the last pipeline stage
                 step_metrics = MetricSums.total(parts)
                 first = first or step_metrics
@@ -106,6 +133,7 @@ class DPPOStep:
             **replayed,
             **batches.reduce(),
             "backend": self._backend,
+            "train/skipped_steps": float(skipped),
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
         }

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dppo.distributed.collectives import broadcast_object
-from megatron_dppo.errors import LossInputError, NonFiniteGradientError
+from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.checks import InputChecks
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 from megatron_dppo.models.routing_replay import RoutingReplay
@@ -45,6 +45,18 @@ class MicroBatchLoss(NamedTuple):
 
 # (micro-batch, hidden states, [n, V/TP] logits of its response tokens under the rollout weights or None) -> its loss
 LossOf = Callable[[MicroBatch, torch.Tensor, torch.Tensor | None], MicroBatchLoss]
+
+
+class SkippedStepError(Exception):
+    """A gradient is NaN or infinite, on some rank, so that no rank has applied the step.
+
+    Attributes:
+        suspects: this rank's micro-batches whose loss is not finite either.
+    """
+
+    def __init__(self, suspects: Sequence[MicroBatch]) -> None:
+        super().__init__("a gradient is NaN or infinite: the step was not applied")
+        self.suspects = suspects
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def optimizer_step(
         replay: given to route tokens as the micro-batches say.
 
     Raises:
-        LossInputError, NonFiniteGradientError: on every rank; the weights are left as they were.
+        LossInputError, SkippedStepError: on every rank; the weights are left as they were.
     """
     for chunk in policy.chunks:
         chunk.train()
@@ -88,6 +100,7 @@ def optimizer_step(
     device = next(policy.chunks[0].parameters()).device
 
     found: list[tuple[MicroBatch, InputChecks]] = []
+    losses: list[tuple[MicroBatch, torch.Tensor]] = []
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches).to(device)
@@ -102,12 +115,13 @@ def optimizer_step(
             loss, num_tokens, checks = loss_of(batch, hidden, rollout_logits)
             if checks is not None:
                 found.append((batch, checks))
+            losses.append((batch, loss.detach()))
             return loss, num_tokens.int(), {}  # Megatron adds the counts up in int32
 
         return _forward(chunk, batch, replay), loss_function
 
     _run_schedule(policy, micro_batches, forward_step, forward_only=False)
-    _refuse_a_wrong_step(policy, found)
+    _refuse_a_wrong_step(policy, found, losses)
     lr = optimizer_state.lr
     _, grad_norm, _ = optimizer_state.optimizer.step()
     optimizer_state.scheduler.step(increment=1)
@@ -128,7 +142,11 @@ def _forward(chunk: torch.nn.Module, batch: MicroBatch, replay: RoutingReplay | 
     return output
 
 
-def _refuse_a_wrong_step(policy: TrainablePolicy, found: Sequence[tuple[MicroBatch, InputChecks]]) -> None:
+def _refuse_a_wrong_step(
+    policy: TrainablePolicy,
+    found: Sequence[tuple[MicroBatch, InputChecks]],
+    losses: Sequence[tuple[MicroBatch, torch.Tensor]],
+) -> None:
     """Look, once, before anything is applied: at the inputs of all micro-batches and at the gradients, on all ranks.
 
     An impossible input would go into the weights, and clipping by a norm that is NaN would write NaN into all of them. This
@@ -145,10 +163,7 @@ def _refuse_a_wrong_step(policy: TrainablePolicy, found: Sequence[tuple[MicroBat
             checks.raise_errors(batch.describe)
         raise LossInputError("another rank was given impossible inputs, and says which; the step was not applied")
     if not gradients_finite:
-        raise NonFiniteGradientError(
-            "a gradient is NaN or infinite: the step was not applied; look at the loss, ratio and log-prob metrics of the"
-            " steps before"
-        )
+        raise SkippedStepError([batch for batch, loss in losses if not bool(loss.isfinite())])
 
 
 @torch.no_grad()
