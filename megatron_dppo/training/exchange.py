@@ -82,8 +82,10 @@ class Report:
         """What ``to_bytes`` made."""
         line, _, rest = data.partition(b"\n")
         fields = json.loads(line)
-        rows = torch.frombuffer(bytearray(rest), dtype=torch.float64).view(fields["samples"], -1) if rest else ()
-        samples = tuple(_sample_report(row) for row in rows)
+        rows = (
+            torch.frombuffer(bytearray(rest), dtype=torch.float64).view(fields["samples"], -1).tolist() if rest else ()
+        )
+        samples = tuple(_sample_report(*row) for row in rows)
         return cls(**fields | {"samples": samples, "reasons": tuple(fields["reasons"])})
 
 
@@ -92,8 +94,16 @@ def exchange(report: Report, *, group: dist.ProcessGroup | None = None) -> list[
     return [Report.from_bytes(data) for data in gather_bytes(report.to_bytes(), group=group)]
 
 
-def _sample_report(row: torch.Tensor) -> SampleReport:
-    number, prompt, response, reward, was_cut, was_aborted, version, faulty = row.tolist()
+def _sample_report(
+    number: float,
+    prompt: float,
+    response: float,
+    reward: float,
+    was_cut: float,
+    was_aborted: float,
+    version: float,
+    faulty: float,
+) -> SampleReport:
     return SampleReport(
         int(number), int(prompt), int(response), reward, bool(was_cut), bool(was_aborted), int(version), int(faulty)
     )

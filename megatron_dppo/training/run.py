@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
@@ -38,6 +39,7 @@ from megatron_dppo.training.stop_requests import StopRequests
 from megatron_dppo.training.trainer import Trainer
 
 _STEPS_COMPARED = 5
+_SCORING_PATIENCE_S = 3600.0  # beside generation: replicas of an embedded engine, and scorers, may differ by that much
 
 
 def check_run_folder(config: Config, hf_config: PretrainedConfig) -> None:
@@ -73,7 +75,14 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
         scorer = stack.enter_context(
             Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
         )
-        rollout_phase = RolloutPhase(config, inputs, engine=engine, scorer=scorer, replica_group=replica_group())
+        rollout_phase = RolloutPhase(
+            config,
+            inputs,
+            engine=engine,
+            scorer=scorer,
+            replica_group=replica_group(),
+            exchange_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=exchange_timeout_s(config))),
+        )
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
         checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
         if config.warm_start.steps and checkpoint_writer.last() is None:
@@ -97,6 +106,12 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
                 replace=True,  # that of a run which is being continued
             )
         log.say(summary(folder))
+
+
+def exchange_timeout_s(config: Config) -> float:
+    """How long a rank waits for the others to have generated and scored."""
+    generating = config.rollout.sglang.generate_timeout_s if config.rollout.engine == "sglang" else 0.0
+    return generating + _SCORING_PATIENCE_S
 
 
 def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.device) -> TrainablePolicy:
