@@ -93,7 +93,6 @@ ROWS = (
     Row("TP2 ETP2", 2, _layout(tp=2, **_ETP2), (QWEN3_MOE,)),
     Row("PP2", 2, _layout(pp=2)),
     Row("PP2 VPP2", 2, _layout(pp=2, **_VPP2)),
-    Row("PP2 of 1 and 3 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=1), (LLAMA, QWEN3_MOE)),
     Row("CP2", 2, _layout(cp=2)),
     Row("CP2, distributed optimizer", 2, _layout(cp=2, **_SHARDED_OPTIMIZER), (QWEN3,)),
     Row("EP2 (DP2)", 2, _layout(ep=2), (QWEN3_MOE,)),
@@ -113,6 +112,10 @@ ROWS = (
         _layout(pp=2, cp=2, ep=2, **_VPP2, **_SHARDED_OPTIMIZER),
         (QWEN3_MOE,),
     ),
+)
+# Not a row of the table: core's arithmetic for stages of unequal length, on top of the row "PP2".
+UNEQUAL_STAGES = Row(
+    "PP2 of 1 and 3 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=1), (LLAMA, QWEN3_MOE)
 )
 _EVERY_POLICY = tuple(
     Column(batching, aggregation, fused)

@@ -24,7 +24,7 @@ import torch
 from megatron.core import __version__ as core_version
 
 from tests.layouts import parity_runs
-from tests.layouts.parity_runs import COLUMNS, QWEN3, QWEN3_MOE, ROWS, Column, Difference, Row, Update
+from tests.layouts.parity_runs import COLUMNS, QWEN3, QWEN3_MOE, ROWS, UNEQUAL_STAGES, Column, Difference, Row, Update
 from tests.rank_pool import RankPools
 
 # A layout changes the order of sums and nothing else. One fp32 rounding is 6e-8; a log-prob has passed some 20 dependent
@@ -103,7 +103,7 @@ def _compare(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*ROWS, UNEQUAL_STAGES], ids=lambda row: row.name)
 def test_every_layout_makes_the_update_of_a_single_rank(
     row: Row, ranks: RankPools, reference_file: ReferenceFile
 ) -> None:

@@ -151,7 +151,7 @@ def _bad_choices() -> None:
         with pytest.raises(ValueError, match=message), replay.forward_pass(model, choices):
             _forward(model)
 
-    refused(good[:, :, :1], r"shape \(2, 6, 1, 2\), expected \[B, S, 2 layers, 2 experts per token\]")
+    refused(good[:, :, :1], r"shape \(2, 6, 1, 2\), expected \[B, S, 2 layers of this rank, 2 experts per token\]")
     refused(good[0], r"shape \(6, 2, 2\)")
     refused(good[:, :-1], "routes 12 tokens, but experts for 10 were given")
     for bad in ([1, 1], [0, EXPERTS], [-1, 2]):
