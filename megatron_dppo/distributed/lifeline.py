@@ -12,10 +12,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from megatron_dppo.errors import StopRequested
 
 EXIT_ANOTHER_FAILED = 4  # of a rank that ends because another has failed
 
@@ -53,16 +57,37 @@ class Lifeline:
     ) -> None:
         if self._is_alone:
             return
+        if error is not None:
+            self._tell(error)
+            return
         self._ends_by_itself.set()
         self._thread.join()
-        if error is None:
+        with contextlib.suppress(RuntimeError):  # whose store it is may have left already
             self._store.set(self._key("sign", self._rank), _LEFT.decode())
+
+    @contextmanager
+    def told_first(self) -> Iterator[None]:
+        """Within: an error is told to the other ranks before anything is taken down, which may wait for them for ever."""
+        try:
+            yield
+        except StopRequested:
+            raise
+        except BaseException as error:
+            if not self._is_alone:
+                self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        if self._ends_by_itself.is_set():
             return
-        deadline = threading.Timer(_CLEAN_UP_S, os._exit, args=(1,))  # what it started may wait for the others for ever
+        self._ends_by_itself.set()
+        reason = f"rank {self._rank} failed with {type(error).__name__}: {error}"
+        deadline = threading.Timer(_CLEAN_UP_S, _exit, args=(f"error: {reason} (its clean-up did not end)", 1))
         deadline.daemon = True
         deadline.start()
+        self._thread.join()
         with contextlib.suppress(RuntimeError):  # the store went first, which nobody overlooks
-            self._store.set(self._key("failed"), f"rank {self._rank} failed with {type(error).__name__}")
+            self._store.set(self._key("failed"), reason)
 
     def _key(self, *parts: object) -> str:
         return "/".join([self._prefix, *map(str, parts)])
@@ -89,8 +114,12 @@ class Lifeline:
     def _end(self, reason: str) -> None:
         """End this process, unless it is about to end by itself."""
         if not self._ends_by_itself.wait(_GRACE_S):
-            print(f"rank {self._rank} ends: {reason}", file=sys.stderr, flush=True)
-            os._exit(EXIT_ANOTHER_FAILED)
+            _exit(f"rank {self._rank} ends: {reason}", EXIT_ANOTHER_FAILED)
+
+
+def _exit(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _connect() -> TCPStore:

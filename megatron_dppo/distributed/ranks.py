@@ -46,7 +46,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
+def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[Lifeline]:
     """Within this context the default process group exists; gloo carries CPU tensors and objects, NCCL GPU tensors.
 
     To be left by all ranks together: without an error, or by StopRequested. If a rank leaves with another error, the others
@@ -66,9 +66,9 @@ def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[No
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     request: StopRequested | None = None
     try:
-        with Lifeline(rank(), world_size()):
+        with Lifeline(rank(), world_size()) as lifeline:
             try:
-                yield
+                yield lifeline
             except StopRequested as asked:
                 request = asked
             sum_over_ranks([0.0])  # nobody takes down what others still use

@@ -60,52 +60,60 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
     """Train as configured, on all ranks that torchrun started."""
     with ExitStack() as stack:
         stop_requests = stack.enter_context(StopRequests(config.run.max_seconds))
-        stack.enter_context(joined_ranks(device))
-        # It may hold the time of the start, which ranks read at different moments.
-        config.run.name = broadcast_object(config.run.name)
-        folder = RunFolder(config.run)
-        initialize_model_parallel(config.parallel, config.run.seed)
-        on_one_rank(lambda: folder.create(config))
-        check_shared_folder(folder.path, "run.root")
-        writes = dist.get_rank() == 0
-        log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
-        log.say(environment_report())
-        policy = build_trainable_policy(config, inputs, device)
-        engine = stack.enter_context(closing(build_engine(config, policy, folder)))
-        scorer = stack.enter_context(
-            Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
+        lifeline = stack.enter_context(joined_ranks(device))
+        with lifeline.told_first():
+            _train(config, inputs, device, stop_requests, stack)
+
+
+def _train(
+    config: Config, inputs: RunInputs, device: torch.device, stop_requests: StopRequests, stack: ExitStack
+) -> None:
+    """What is entered in ``stack`` is left when this has returned or raised."""
+    # It may hold the time of the start, which ranks read at different moments.
+    config.run.name = broadcast_object(config.run.name)
+    folder = RunFolder(config.run)
+    initialize_model_parallel(config.parallel, config.run.seed)
+    on_one_rank(lambda: folder.create(config))
+    check_shared_folder(folder.path, "run.root")
+    writes = dist.get_rank() == 0
+    log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
+    log.say(environment_report())
+    policy = build_trainable_policy(config, inputs, device)
+    engine = stack.enter_context(closing(build_engine(config, policy, folder)))
+    scorer = stack.enter_context(
+        Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
+    )
+    rollout_phase = RolloutPhase(
+        config,
+        inputs,
+        engine=engine,
+        scorer=scorer,
+        replica_group=replica_group(),
+        exchange_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=exchange_timeout_s(config))),
+    )
+    keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
+    checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
+    if config.warm_start.steps and checkpoint_writer.last() is None:
+        warm_start(policy, config, inputs, log)
+    Trainer(
+        config,
+        policy,
+        rollout_phase=rollout_phase,
+        checkpoint_writer=checkpoint_writer,
+        stop_requests=stop_requests,
+        log=log,
+        evidence=folder.evidence,
+    ).train()
+    if config.checkpoint.export_hf:
+        save_hf_checkpoint(
+            policy.chunks,
+            policy.hf_config,
+            folder.exported_policy,
+            tokenizer_folder=inputs.tokenizer_folder,
+            model_folder=config.model.path,
+            replace=True,  # that of a run which is being continued
         )
-        rollout_phase = RolloutPhase(
-            config,
-            inputs,
-            engine=engine,
-            scorer=scorer,
-            replica_group=replica_group(),
-            exchange_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=exchange_timeout_s(config))),
-        )
-        keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
-        checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
-        if config.warm_start.steps and checkpoint_writer.last() is None:
-            warm_start(policy, config, inputs, log)
-        Trainer(
-            config,
-            policy,
-            rollout_phase=rollout_phase,
-            checkpoint_writer=checkpoint_writer,
-            stop_requests=stop_requests,
-            log=log,
-            evidence=folder.evidence,
-        ).train()
-        if config.checkpoint.export_hf:
-            save_hf_checkpoint(
-                policy.chunks,
-                policy.hf_config,
-                folder.exported_policy,
-                tokenizer_folder=inputs.tokenizer_folder,
-                model_folder=config.model.path,
-                replace=True,  # that of a run which is being continued
-            )
-        log.say(summary(folder))
+    log.say(summary(folder))
 
 
 def exchange_timeout_s(config: Config) -> float:

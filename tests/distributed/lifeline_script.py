@@ -19,9 +19,10 @@ fault, who = sys.argv[1], int(sys.argv[2])
 lifeline._SILENCE_S = 6.0  # type: ignore[misc]
 lifeline._CLEAN_UP_S = 4.0  # type: ignore[misc]
 with ExitStack() as stack:
+    watch = stack.enter_context(joined_ranks(torch.device("cpu")))
     if fault == "clean-up hangs":
         stack.callback(time.sleep, 600)
-    stack.enter_context(joined_ranks(torch.device("cpu")))
+    stack.enter_context(watch.told_first())
     if fault in ("none", "stop"):  # all ranks are done, but not at the same time
         time.sleep(2.0 * dist.get_rank())
         if fault == "stop":

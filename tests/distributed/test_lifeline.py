@@ -25,7 +25,7 @@ def test_all_ranks_end_when_one_has_failed(tmp_path: Path, fault: str, code: int
     assert codes[who] == code, output
     assert codes[1 - who] == EXIT_ANOTHER_FAILED, output
     if fault == "error":
-        assert output.count("MemoryError: too much") == 1
+        assert output.count("\nMemoryError: too much") == 1  # one traceback
         # Without torchrun the store is rank 0's own, and may be gone before its note was read.
         reasons = [f"rank {who} failed with MemoryError", *(["the store of the ranks is gone"] if who == 0 else [])]
         assert any(f"rank {1 - who} ends: {reason}" in output for reason in reasons), output
@@ -42,6 +42,8 @@ def test_ranks_that_are_done_at_different_times_end_well(tmp_path: Path, ending:
 def test_a_rank_whose_clean_up_hangs_is_ended_too(tmp_path: Path) -> None:
     codes, output = exit_codes(SCRIPT, ["clean-up hangs", "1"], ranks=2, folder=tmp_path, timeout=30)
     assert codes == [EXIT_ANOTHER_FAILED, 1], output
+    assert "error: rank 1 failed with MemoryError: too much (its clean-up did not end)" in output
+    assert "rank 0 ends: rank 1 failed with MemoryError: too much" in output
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

@@ -9,32 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.published_configs import QWEN3_30B_A3B
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "conf" / "qwen3_30b_a3b.yaml"
-QWEN3_30B = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-}
 
 
 @pytest.fixture
 def plan(monkeypatch, capsys, tmp_path):
     """``plan(arguments)`` -> (exit code, output, errors)"""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**QWEN3_30B_A3B, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6})
+    )
     main = runpy.run_path(str(ROOT / "tools" / "plan_batches.py"))["main"]
 
     def run(*arguments: str) -> tuple[int, str, str]:

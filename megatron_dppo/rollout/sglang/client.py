@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from megatron_dppo.compat.extras import from_extra
@@ -55,7 +55,11 @@ class RolloutClient:
         gate = asyncio.Semaphore(self._config.max_concurrent_requests)
         tasks = [
             asyncio.ensure_future(
-                self._generate_one(gate, prompt, prompt_index, sample_index, sampling, weight_version)
+                self._or_failed(
+                    self._generate_one(gate, prompt, prompt_index, sample_index, sampling, weight_version),
+                    prompt,
+                    prompt_index,
+                )
             )
             for prompt_index, prompt in enumerate(prompts)
             for sample_index in range(sampling.samples_per_prompt)
@@ -76,21 +80,13 @@ class RolloutClient:
             prompt, f"sample of {prompt.prompt_id}: not complete after generate_timeout_s = {limit:g} s", prompt_index
         )
 
-    async def _generate_one(
-        self,
-        gate: asyncio.Semaphore,
-        prompt: Prompt,
-        prompt_index: int,
-        sample_index: int,
-        sampling: SamplingParams,
-        weight_version: int,
-    ) -> Sample | FailedSample:
+    async def _or_failed(self, asked: Awaitable[Sample], prompt: Prompt, prompt_index: int) -> Sample | FailedSample:
         try:
-            return await self._ask_for_one(gate, prompt, prompt_index, sample_index, sampling, weight_version)
+            return await asked
         except (RolloutError, InvalidSampleError) as error:
             return FailedSample(prompt, str(error), prompt_index)
 
-    async def _ask_for_one(
+    async def _generate_one(
         self,
         gate: asyncio.Semaphore,
         prompt: Prompt,

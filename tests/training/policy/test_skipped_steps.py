@@ -23,7 +23,6 @@ class StepWithNaN(DPPOStep):
     """On replica 1 the losses of the optimizer steps in ``poisoned`` are NaN."""
 
     poisoned: tuple[int, ...] = ()
-    optimizer_step = -1
 
     def _loss_of(self, parts, batch, hidden, rollout_logits):
         made = super()._loss_of(parts, batch, hidden, rollout_logits)
