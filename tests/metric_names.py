@@ -11,6 +11,7 @@ LOSS_METRICS = (
     "dppo/divergence_p99",
     "dppo/divergence_max",
     "dppo/bad_update_fraction",
+    "dppo/largest_token_share",
     "dppo/ppo_would_clip_fraction",
     "mismatch/abs_log_ratio",
     "mismatch/kl_k3",

@@ -156,7 +156,7 @@ class DPPOLoss:
         output = LossOutput(
             loss=loss,
             num_tokens=aggregation.num_tokens,
-            metrics=objective.metrics.with_means(reported),
+            metrics=objective.metrics.with_means(reported).with_updates(objective.coefficient, tokens.count()),
             weight=objective.weight.view(shape),
             divergence=objective.divergence.view(shape),
             backend=backend.name,

@@ -32,6 +32,8 @@ MASK_FRACTION_OF_BIN = tuple(
     f"dppo/mask_fraction_mu_{low:g}_{high:g}" for low, high in itertools.pairwise(ROLLOUT_PROBABILITY_BINS)
 )
 _NEGATED = "_negated"
+# Of |w r A|; what is logged is the quotient of both, the share of the largest.
+_UPDATES, _LARGEST_UPDATE = "dppo/update_mean", "dppo/update_max"
 MAXIMA = (
     "dppo/divergence_max",
     "mismatch/ratio_max",
@@ -82,6 +84,21 @@ class MetricSums:
         more = torch.stack([torch.stack([part.detach().double() for part in pair]) for pair in means.values()])
         return replace(self, mean_names=self.mean_names + tuple(means), means=torch.cat([self.means, more]))
 
+    def with_updates(self, coefficient: torch.Tensor, count: torch.Tensor) -> MetricSums:
+        """The same and what ``dppo/largest_token_share`` is made of.
+
+        Args:
+            coefficient: [N] w r A, 0 outside the mask.
+            count: scalar, number of tokens in the mask.
+        """
+        size = coefficient.detach().abs()
+        largest = _max(size, torch.ones_like(size, dtype=torch.bool))
+        return replace(
+            self.with_means({_UPDATES: (size.double().sum(), count)}),
+            maximum_names=(*self.maximum_names, _LARGEST_UPDATE),
+            maxima=torch.cat([self.maxima, largest[None]]),
+        )
+
     def pairs(self) -> dict[str, torch.Tensor]:
         """{name: [numerator, denominator]}, as Megatron's schedules report losses."""
         return dict(zip(self.mean_names, self.means.unbind(), strict=True))
@@ -100,15 +117,21 @@ class MetricSums:
 
         A mean over no tokens is left out. ``dppo/divergence_p99`` is within 3 % for D between 1e-6 and 100 and never above
         ``dppo/divergence_max``. ``mismatch/effective_sample_size`` is (sum r)^2 / (n sum r^2), in (0, 1].
+        ``dppo/largest_token_share`` is the largest |w r A| over the sum of all.
         """
         final = {}
-        for name, (numerator, denominator) in zip(self.mean_names, self.means.tolist(), strict=True):
+        sums = dict(zip(self.mean_names, self.means.tolist(), strict=True))
+        maxima = dict(zip(self.maximum_names, self.maxima.tolist(), strict=True))
+        all_updates, largest_update = sums.pop(_UPDATES, (0.0, 0.0))[0], maxima.pop(_LARGEST_UPDATE, 0.0)
+        if all_updates > 0:
+            final["dppo/largest_token_share"] = largest_update / all_updates
+        for name, (numerator, denominator) in sums.items():
             if denominator > 0:
                 final[name] = numerator / denominator
         squared_mean = final.pop("mismatch/ratio_squared_mean", None)
         if squared_mean is not None:
             final["mismatch/effective_sample_size"] = final["mismatch/ratio_mean"] ** 2 / squared_mean
-        for name, value in zip(self.maximum_names, self.maxima.tolist(), strict=True):
+        for name, value in maxima.items():
             if value != -math.inf:
                 final[name.removesuffix(_NEGATED)] = -value if name.endswith(_NEGATED) else value
         if "dppo/divergence_max" in final:

@@ -54,6 +54,8 @@ def test_they_say_what_their_names_say() -> None:
     assert final["dppo/divergence_mean"] == pytest.approx((0.6 + 0.4 + 0.05 + 0.1) / 4)
     assert final["dppo/divergence_max"] == pytest.approx(0.6)
     assert final["dppo/bad_update_fraction"] == 1 / 4
+    # |w r A| = 0 (masked), 1.8 (masked, .4 > delta), 1.1, 0.5, 0
+    assert final["dppo/largest_token_share"] == pytest.approx(1.1 / 1.6)
     assert final["dppo/ppo_would_clip_fraction"] == 3 / 4
     assert final["dppo/ppo_agreement"] == 3 / 4
     r = pi / mu

@@ -20,8 +20,8 @@ PHASES = {
     f"time/{phase}_s"
     for phase in re.findall(r"timed\(\"(\w+)\"\)", (ROOT / "megatron_dppo/training/trainer.py").read_text())
 }
-# ... and what only serves to make another (the effective sample size).
-NOT_WRITTEN = {"mismatch/ratio_squared_mean"}
+# ... and what only serves to make another (the effective sample size, the largest token's share).
+NOT_WRITTEN = {"mismatch/ratio_squared_mean", "dppo/update_mean", "dppo/update_max"}
 
 
 def written_in(source: str) -> set[str]:

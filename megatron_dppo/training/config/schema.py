@@ -1,8 +1,9 @@
 """Every option of a training run, its default and its meaning: the only place where defaults of the trainer live.
 
 Sections that belong to a lower layer are that layer's own dataclasses (``DPPOConfig``, ``ParallelConfig``,
-``SGLangConfig``, ``TaskConfig``), so a default is never stated twice. ``load_config`` (load.py) reads YAML into
-these classes; ``check_config`` (check.py) refuses what cannot work.
+``SGLangConfig``, ``TaskConfig``), so a default is never stated twice. Where the trainer has another one, the field that holds
+the section says so. ``load_config`` (load.py) reads YAML into these classes; ``check_config`` (check.py) refuses what cannot
+work.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class AlgorithmConfig:
     """What is optimised beyond the loss itself.
 
     Attributes:
-        loss: the loss.
+        loss: the loss. Its ``ratio_cap`` is 10 here, where the loss's own is none: no divergence sees a rare token whose
+            ratio explodes, and one such token would own the step (docs/algorithm.md).
         advantage: mean_baseline | rloo | grpo.
         topk: K of topk_tv, topk_kl and of the predictive direction's estimators.
         anchor: what the ratio and the divergence are measured against: rollout | recomputed. The latter, the policy's own
@@ -78,7 +80,7 @@ class AlgorithmConfig:
             differently does not show up as a policy that has moved.
     """
 
-    loss: DPPOConfig = field(default_factory=DPPOConfig)
+    loss: DPPOConfig = field(default_factory=lambda: DPPOConfig(ratio_cap=10.0))
     advantage: str = "mean_baseline"
     topk: int = 20
     anchor: str = "rollout"
