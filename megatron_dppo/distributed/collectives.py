@@ -1,21 +1,21 @@
 """The few collectives on Python values: one rank's value or outcome on all ranks, all ranks' values on each, sums, maxima.
 
-``group=None`` means all ranks, and this process alone where torch.distributed is not initialised. Ranks are counted within
-the group. Values travel between CPUs: nothing here waits for a device, and every group has to carry CPU tensors (as those
-of ``joined_ranks`` do).
+``group=None`` means all ranks, by way of gloo (``host_group``), and this process alone where torch.distributed is not
+initialised. Nothing waits for a device then. Other groups are for what is done once: where one of them carries the tensors
+of a device only, values travel over the device. Ranks are counted within the group.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Hashable, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_dppo import errors
+from megatron_dppo.distributed.host_group import host_group
 
 T = TypeVar("T")
 
@@ -25,8 +25,22 @@ def broadcast_object(value: T, *, rank: int = 0, group: dist.ProcessGroup | None
     if _size(group) == 1:
         return value
     box: list[Any] = [value if _rank(group) == rank else None]
-    dist.broadcast_object_list(box, src=_global_rank(rank, group), group=group)
+    dist.broadcast_object_list(box, src=_global_rank(rank, group), group=_resolved(group))
     return box[0]
+
+
+def broadcast_bytes(payload: bytes, *, rank: int = 0, group: dist.ProcessGroup | None = None) -> bytes:
+    """The ``payload``, of any length, that ``rank`` gave, on every rank; what the others give is ignored."""
+    if _size(group) == 1:
+        return payload
+    source, device = _global_rank(rank, group), _device(group)
+    length = torch.tensor([len(payload)], device=device)
+    dist.broadcast(length, source, group=_resolved(group))
+    content = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if _rank(group) == rank and payload:
+        content.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    dist.broadcast(content, source, group=_resolved(group))
+    return content.cpu().numpy().tobytes()
 
 
 def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -34,7 +48,7 @@ def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[
     if _size(group) == 1:
         return [value]
     gathered: list[Any] = [None] * _size(group)
-    dist.all_gather_object(gathered, value, group=group)
+    dist.all_gather_object(gathered, value, group=_resolved(group))
     return gathered
 
 
@@ -42,14 +56,15 @@ def gather_bytes(payload: bytes, *, group: dist.ProcessGroup | None = None) -> l
     """Every rank's bytes, of any length, in the order of ranks, on every rank. Takes as much as the longest for each."""
     if _size(group) == 1:
         return [payload]
-    lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(_size(group))]
-    dist.all_gather(lengths, torch.tensor([len(payload)], device="cpu"), group=group)
+    device = _device(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(payload)], device=device), group=_resolved(group))
     longest = max(int(length) for length in lengths)
     mine = torch.zeros(longest, dtype=torch.uint8, device="cpu")
     mine[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
-    gathered = [torch.empty_like(mine) for _ in lengths]
-    dist.all_gather(gathered, mine, group=group)
-    return [bytes(of_rank[: int(length)].numpy()) for of_rank, length in zip(gathered, lengths, strict=True)]
+    gathered = [torch.empty_like(mine, device=device) for _ in lengths]
+    dist.all_gather(gathered, mine.to(device), group=_resolved(group))
+    return [bytes(of_rank[: int(length)].cpu().numpy()) for of_rank, length in zip(gathered, lengths, strict=True)]
 
 
 def first_rank_where(condition: bool, *, group: dist.ProcessGroup | None = None) -> int:
@@ -132,25 +147,24 @@ def max_over_ranks(values: Sequence[float], *, group: dist.ProcessGroup | None =
     return _reduce(values, dist.ReduceOp.MAX, group)
 
 
-def split_ranks(key: Hashable, *, backend: str | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
-    """A new group of the ranks that give the same ``key`` (of a type that sorts). Collective over all ranks."""
-    keys: list[Any] = gather_objects(key)
-    mine: dist.ProcessGroup | None = None
-    for this in sorted(set(keys)):  # making a group is collective over all ranks, members or not
-        group = dist.new_group([rank for rank, k in enumerate(keys) if k == this], backend=backend, timeout=timeout)
-        if this == key:
-            mine = group
-    assert mine is not None
-    return mine
-
-
 def _reduce(
     values: Sequence[float], operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
 ) -> list[float]:
-    totals = torch.tensor(values, dtype=torch.float64, device="cpu")
+    totals = torch.tensor(values, dtype=torch.float64, device=_device(group))
     if _size(group) > 1:
-        dist.all_reduce(totals, op=operation, group=group)
+        dist.all_reduce(totals, op=operation, group=_resolved(group))
     return [float(total) for total in totals]
+
+
+def _resolved(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return host_group() if group is None else group
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors have to be that ``group`` carries."""
+    if not dist.is_initialized() or "gloo" in dist.get_backend_config(_resolved(group)):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

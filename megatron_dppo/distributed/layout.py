@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
-from megatron_dppo.distributed.collectives import split_ranks
+from megatron_dppo.distributed.ranks import COLLECTIVE_TIMEOUT_S
 from megatron_dppo.errors import ConfigError
 
 with from_extra("train"):
@@ -39,6 +40,8 @@ class ParallelConfig:
         moe_token_dispatcher: how tokens reach experts on other ranks: ``alltoall`` sends each token where it is needed,
             ``allgather`` sends every token everywhere (for few experts per rank and small groups).
         use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
+        collective_timeout_s: how long ranks wait for each other in a collective on tensors before the run ends. They come
+            within seconds of each other, but for a weight update of servers, which has to be allowed less.
     """
 
     tensor_model_parallel_size: int = 1
@@ -52,6 +55,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,6 +71,8 @@ class ParallelConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ConfigError(f"ParallelConfig.{name} must be at least 1, not {size}")
+        if not self.collective_timeout_s > 0:
+            raise ConfigError(f"ParallelConfig.collective_timeout_s must be above 0, not {self.collective_timeout_s}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "ParallelConfig.sequence_parallel=True needs tensor_model_parallel_size > 1: it splits over the "
@@ -183,11 +189,40 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
+        distributed_timeout_minutes=parallel.collective_timeout_s / 60,
+        # Twins of the data-parallel groups for CPU tensors, in which nothing here travels: a mesh of sockets each.
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     global _replica_group
-    # Ranks with the same data-parallel rank: core has groups for TP x PP and TP x CP, none for all three.
-    _replica_group = split_ranks(parallel_state.get_data_parallel_rank())
+    _replica_group = _make_replica_groups(parallel)
+
+
+def _make_replica_groups(parallel: ParallelConfig) -> dist.ProcessGroup:
+    """The group of ranks with this data-parallel rank: core has groups for TP x PP and TP x CP, none for all three.
+
+    Nobody has to be asked who is in it: core counts ranks in the order TP, CP, DP, PP.
+    """
+    neighbours = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    replicas = parallel_state.get_data_parallel_world_size()
+    groups = [
+        [
+            (stage * replicas + replica) * neighbours + neighbour
+            for stage in range(parallel.pipeline_model_parallel_size)
+            for neighbour in range(neighbours)
+        ]
+        for replica in range(replicas)
+    ]
+    mine = groups[parallel_state.get_data_parallel_rank()]
+    expected = {
+        *dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
+        *dist.get_process_group_ranks(parallel_state.get_tensor_and_context_parallel_group()),
+    }
+    if not expected <= set(mine):
+        raise RuntimeError(f"megatron-core counts ranks in another order: {sorted(expected)} are not within {mine}")
+    group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=parallel.collective_timeout_s))
+    assert group is not None
+    return group
 
 
 def replica_group() -> dist.ProcessGroup:

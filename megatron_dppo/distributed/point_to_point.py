@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.distributed.host_group import host_group
+
 # Each part is passed on as soon as it is there: the levels of a tree overlap, and no message is large.
 _PART_BYTES = 64 * 2**20
 _PARTS_PER_PARCEL = 2**12  # 256 GiB
@@ -51,19 +53,17 @@ class Parcel:
         return tuple(reversed(found))  # who has most to pass on comes first
 
 
-def deliver(
-    parcels: Sequence[Parcel], contents: Mapping[int, torch.Tensor], *, group: dist.ProcessGroup | None = None
-) -> dict[int, torch.Tensor]:
-    """Send every parcel to its receivers. Collective: every rank of ``group`` gives the same ``parcels``.
+def deliver(parcels: Sequence[Parcel], contents: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Send every parcel to its receivers, by way of ``host_group``. Collective: every rank gives the same ``parcels``.
 
     Args:
         parcels: what is to be sent.
         contents: index of a parcel -> [num_bytes] uint8 on the CPU, for those that this rank is the source of.
-        group: all ranks, by way of gloo; None: the default group.
 
     Returns:
         index -> [num_bytes] uint8, for those that this rank is a receiver of. What it has already is not copied.
     """
+    group = host_group()
     me = dist.get_rank() if dist.is_initialized() else 0
     received: dict[int, torch.Tensor] = {}
     arriving: list[tuple[int, list[dist.Work | None]]] = []

@@ -11,8 +11,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import sum_over_ranks
+from megatron_dppo.distributed.host_group import made_host_group
 from megatron_dppo.distributed.lifeline import Lifeline
+from megatron_dppo.distributed.open_files import make_room_for_sockets
 from megatron_dppo.errors import ConfigError, StopRequested
+
+# Of collectives on tensors, where every rank comes within seconds of the others.
+COLLECTIVE_TIMEOUT_S = 1800.0
+# Groups over gloo that a rank is in, as if each were of all ranks. With NCCL: host_group, and that of the checkpoint thread.
+# Without: the default group and Megatron's too.
+_MESHES_WITH_NCCL, _MESHES_WITH_GLOO = 2, 20
 
 
 def world_size() -> int:
@@ -46,8 +54,15 @@ def choose_device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[Lifeline]:
-    """Within this context the default process group exists; gloo carries CPU tensors and objects, NCCL GPU tensors.
+def joined_ranks(
+    device: torch.device, *, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S, host_timeout_s: float | None = None
+) -> Iterator[Lifeline]:
+    """Within this context the default process group exists, over NCCL for GPUs, else gloo, and ``host_group`` for values.
+
+    Args:
+        device: of this rank.
+        collective_timeout_s: how long ranks wait for each other in the default group, for tensors.
+        host_timeout_s: and in ``host_group``, where they wait for whoever does something alone. None: as long.
 
     To be left by all ranks together: without an error, or by StopRequested. If a rank leaves with another error, the others
     are ended (lifeline.py) and groups are left as they are: taking them down is collective.
@@ -58,15 +73,21 @@ def joined_ranks(device: torch.device, timeout_s: float = 1800.0) -> Iterator[Li
     os.environ.setdefault("MASTER_PORT", "0" if world_size() == 1 else "29500")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
     else:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        backend = "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    on_gpu = device.type == "cuda"
+    make_room_for_sockets(_MESHES_WITH_NCCL if on_gpu else _MESHES_WITH_GLOO, world_size())
+    # With its device named, NCCL connects now: a network that does not work is found here, not in the first step.
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=collective_timeout_s),
+        device_id=device if on_gpu else None,
+    )
     request: StopRequested | None = None
     try:
-        with Lifeline(rank(), world_size()) as lifeline:
+        host_timeout = collective_timeout_s if host_timeout_s is None else host_timeout_s
+        with made_host_group(host_timeout), Lifeline(rank(), world_size()) as lifeline:
             try:
                 yield lifeline
             except StopRequested as asked:

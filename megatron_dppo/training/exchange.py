@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import gather_bytes
 
@@ -89,9 +88,9 @@ class Report:
         return cls(**fields | {"samples": samples, "reasons": tuple(fields["reasons"])})
 
 
-def exchange(report: Report, *, group: dist.ProcessGroup | None = None) -> list[Report]:
+def exchange(report: Report) -> list[Report]:
     """Every rank's report, in the order of ranks, on every rank. Collective."""
-    return [Report.from_bytes(data) for data in gather_bytes(report.to_bytes(), group=group)]
+    return [Report.from_bytes(data) for data in gather_bytes(report.to_bytes())]
 
 
 def _sample_report(

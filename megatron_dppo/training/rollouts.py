@@ -68,11 +68,8 @@ class RolloutPhase:
         engine: RolloutEngine,
         scorer: Scorer,
         replica_group: dist.ProcessGroup,
-        exchange_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """``exchange_group``: all ranks by way of gloo, patient for as long as generating and scoring take; None: default."""
         self.engine = engine
-        self._exchange_group = exchange_group
         self._inputs = inputs
         self._scorer = scorer
         self._is_leader = dist.get_rank(replica_group) == 0
@@ -123,7 +120,7 @@ class RolloutPhase:
         except Exception as error:
             cause = error
             report = self._failure(error, asked=len(prompts) * sampling.samples_per_prompt)
-        reports = exchange(replace(report, stop=stop(), save=save), group=self._exchange_group)
+        reports = exchange(replace(report, stop=stop(), save=save))
         if (reason := self._reason_to_stop(reports)) is not None:
             raise reason from cause
         return _rollouts(reports, own)

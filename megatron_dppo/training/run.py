@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, closing
-from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
@@ -39,7 +38,6 @@ from megatron_dppo.training.stop_requests import StopRequests
 from megatron_dppo.training.trainer import Trainer
 
 _STEPS_COMPARED = 5
-_SCORING_PATIENCE_S = 3600.0  # beside generation: replicas of an embedded engine, and scorers, may differ by that much
 
 
 def check_run_folder(config: Config, hf_config: PretrainedConfig) -> None:
@@ -60,7 +58,13 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
     """Train as configured, on all ranks that torchrun started."""
     with ExitStack() as stack:
         stop_requests = stack.enter_context(StopRequests(config.run.max_seconds))
-        lifeline = stack.enter_context(joined_ranks(device))
+        lifeline = stack.enter_context(
+            joined_ranks(
+                device,
+                collective_timeout_s=config.parallel.collective_timeout_s,
+                host_timeout_s=config.rollout.exchange_timeout_s,
+            )
+        )
         with lifeline.told_first():
             _train(config, inputs, device, stop_requests, stack)
 
@@ -89,7 +93,6 @@ def _train(
         engine=engine,
         scorer=scorer,
         replica_group=replica_group(),
-        exchange_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=exchange_timeout_s(config))),
     )
     keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
     checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
@@ -114,12 +117,6 @@ def _train(
             replace=True,  # that of a run which is being continued
         )
     log.say(summary(folder))
-
-
-def exchange_timeout_s(config: Config) -> float:
-    """How long a rank waits for the others to have generated and scored."""
-    generating = config.rollout.sglang.generate_timeout_s if config.rollout.engine == "sglang" else 0.0
-    return generating + _SCORING_PATIENCE_S
 
 
 def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.device) -> TrainablePolicy:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import (
+    broadcast_bytes,
     broadcast_object,
     first_error,
     first_rank_where,
@@ -19,7 +20,6 @@ from megatron_dppo.distributed.collectives import (
     max_over_ranks,
     on_one_rank,
     portable_error,
-    split_ranks,
     sum_over_ranks,
 )
 from megatron_dppo.errors import CheckpointError, RolloutError
@@ -79,11 +79,13 @@ def test_all_ranks_see_the_result_or_the_error_of_the_one_that_acted(ranks, worl
 
 def _within_a_group() -> list[Any]:
     """Ranks 0 and 2 of three, whose ranks in the group are 0 and 1."""
-    group = split_ranks(dist.get_rank() == 1)
+    group, _ = dist.new_subgroups_by_enumeration([[0, 2], [1]])
+    assert group is not None
     return [
         dist.get_process_group_ranks(group),
         on_one_rank(dist.get_rank, rank=group.size() - 1, group=group),
         broadcast_object(dist.get_rank(), rank=group.size() - 1, group=group),
+        broadcast_bytes(b"%d" % dist.get_rank(), rank=group.size() - 1, group=group),
         gather_objects(dist.get_rank(), group=group),
         first_rank_where(dist.get_rank() > 0, group=group),
         sum_over_ranks([dist.get_rank(), 1], group=group),
@@ -92,8 +94,8 @@ def _within_a_group() -> list[Any]:
 
 
 def test_ranks_are_counted_within_the_group(ranks):
-    outer = [[0, 2], 2, 2, [0, 2], 1, [2.0, 2.0], [2.0, 0.0]]
-    assert ranks(3).run(_within_a_group) == [outer, [[1], 1, 1, [1], 0, [1.0, 1.0], [1.0, -1.0]], outer]
+    outer = [[0, 2], 2, 2, b"2", [0, 2], 1, [2.0, 2.0], [2.0, 0.0]]
+    assert ranks(3).run(_within_a_group) == [outer, [[1], 1, 1, b"1", [1], 0, [1.0, 1.0], [1.0, -1.0]], outer]
 
 
 def _payload_sent(size: int) -> tuple[list[str], int]:
@@ -143,6 +145,7 @@ def test_without_torch_distributed_this_process_is_alone():
         on_one_rank(lambda: _raise(OnlyHereError("strange")))
     assert isinstance(caught.value.__cause__, OnlyHereError)
     assert broadcast_object("x") == "x"
+    assert broadcast_bytes(b"x") == b"x"
     assert gather_objects("x") == ["x"]
     assert first_rank_where(True) == 0
     assert (sum_over_ranks([1, 2.5]), max_over_ranks([-1])) == ([1.0, 2.5], [-1.0])

@@ -6,15 +6,14 @@ that replica's responses. Whatever goes wrong in a weight update is raised on al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.distributed.collectives import first_error, on_one_rank, split_ranks
+from megatron_dppo.distributed.collectives import first_error, on_one_rank
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name, load_hf_config
 from megatron_dppo.rollout.engine import NamedTensors, check_request
@@ -28,8 +27,6 @@ from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.weight_sync import ServerFacts, WeightSync
 
 T = TypeVar("T")
-
-_COLLECTIVE_MARGIN_S = 120.0
 
 
 class SGLangEngine:
@@ -74,9 +71,6 @@ class SGLangEngine:
         self._unusable_because: str | None = "no weights were sent yet: call update_weights before generating"
         self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
         self._is_leader = replica_group is None or dist.get_rank(replica_group) == 0
-        self._world: dist.ProcessGroup | None = None  # None without torch.distributed, and once closed
-        if dist.is_initialized():
-            self._world = _patient_group(range(dist.get_world_size()), config)
         self._transport = Transport()
         self._client = RolloutClient(self._transport, config, self._routing)
         self._servers: list[SGLangServer] = []
@@ -131,7 +125,7 @@ class SGLangEngine:
 
     def _finish_update(self, error: Exception | None, version: int) -> None:
         """Agree on the outcome, so that no rank goes on with weights that another failed to send."""
-        failure = first_error(error and _shared_error(error), group=self._world)
+        failure = first_error(error and _shared_error(error))
         if failure is not None:
             self._failed = True
             self._unusable_because = f"the weight update to version {version} failed: {failure}"
@@ -156,9 +150,6 @@ class SGLangEngine:
             server.close()
         self._servers = []
         self._transport.close()
-        if dist.is_initialized() and self._world is not None:
-            dist.destroy_process_group(self._world)
-        self._world = None
         self._failed = True
         self._unusable_because = "it was closed"
 
@@ -167,7 +158,7 @@ class SGLangEngine:
             raise RolloutError(f"the SGLang engine cannot be used: {self._unusable_because}")
 
     def _on_owner(self, action: Callable[[], T]) -> T:
-        return on_one_rank(action, group=self._world, failure=_shared_error)
+        return on_one_rank(action, failure=_shared_error)
 
     def _prepare_servers(self) -> None:
         if self._config.urls:
@@ -211,15 +202,6 @@ class SGLangEngine:
             return self._sync.urls
 
         self._client.set_servers(self._on_owner(urls))
-
-
-def _patient_group(ranks: Iterable[int], config: SGLangConfig) -> dist.ProcessGroup:
-    """A gloo group of ``ranks``, this one among them, patient enough to wait for generation and start-up.
-
-    The trainer's own groups would do on a CPU, but NCCL's give up after minutes, while a rollout may take longer.
-    """
-    patience = max(config.generate_timeout_s, config.startup_timeout_s + config.sync_timeout_s) + _COLLECTIVE_MARGIN_S
-    return split_ranks(tuple(ranks), backend="gloo", timeout=timedelta(seconds=patience))
 
 
 def _shared_error(error: Exception) -> Exception:

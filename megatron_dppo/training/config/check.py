@@ -50,6 +50,7 @@ _AT_LEAST = {
     },
 }
 _ABOVE_ZERO = (
+    "rollout.exchange_timeout_s",
     "tasks.score_timeout_s",
     *(
         f"{optimizer}.{name}"
@@ -66,6 +67,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     _check_choices(config)
     check_policy_fits(hf_config, config.parallel, world_size)
     config.rollout.sglang.check()
+    _check_timeouts(config)
     _check_sampling(config, hf_config)
     _check_algorithm(config, hf_config)
     _check_batch_sizes(config)
@@ -89,6 +91,35 @@ def _check_choices(config: Config) -> None:
     ):
         if value not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_timeouts(config: Config) -> None:
+    """Whoever waits for something must be more patient than what it waits for: else the wrong one gives up, with the wrong
+    message.
+    """
+    sglang = config.rollout.sglang
+    generating = (
+        ("rollout.sglang.generate_timeout_s", sglang.generate_timeout_s),
+        (
+            "rollout.sglang.startup_timeout_s + rollout.sglang.sync_timeout_s",
+            sglang.startup_timeout_s + sglang.sync_timeout_s,
+        ),
+    )
+    within_exchange = [("tasks.score_timeout_s", config.tasks.score_timeout_s)]
+    within_collective = []
+    if config.rollout.engine == "sglang":
+        within_exchange += generating
+        # All ranks join the parameters that rank 0 sends: they wait for it as long as servers take.
+        within_collective.append(("rollout.sglang.sync_timeout_s", sglang.sync_timeout_s))
+    for outer, patience, inner in (
+        ("rollout.exchange_timeout_s", config.rollout.exchange_timeout_s, within_exchange),
+        ("parallel.collective_timeout_s", config.parallel.collective_timeout_s, within_collective),
+    ):
+        for name, value in inner:
+            if value >= patience:
+                raise ConfigError(
+                    f"{name} = {value:g} s must be below {outer} = {patience:g} s, within which it happens: raise the latter"
+                )
 
 
 def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:

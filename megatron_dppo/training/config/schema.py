@@ -102,6 +102,8 @@ class RolloutConfig:
             ever drawn: the token is left out and counted.
         max_failed_share: of a step's samples, that may turn out unusable (an engine's fault in one, no server left for a
             replica); they are counted, named in failures.jsonl and not trained on. Above it the run stops with a checkpoint.
+        exchange_timeout_s: how long ranks wait for the last one to have generated and scored its share. Every time-out within
+            that time has to be shorter, and is named if it is not.
         sglang: options of the sglang engine.
     """
 
@@ -113,6 +115,7 @@ class RolloutConfig:
     max_batch_size: int = 256
     log_prob_floor: float = -30.0
     max_failed_share: float = 0.1
+    exchange_timeout_s: float = 14400.0
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
 

@@ -71,18 +71,15 @@ class HandOver:
         is_leader: whether this rank has the examples that its replica samples. It is the replica's first.
     """
 
-    def __init__(
-        self, sampled: ExampleFields, routed_layers: Sequence[int] = (), group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, sampled: ExampleFields, routed_layers: Sequence[int] = ()) -> None:
         """``sampled``: what examples have where they are sampled. ``routed_layers``: the layers whose expert choices this
-        rank replays. ``group``: all ranks, by way of gloo; None: the default group.
+        rank replays.
         """
-        self._group = group
         self._sampled = sampled
         self._rank = dist.get_rank()
         self._replica = parallel_state.get_data_parallel_rank()
         is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        places = gather_objects(_Place(self._replica, is_last_stage, tuple(routed_layers)), group=group)
+        places = gather_objects(_Place(self._replica, is_last_stage, tuple(routed_layers)))
         self._receivers = [
             _receivers(sampled, {rank: place for rank, place in enumerate(places) if place.replica == replica})
             for replica in range(parallel_state.get_data_parallel_world_size())
@@ -124,7 +121,7 @@ class HandOver:
                 if self._rank in receivers:
                     expected.append((len(parcels), section, numbers))
                 parcels.append(Parcel(self._leaders[source], receivers, size))
-        received = deliver(parcels, contents, group=self._group)
+        received = deliver(parcels, contents)
         found: dict[int, dict[str, torch.Tensor]] = {}
         for index, section, numbers in expected:
             for number, views in self._views(received[index], section, {n: headers[n] for n in numbers}):
@@ -178,7 +175,9 @@ def _fill(views: Mapping[str, torch.Tensor], section: _Section, example: Trainin
     for name, view in views.items():
         value = getattr(example, name)
         if name == "routed_experts":
-            value = value[:, list(section.layers)]
+            # Straight into the parcel: these are large, and a copy of them would be as large again.
+            torch.index_select(value.to(view.dtype), 1, torch.tensor(section.layers, device="cpu"), out=view)
+            continue
         view.copy_(value if isinstance(value, torch.Tensor) else torch.tensor([value]))
 
 

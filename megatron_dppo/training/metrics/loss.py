@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 from megatron.core import parallel_state
 
-from megatron_dppo.distributed.collectives import broadcast_object
+from megatron_dppo.distributed.collectives import broadcast_bytes
 from megatron_dppo.loss.metrics import MetricSums
 
 
@@ -14,4 +16,7 @@ def global_metrics(sums: MetricSums | None) -> dict[str, float]:
     if sums is not None:
         final = sums.all_reduce(parallel_state.get_data_parallel_group(with_context_parallel=True)).finalize()
     stages = parallel_state.get_pipeline_model_parallel_group()
-    return broadcast_object(final, rank=stages.size() - 1, group=stages)
+    numbers: dict[str, float] = json.loads(
+        broadcast_bytes(json.dumps(final).encode(), rank=stages.size() - 1, group=stages)
+    )
+    return numbers

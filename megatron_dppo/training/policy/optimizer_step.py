@@ -19,7 +19,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dppo.distributed.collectives import broadcast_object
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.checks import InputChecks
 from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
@@ -205,7 +204,7 @@ def forward_only(
     if parallel_state.get_context_parallel_world_size() > 1:
         for values in kept:
             dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
-    return _from_last_stage(kept)
+    return _from_last_stage(kept, micro_batches, device)
 
 
 def _run_schedule(
@@ -224,7 +223,17 @@ def _run_schedule(
     )
 
 
-def _from_last_stage(kept: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Hand the last pipeline stage's results to all stages."""
+def _from_last_stage(
+    kept: list[torch.Tensor], micro_batches: Sequence[MicroBatch], device: torch.device
+) -> list[torch.Tensor]:
+    """Hand the last pipeline stage's results to all stages, on the CPU."""
     stages = parallel_state.get_pipeline_model_parallel_group()
-    return broadcast_object([values.cpu() for values in kept], rank=stages.size() - 1, group=stages)
+    if stages.size() > 1:
+        sizes = [batch.layout.rows * batch.layout.length for batch in micro_batches]
+        flat = torch.empty(sum(sizes), device=device)
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            flat.copy_(torch.cat([values.flatten() for values in kept]))
+        dist.broadcast(flat, dist.get_global_rank(stages, stages.size() - 1), group=stages)
+        shapes = [(batch.layout.rows, batch.layout.length) for batch in micro_batches]
+        kept = [values.view(shape) for values, shape in zip(flat.split(sizes), shapes, strict=True)]
+    return [values.cpu() for values in kept]

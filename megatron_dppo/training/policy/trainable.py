@@ -97,6 +97,7 @@ def build_optimizer(policy: TrainablePolicy, adam: AdamConfig, total_steps: int)
             use_distributed_optimizer=policy.uses_distributed_optimizer,
         ),
         policy.chunks,
+        use_gloo_process_groups=False,
     )
     policy.transformer_config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(

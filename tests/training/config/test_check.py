@@ -21,6 +21,7 @@ from tests.models.tiny_policies import tiny_hf_config
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")
+SGLANG = ("rollout.engine=sglang", f"rollout.sglang.python={sys.executable}")
 INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
 
 
@@ -53,6 +54,22 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["run.seed=4294967296"], 2, r"run\.seed must be at most"),
         (["rollout.engine=sglang", "rollout.sglang.python=no-such-python"], 2, "no-such-python is no program"),
         (["rollout.sglang.urls=[http://a:1,http://a:1]"], 2, "listed twice"),
+        (
+            ["tasks.score_timeout_s=20000"],
+            2,
+            r"tasks\.score_timeout_s = 20000 s must be below rollout\.exchange_timeout_s",
+        ),
+        ([*SGLANG, "rollout.sglang.generate_timeout_s=14400"], 2, r"generate_timeout_s = .* below rollout\.exchange"),
+        (
+            [*SGLANG, "rollout.sglang.startup_timeout_s=13800"],
+            2,
+            r"sync_timeout_s = 14400 s must be below rollout\.exch",
+        ),
+        (
+            [*SGLANG, "parallel.collective_timeout_s=600"],
+            2,
+            r"sync_timeout_s = 600 s must be below parallel\.collective",
+        ),
         (["train.optimizer.lr_decay_style=step"], 2, "lr_decay_style"),
         (["tasks.eval=[]"], 2, r"tasks\.train and tasks\.eval"),
         (["rollout.sglang.verify=maybe"], 2, "verify"),
@@ -135,6 +152,11 @@ def test_packed_batches_have_no_condition_on_counts():
     packed = ["train.batching=packed", "train.micro_batch_size=100"]
     config = load_config(QUICKSTART, [*ONE_RANK, *INTERLEAVED, *packed])
     check_config(config, tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)
+
+
+def test_time_outs_of_an_engine_that_is_off_are_not_compared():
+    overrides = ["rollout.sglang.generate_timeout_s=20000", "parallel.collective_timeout_s=60"]
+    check_config(load_config(QUICKSTART, overrides), tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)
 
 
 def test_the_quick_start_itself_is_fine():
