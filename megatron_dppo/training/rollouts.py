@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,7 @@ class Rollouts:
         scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
         stop: why the run is to stop once the step is done; None: it is not. The same on every rank.
         save: whether a checkpoint is to be written then. The same on every rank.
+        seconds: that this rank took to generate and to score, where it has samples: without waiting for others.
     """
 
     reports: Sequence[SampleReport]
@@ -51,6 +53,7 @@ class Rollouts:
     scoring_failures: int
     stop: str | None
     save: bool
+    seconds: Mapping[str, float]
 
 
 class RolloutPhase:
@@ -114,16 +117,19 @@ class RolloutPhase:
     ) -> Rollouts:
         own: dict[int, ScoredSample] = {}
         cause: Exception | None = None
+        began = generated = time.perf_counter()
         try:
             made = self.engine.generate(prompts, sampling)
+            generated = time.perf_counter()
             own, report = self._score(made if self._is_leader else [], sampling.samples_per_prompt)
         except Exception as error:
             cause = error
             report = self._failure(error, asked=len(prompts) * sampling.samples_per_prompt)
+        seconds = {"generate": generated - began, "score": time.perf_counter() - generated} if self._is_leader else {}
         reports = exchange(replace(report, stop=stop(), save=save))
         if (reason := self._reason_to_stop(reports)) is not None:
             raise reason from cause
-        return _rollouts(reports, own)
+        return _rollouts(reports, own, seconds)
 
     def _score(
         self, made: Sequence[Sample | FailedSample], samples_per_prompt: int
@@ -171,7 +177,7 @@ class RolloutPhase:
         )
 
 
-def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample]) -> Rollouts:
+def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample], seconds: Mapping[str, float]) -> Rollouts:
     source = {sample.number: report.replica for report in reports for sample in report.samples}
     return Rollouts(
         reports=sorted(sample for report in reports for sample in report.samples),
@@ -182,6 +188,7 @@ def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample]) -> Rol
         scoring_failures=sum(report.scoring_failures for report in reports),
         stop=next((report.stop for report in reports if report.stop is not None), None),
         save=any(report.save for report in reports),
+        seconds=seconds,
     )
 
 

@@ -26,6 +26,7 @@ from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import ReplicaBatch
 from megatron_dppo.training.data.hand_over import ExampleHeader, HandOver
 from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample, example_from_sample
+from megatron_dppo.training.metrics.over_ranks import measures_of_all
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
 from megatron_dppo.training.policy.dppo_step import DPPOStep
@@ -73,6 +74,7 @@ class Trainer:
         Raises StopRequested, on all ranks, when the run was asked to stop and is saved.
         """
         self.resume()
+        self.policy.forward_backward.take_seconds()  # of a warm start
         with self.saved_if_rollouts_stop():
             while self.state.step < self.config.train.steps:
                 with self.timed("rollout"):
@@ -217,8 +219,12 @@ class Trainer:
         except RolloutError as error:
             stopped = error
         seconds, self._seconds = self._seconds, {}
-        metrics |= rollout_metrics(rollouts, sampled_version)
-        metrics |= phase_metrics(rollouts, float(metrics["batch/computed_tokens"]), seconds)
+        work = {**rollouts.seconds, "forward_backward": self.policy.forward_backward.take_seconds()}
+        measures = measures_of_all({**seconds, **work})
+        metrics |= rollout_metrics(rollouts, sampled_version, self.config.rollout.samples_per_prompt)
+        metrics |= phase_metrics(
+            rollouts, float(metrics["batch/computed_tokens"]), measures, seconds.keys(), self.policy.flops
+        )
         self.log.record(self.state.step, metrics)
         self.log.rollouts(self.state.step, rollouts, self.config.logging.samples_per_step)
         if stopped is not None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.distributed.collectives import sum_over_ranks
+from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.training.data.micro_batch import MicroBatch
+from megatron_dppo.training.metrics.over_ranks import RankMeasures, time_metrics
+from megatron_dppo.training.metrics.peak_flops import peak_flops
 from megatron_dppo.training.rollouts import Rollouts
 
 
-def rollout_metrics(rollouts: Rollouts, weight_version: int) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts, weight_version: int, samples_per_prompt: int) -> dict[str, float]:
     """Rewards, lengths and staleness over all replicas.
 
-    ``weight_version`` is the newest there was when the step's samples were drawn; staleness counts versions behind it.
+    Args:
+        rollouts: the step's samples.
+        weight_version: the newest there was when they were drawn; staleness counts versions behind it.
+        samples_per_prompt: which samples answer the same prompt.
     """
     reports, count = rollouts.reports, len(rollouts.reports)
     mean = sum(report.reward for report in reports) / count
@@ -24,6 +28,7 @@ def rollout_metrics(rollouts: Rollouts, weight_version: int) -> dict[str, float]
     return {
         "reward/mean": mean,
         "reward/std": max(variance, 0.0) ** 0.5,
+        "reward/equal_groups": _share_of_equal_groups(rollouts, samples_per_prompt),
         "reward/scoring_failures": float(rollouts.scoring_failures),
         "rollout/length_mean": sum(report.response_tokens for report in reports) / count,
         "rollout/cut_fraction": sum(report.was_cut for report in reports) / count,
@@ -32,6 +37,14 @@ def rollout_metrics(rollouts: Rollouts, weight_version: int) -> dict[str, float]
         "rollout/faulty_tokens": float(sum(report.faulty_tokens for report in reports)),
         "rollout/staleness_max": float(weight_version - min(report.oldest_weight_version for report in reports)),
     }
+
+
+def _share_of_equal_groups(rollouts: Rollouts, samples_per_prompt: int) -> float:
+    """Of the prompts that were answered: the share whose responses all have the same reward, and so no advantage."""
+    rewards: dict[int, set[float]] = {}
+    for report in rollouts.reports:
+        rewards.setdefault(report.number // samples_per_prompt, set()).add(report.reward)
+    return sum(len(different) == 1 for different in rewards.values()) / len(rewards)
 
 
 class BatchMetrics:
@@ -61,27 +74,37 @@ class BatchMetrics:
         }
 
 
-def phase_metrics(rollouts: Rollouts, computed_tokens: float, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each phase, tokens per second over all replicas, peak memory of this rank.
+def phase_metrics(
+    rollouts: Rollouts,
+    computed_tokens: float,
+    measures: Sequence[RankMeasures],
+    phases: Collection[str],
+    flops: PolicyFlops,
+) -> dict[str, float]:
+    """Seconds of each phase, throughput over all replicas, use of the GPUs, peak memory.
 
-    ``computed_tokens`` are those of the step's forward-backward passes, padding included.
+    Args:
+        rollouts: the step's samples.
+        computed_tokens: of the step's forward-backward passes, padding included.
+        measures: of all ranks.
+        phases: those that follow each other; the other times are of work within them.
+        flops: of the policy.
     """
     generated = float(sum(report.response_tokens for report in rollouts.reports))
     trained = generated + sum(report.prompt_tokens for report in rollouts.reports)
-    step_seconds = sum(seconds.values())
+    times = time_metrics(measures)
+    step_seconds = sum(times[f"time/{phase}_s"] for phase in phases)
+    operations = sum(flops.training(report.prompt_tokens + report.response_tokens) for report in rollouts.reports)
+    per_rank = operations / times["time/update_s"] / len(measures)
+    peak = peak_flops()
     return {
-        **{f"time/{phase}_s": duration for phase, duration in seconds.items()},
+        **times,
         "time/step_s": step_seconds,
         "throughput/tokens_per_s": trained / step_seconds,
-        "throughput/rollout_tokens_per_s": generated / seconds["rollout"],
-        "throughput/update_tokens_per_s": trained / seconds["update"],
-        "throughput/update_computed_tokens_per_s": computed_tokens / seconds["update"],
-        "memory/peak_bytes": float(peak_memory_bytes()),
+        "throughput/rollout_tokens_per_s": generated / times["time/rollout_s"],
+        "throughput/update_tokens_per_s": trained / times["time/update_s"],
+        "throughput/update_computed_tokens_per_s": computed_tokens / times["time/update_s"],
+        "throughput/update_tflops_per_rank": per_rank / 1e12,
+        **({} if peak is None else {"throughput/update_mfu": per_rank / peak}),
+        "memory/peak_bytes": float(max(of_rank.peak_bytes for of_rank in measures)),
     }
-
-
-def peak_memory_bytes() -> int:
-    """Most memory held so far: allocated on this rank's GPU, or the resident set of the process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

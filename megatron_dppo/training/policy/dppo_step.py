@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 
 from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead
 from megatron_dppo.loss.metrics import MetricSums
-from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.ops.backend import choose_backend
@@ -61,7 +60,7 @@ class DPPOStep:
             config.train,
             config.parallel,
             parallel_state.get_data_parallel_world_size(),
-            PolicyFlops.of(policy.hf_config).training,
+            policy.flops.training,
         )
         self.skipped_in_a_row = 0
         self._config = config

@@ -119,6 +119,7 @@ def optimizer_step(
 
         return _forward(chunk, batch, replay), loss_function
 
+    policy.forward_backward.start()
     _run_schedule(policy, micro_batches, forward_step, forward_only=False)
     _refuse_a_wrong_step(policy, found, losses)
     lr = optimizer_state.lr

@@ -13,7 +13,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
+from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.training.config.schema import AdamConfig
+from megatron_dppo.training.metrics.work_clock import WorkClock
 
 
 @dataclass
@@ -38,6 +40,7 @@ class TrainablePolicy:
             the distributed optimizer each rank has the sum of its part only).
         hf_config: the configuration the policy was built from; its vocab_size is the true one.
         dtype: of parameters and activations.
+        forward_backward: this rank's own work in optimizer steps, until it waits for other replicas' gradients.
         uses_distributed_optimizer: gradients are reduce-scattered, and the optimizer's state is sharded over the
             data-parallel ranks.
     """
@@ -45,6 +48,7 @@ class TrainablePolicy:
     chunks: list[DistributedDataParallel]
     hf_config: PretrainedConfig
     dtype: torch.dtype
+    forward_backward: WorkClock
     uses_distributed_optimizer: bool = False
 
     @property
@@ -56,6 +60,11 @@ class TrainablePolicy:
     def vocab_size(self) -> int:
         """The true vocabulary size, without Megatron's padding."""
         return int(self.hf_config.vocab_size)
+
+    @property
+    def flops(self) -> PolicyFlops:
+        """What a forward pass takes."""
+        return PolicyFlops.of(self.hf_config)
 
 
 def wrap_for_training(
@@ -75,8 +84,14 @@ def wrap_for_training(
     ]
     for chunk in chunks:
         chunk.broadcast_params()
-    config.finalize_model_grads_func = finalize_model_grads
-    return TrainablePolicy(chunks, hf_config, dtype, use_distributed_optimizer)
+    clock = WorkClock(next(chunks[0].parameters()).device)
+
+    def reduce_gradients(*args: Any, **kwargs: Any) -> None:
+        clock.stop()
+        finalize_model_grads(*args, **kwargs)
+
+    config.finalize_model_grads_func = reduce_gradients
+    return TrainablePolicy(chunks, hf_config, dtype, clock, use_distributed_optimizer)
 
 
 def build_optimizer(policy: TrainablePolicy, adam: AdamConfig, total_steps: int) -> OptimizerState:

@@ -12,7 +12,6 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import TaskError
-from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.training.config.schema import Config, TrainConfig
 from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
 from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample
@@ -31,7 +30,7 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
     section, start = config.warm_start, time.perf_counter()
     optimizer_state = build_optimizer(policy, section.optimizer, section.steps)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    scheduler = Scheduler(config.train, config.parallel, replicas, PolicyFlops.of(policy.hf_config).training)
+    scheduler = Scheduler(config.train, config.parallel, replicas, policy.flops.training)
     batcher = MicroBatcher(scheduler)
     for step in range(section.steps):
         # Every rank reads all answers: they are few and short, and so nobody has to be told anything.
