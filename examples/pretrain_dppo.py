@@ -22,6 +22,8 @@ import warnings
 from datetime import datetime
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 # Megatron-core warns about every optional package in every module; a run reports once, by name, what it found.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
@@ -65,6 +67,7 @@ def fail(error: Exception, exit_code: int) -> int:
     return exit_code
 
 
+@record  # torchrun's agents then show the traceback of the rank that failed first
 def main() -> int:
     arguments = parse_arguments()
     try:

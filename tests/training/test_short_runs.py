@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked_ranks import run_script
 from tests.metric_names import STEP_METRICS
-from tests.training.tiny_runs import MISMATCH, ROOT, train, write_tiny_policy
+from tests.training.tiny_runs import MISMATCH, ROOT, train, training_arguments, write_tiny_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,3 +121,22 @@ def test_other_layouts_learn_the_same_from_the_same_first_batch(policy, tmp_path
     reference, records = one_step_of_tp2_ep2, train(policy, tmp_path, "other", *ONE_STEP, *overrides)
     assert records[0]["eval/reward_mean"] == pytest.approx(reference[0]["eval/reward_mean"], abs=1e-6)
     assert records[1]["mismatch/abs_log_ratio"] < MISMATCH
+
+
+# Two stages: log-probs of a reference policy travel back from the last one, and so do metrics; routing travels with samples.
+MUCH_TRAVELS = (
+    *SMALL,
+    "algorithm.routing_replay=true",
+    "algorithm.loss.kl_coef=0.01",
+    "warm_start.steps=0",
+    "train.steps=2",
+)
+
+
+def test_nothing_is_pickled_for_other_ranks_between_samples_and_weights(policy, tmp_path):
+    layout = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")
+    for stages in ("parallel.pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1"):
+        arguments = training_arguments(policy, tmp_path, stages, *MUCH_TRAVELS, *layout, stages)
+        script = Path(__file__).with_name("no_pickles_script.py")
+        code, output = run_script(script, arguments, ranks=2, folder=tmp_path, timeout=200)
+        assert code == 0, output[-3000:]
