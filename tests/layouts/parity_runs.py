@@ -46,6 +46,7 @@ class Row:
     ranks: int
     layout: dict[str, Any]  # of ParallelConfig
     policies: tuple[str, ...] = POLICIES
+    num_layers: int = 4  # of the policy: two stages of two chunks
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ ROWS = (
 )
 # Not a row of the table: core's arithmetic for stages of unequal length, on top of the row "PP2".
 UNEQUAL_STAGES = Row(
-    "PP2 of 1 and 3 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=1), (LLAMA, QWEN3_MOE)
+    "PP2 of 3 and 5 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=3), (LLAMA, QWEN3_MOE), num_layers=8
 )
 _EVERY_POLICY = tuple(
     Column(batching, aggregation, fused)
@@ -202,9 +203,9 @@ class Reference:
     updates: dict[Column, Update]
 
 
-def one_rank_updates(policy_kind: str) -> Reference:
+def one_rank_updates(policy_kind: str, num_layers: int) -> Reference:
     """The updates that all columns of a policy are compared with."""
-    policy = _policy(policy_kind, ParallelConfig())
+    policy = _policy(policy_kind, num_layers, ParallelConfig())
     start = _clones(export_hf_weights(policy.chunks))
     columns = {column.reference for column in COLUMNS[policy_kind]}
     return Reference(
@@ -213,12 +214,12 @@ def one_rank_updates(policy_kind: str) -> Reference:
 
 
 def compare_with_one_rank(
-    policy_kind: str, layout: dict[str, Any], columns: Sequence[Column], reference_file: str
+    policy_kind: str, num_layers: int, layout: dict[str, Any], columns: Sequence[Column], reference_file: str
 ) -> dict[Column, Difference]:
     """On each rank of a layout: how far each column's update is from ``one_rank_updates``, saved in a file."""
     reference: Reference = torch.load(reference_file, weights_only=False)
     parallel = ParallelConfig(**layout)
-    policy = _policy(policy_kind, parallel)
+    policy = _policy(policy_kind, num_layers, parallel)
     return {
         column: difference(
             _update(policy, parallel, column, _MICRO_BATCH_SIZE), reference.updates[column.reference], reference.start
@@ -263,10 +264,10 @@ def _infinite_if_nan(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _policy(policy_kind: str, parallel: ParallelConfig) -> TrainablePolicy:
-    """Four layers (two stages of two chunks), and weights so large that attention and experts matter."""
+def _policy(policy_kind: str, num_layers: int, parallel: ParallelConfig) -> TrainablePolicy:
+    """Weights are so large that attention and experts matter."""
     initialize_model_parallel(parallel, seed=3)
-    hf_config = tiny_hf_config(policy_kind, num_hidden_layers=4, initializer_range=0.1)
+    hf_config = tiny_hf_config(policy_kind, num_hidden_layers=num_layers, initializer_range=0.1)
     chunks = build_policy(hf_config, parallel, torch.float32)
     initialize_randomly(chunks, seed=3)
     policy = wrap_for_training(chunks, hf_config, torch.float32, parallel.use_distributed_optimizer)

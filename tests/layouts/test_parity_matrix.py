@@ -39,18 +39,18 @@ GRADIENT_TOLERANCE = 1e-5
 
 PARITY_TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 
-ReferenceFile = Callable[[str], str]
+ReferenceFile = Callable[[str, int], str]
 
 
 @pytest.fixture(scope="module")
 def reference_file(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFile:
-    """Policy kind -> a file with ``one_rank_updates``, made when first asked for."""
+    """Policy kind and number of layers -> a file with ``one_rank_updates``, made when first asked for."""
     folder = tmp_path_factory.mktemp("one_rank")
 
-    def make(policy_kind: str) -> str:
-        file = folder / f"{policy_kind}.pt"
+    def make(policy_kind: str, num_layers: int) -> str:
+        file = folder / f"{policy_kind}_{num_layers}.pt"
         if not file.exists():
-            (reference,) = ranks(1).run(parity_runs.one_rank_updates, policy_kind)
+            (reference,) = ranks(1).run(parity_runs.one_rank_updates, policy_kind, num_layers)
             for update in reference.updates.values():
                 assert 0.1 < update.mask_fraction < 0.9  # the trust region has something to do
                 assert update.grad_norm > 1.0  # and so has clipping
@@ -96,7 +96,12 @@ def _compare(
     row: Row, policy_kind: str, columns: list[Column], ranks: RankPools, reference_file: ReferenceFile
 ) -> dict[Column, Difference]:
     results = ranks(row.ranks).run(
-        parity_runs.compare_with_one_rank, policy_kind, row.layout, columns, reference_file(policy_kind)
+        parity_runs.compare_with_one_rank,
+        policy_kind,
+        row.num_layers,
+        row.layout,
+        columns,
+        reference_file(policy_kind, row.num_layers),
     )
     return _worst_over_ranks(results)
 
@@ -167,9 +172,10 @@ def test_a_reduction_left_out_is_seen(ranks: RankPools, reference_file: Referenc
     results = ranks(2).run(
         _update_without_reduction_of_norms,
         QWEN3,
+        4,
         {"tensor_model_parallel_size": 2},
         columns,
-        reference_file(QWEN3),
+        reference_file(QWEN3, 4),
     )
     difference = _worst_over_ranks(results)[columns[0]]
     assert "norm" in difference.worst_parameter
