@@ -78,7 +78,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     try:
         for index, (kind, tp_size) in enumerate({"qwen3_moe": 1, "qwen3_tied": 2}.items()):
             root = tmp_path_factory.mktemp(kind)
-            folder = write_tiny_hf_model(kind, root / "model", seed=0)
+            folder = write_tiny_hf_model(kind, root / "model", seed=0, max_position_embeddings=384)
             # The load after every step, not every 15: time-outs of tests are nearer to a step than those of runs.
             extra_args = ["--load-snapshot-publish-interval", "1"]
             config = server_config(tensor_model_parallel_size=tp_size, extra_args=extra_args)
