@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import InvalidSampleError, RolloutError, TransientServerError
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.progress import ProgressWatch, ServerLoad
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.wire_format import (
     build_request,
+    generated_tokens,
     parse_response,
     request_seed,
     was_aborted,
@@ -36,6 +38,12 @@ class RolloutClient:
         self._in_flight: dict[str, int] = {}
         self._health_checks: dict[str, asyncio.Future[None]] = {}
         self._last_failure = "no server was ever started"
+        self._last_loads: Mapping[str, ServerLoad] = {}
+
+    @property
+    def last_loads(self) -> Mapping[str, ServerLoad]:
+        """By url, the load of every server during the last ``generate``; empty before, and if that had no prompt."""
+        return self._last_loads
 
     def set_servers(self, urls: Sequence[str]) -> None:
         """Use these servers from now on; all of them are taken to be alive."""
@@ -50,13 +58,29 @@ class RolloutClient:
     async def _generate_all(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
     ) -> list[Sample | FailedSample]:
+        self._last_loads = {}
         if not prompts:
             return []
+        watch = ProgressWatch(
+            self._transport,
+            self._in_flight,
+            timeout_s=self._config.request_timeout_s,
+            control_timeout_s=self._config.control_timeout_s,
+        )
+        try:
+            async with watch:
+                return await self._generate_watched(watch, prompts, sampling, weight_version)
+        finally:
+            self._last_loads = watch.loads()
+
+    async def _generate_watched(
+        self, watch: ProgressWatch, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
+    ) -> list[Sample | FailedSample]:
         gate = asyncio.Semaphore(self._config.max_concurrent_requests)
         tasks = [
             asyncio.ensure_future(
                 self._or_failed(
-                    self._generate_one(gate, prompt, prompt_index, sample_index, sampling, weight_version),
+                    self._generate_one(gate, watch, prompt, prompt_index, sample_index, sampling, weight_version),
                     prompt,
                     prompt_index,
                 )
@@ -89,6 +113,7 @@ class RolloutClient:
     async def _generate_one(
         self,
         gate: asyncio.Semaphore,
+        watch: ProgressWatch,
         prompt: Prompt,
         prompt_index: int,
         sample_index: int,
@@ -104,7 +129,7 @@ class RolloutClient:
         )
         async with gate:
             try:
-                response: dict[str, Any] = await retrying(self._ask_some_server, body)
+                response: dict[str, Any] = await retrying(self._ask_some_server, watch, body)
             except RetryError as error:
                 raise RolloutError(
                     f"prompt {prompt.prompt_id} failed {self._config.max_attempts} times; last: {self._last_failure}"
@@ -112,15 +137,15 @@ class RolloutClient:
         routing = self._routing if sampling.return_routed_experts else None
         return parse_response(response, prompt, prompt_index, sampling, weight_version, routing)
 
-    async def _ask_some_server(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One try, on the server that this replica has asked the least of."""
+    async def _ask_some_server(self, watch: ProgressWatch, body: dict[str, Any]) -> dict[str, Any]:
+        """One try, on the server that this replica has asked the least of, for as long as that makes progress."""
         if not self._in_flight:
             raise RolloutError(f"no SGLang server is left; the last one failed with: {self._last_failure}")
         url = min(self._in_flight, key=lambda url: self._in_flight[url])
         self._in_flight[url] += 1
         try:
-            response: dict[str, Any] = await self._transport.request(
-                url, "/generate", body, self._config.request_timeout_s
+            response: dict[str, Any] = await watch.answer(
+                url, self._transport.request(url, "/generate", body, self._config.generate_timeout_s)
             )
         except TransientServerError as error:
             self._last_failure = str(error)
@@ -132,6 +157,7 @@ class RolloutClient:
         if was_aborted(response):
             self._last_failure = f"{url} aborted the request: {response['meta_info']['finish_reason']}"
             raise TransientServerError(self._last_failure)
+        watch.completed(url, generated_tokens(response))
         return response
 
     async def _drop_if_dead(self, url: str) -> None:

@@ -25,7 +25,9 @@ class SGLangConfig:
         deterministic: honour ``SamplingParams.seed`` (SGLang's batch-invariant mode, which is slower on a GPU).
             Otherwise responses differ from run to run.
         startup_timeout_s: seconds until a started server must answer.
-        request_timeout_s: seconds until one response must be complete.
+        request_timeout_s: seconds that a server may go without any progress (no token generated, no request finished) before
+            the requests on it are taken elsewhere. A response may take longer; ``generate_timeout_s`` bounds it. On a
+            server that does not report its load (``/v1/loads``) finished requests alone are progress.
         generate_timeout_s: seconds until a whole ``generate`` call must be complete.
         sync_timeout_s: seconds until one weight update, verification included, must be complete.
         control_timeout_s: seconds until any other call (health, pause, ...) must be answered.
@@ -49,7 +51,7 @@ class SGLangConfig:
     base_gpu_id: int | None = None
     deterministic: bool = False
     startup_timeout_s: float = 600.0
-    request_timeout_s: float = 1800.0
+    request_timeout_s: float = 300.0
     generate_timeout_s: float = 7200.0
     sync_timeout_s: float = 600.0
     control_timeout_s: float = 60.0
@@ -69,6 +71,12 @@ class SGLangConfig:
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"SGLangConfig.{name} must be positive, not {getattr(self, name)}")
+        if self.request_timeout_s >= self.generate_timeout_s:
+            raise ConfigError(
+                f"SGLangConfig.request_timeout_s = {self.request_timeout_s:g} must be below generate_timeout_s = "
+                f"{self.generate_timeout_s:g}: the requests on a server that hangs would never be taken elsewhere. Lower "
+                "request_timeout_s or raise generate_timeout_s"
+            )
         if self.verify not in VERIFY_CHOICES:
             raise ConfigError(f"SGLangConfig.verify must be one of {', '.join(VERIFY_CHOICES)}, not {self.verify!r}")
         if self.dtype is not None and self.dtype not in SERVED_DTYPES:

@@ -6,7 +6,7 @@ that replica's responses. Whatever goes wrong in a weight update is raised on al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingP
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
+from megatron_dppo.rollout.sglang.progress import ServerLoad
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -140,6 +141,12 @@ class SGLangEngine:
         """Raise RolloutError unless every server that the engine uses can generate a token now."""
         self._require_usable()
         self._on_owner(self._check_servers)
+
+    def server_loads(self) -> Mapping[str, ServerLoad]:
+        """By url, the load of every server during this replica's last ``generate``; empty before, and on other ranks than
+        the replica's first.
+        """
+        return self._client.last_loads
 
     def close(self) -> None:
         """Leave the weight-update group and end every server that the engine started. Safe to call twice."""

@@ -91,6 +91,12 @@ def was_aborted(response: dict[str, Any]) -> bool:
         return bool(response["meta_info"]["finish_reason"]["type"] == "abort")
 
 
+def generated_tokens(response: dict[str, Any]) -> int:
+    """How many tokens the server generated for this request."""
+    with reading("/generate"):
+        return len(response["output_ids"])
+
+
 def _parse_tokens(entries: list[Any], prompt: Prompt) -> tuple[list[int], list[float]]:
     """[T] token ids and [T] log-probs from entries ``[log_prob, token_id, ...]``."""
     ids = [int(entry[1]) for entry in entries]

@@ -54,7 +54,7 @@ class RunningServer:
 
 def server_config(**options: object) -> SGLangConfig:
     """Bounds that end a stuck test within minutes, and seeded sampling."""
-    defaults = {"sync_timeout_s": 60.0, "request_timeout_s": 120.0, "generate_timeout_s": 200.0, "deterministic": True}
+    defaults = {"sync_timeout_s": 60.0, "request_timeout_s": 60.0, "generate_timeout_s": 200.0, "deterministic": True}
     return SGLangConfig(**{"python": SERVER_PYTHON, "startup_timeout_s": 600.0, **defaults, **options})
 
 
@@ -78,8 +78,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     try:
         for index, (kind, tp_size) in enumerate({"qwen3_moe": 1, "qwen3_tied": 2}.items()):
             root = tmp_path_factory.mktemp(kind)
-            folder = write_tiny_hf_model(kind, root / "model", seed=0)
-            config = server_config(tensor_model_parallel_size=tp_size)
+            folder = write_tiny_hf_model(kind, root / "model", seed=0, max_position_embeddings=384)
+            # The load after every step, not every 15: time-outs of tests are nearer to a step than those of runs.
+            extra_args = ["--load-snapshot-publish-interval", "1"]
+            config = server_config(tensor_model_parallel_size=tp_size, extra_args=extra_args)
             served = prepare_served_folder(folder, root / "served")
             server = SGLangServer(config, served, "float32", root, index, return_routed_experts=kind == "qwen3_moe")
             server.start()

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from megatron_dppo.errors import InvalidSampleError, RolloutError
+from megatron_dppo.errors import ConfigError, InvalidSampleError, RolloutError
 from megatron_dppo.rollout.engine import check_request
 from megatron_dppo.rollout.sample import Prompt, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
@@ -215,6 +215,7 @@ def test_prompts_that_would_end_the_server_are_never_sent(token_ids):
     [
         ("num_servers", 0),
         ("sync_timeout_s", -1.0),
+        ("request_timeout_s", 7200.0),
         ("verify", "maybe"),
         ("dtype", "bf16"),
         ("urls", ["10.0.0.1:30000"]),
@@ -226,6 +227,12 @@ def test_prompts_that_would_end_the_server_are_never_sent(token_ids):
 def test_a_bad_option_is_named(field, value):
     with pytest.raises(ValueError, match=f"SGLangConfig.{field}"):
         SGLangConfig(**{field: value}).check()
+
+
+def test_a_timeout_that_could_never_pass_is_refused_with_the_remedy():
+    SGLangConfig(request_timeout_s=99.0, generate_timeout_s=100.0).check()
+    with pytest.raises(ConfigError, match="Lower request_timeout_s or raise generate_timeout_s"):
+        SGLangConfig(request_timeout_s=100.0, generate_timeout_s=100.0).check()
 
 
 def test_servers_take_the_gpus_after_the_trainers(monkeypatch):

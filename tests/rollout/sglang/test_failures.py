@@ -45,20 +45,22 @@ def _assert_all_end(processes: list[psutil.Process], timeout_s: float) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def _kill_when_they_work(engine: SGLangEngine, indices: list[int], folder: Path) -> threading.Thread:
-    """From another thread, while ``generate`` runs: SIGKILL these servers' process groups once they all have begun."""
+def _signal_when_they_work(
+    engine: SGLangEngine, indices: list[int], folder: Path, number: signal.Signals = signal.SIGKILL
+) -> threading.Thread:
+    """From another thread, while ``generate`` runs: send it to these servers' process groups once they all have begun."""
     logs = [folder / f"sglang_server_{index}.log" for index in indices]
     before = [log.read_text().count(BATCH_STARTED) for log in logs]
 
     def all_work() -> bool:
         return all(log.read_text().count(BATCH_STARTED) > count for log, count in zip(logs, before, strict=True))
 
-    def kill() -> None:
+    def send() -> None:
         wait_until(all_work, within_s=60, what=f"servers {indices} begin")
         for index in indices:
-            os.killpg(engine._servers[index]._process.pid, signal.SIGKILL)
+            os.killpg(engine._servers[index]._process.pid, number)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=send)
     thread.start()
     return thread
 
@@ -97,7 +99,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         prompts, long = make_prompts(250, [4] * 24), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
         engine.update_weights(iter(tensors.items()), version=1)
 
-        killer = _kill_when_they_work(engine, [0], tmp_path)
+        killer = _signal_when_they_work(engine, [0], tmp_path)
         samples = engine.generate(prompts, long)
         killer.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 192
@@ -111,13 +113,36 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         assert {sample.weight_versions[0] for sample in samples} == {(2, 4)}
         assert_log_probs_match(subject, samples, 1.0)
 
-        killer = _kill_when_they_work(engine, [0, 1], tmp_path)
+        killer = _signal_when_they_work(engine, [0, 1], tmp_path)
         samples = engine.generate(prompts, long)
         killer.join()
         assert len(samples) == 192
         lost = [sample for sample in samples if isinstance(sample, FailedSample)]
         assert len(lost) > 100  # what was complete before is kept
         assert any("no SGLang server is left" in sample.reason for sample in lost)
+    finally:
+        engine.close()
+    _assert_all_end(_processes_of(tmp_path), timeout_s=5)
+
+
+@pytest.mark.timeout(600)
+def test_requests_of_a_server_that_hangs_go_to_the_others(tmp_path):
+    """One of two servers is stopped mid-generation: its connections stay open, and it answers nothing any more."""
+    engine = _engine(tmp_path, num_servers=2, control_timeout_s=20.0)
+    try:
+        _, tensors = tiny_weights("llama", seed=1)
+        engine.update_weights(iter(tensors.items()), version=1)
+        prompts = make_prompts(250, [4] * 8)
+        engine.generate(prompts, SamplingParams(max_new_tokens=4))  # a server's first batch takes seconds
+
+        engine._config.request_timeout_s = 15.0
+        stopper = _signal_when_they_work(engine, [0], tmp_path, signal.SIGSTOP)
+        samples = engine.generate(prompts, SamplingParams(max_new_tokens=100, samples_per_prompt=16))
+        stopper.join()
+        assert [len(sample.response_ids) for sample in samples] == [100] * 128
+        first, second = (server.url for server in engine._servers)
+        assert engine.server_loads()[second].tokens_per_s > engine.server_loads()[first].tokens_per_s
+        assert f"{first} made no progress for request_timeout_s = 15 s" in engine._client._last_failure
     finally:
         engine.close()
     _assert_all_end(_processes_of(tmp_path), timeout_s=5)
