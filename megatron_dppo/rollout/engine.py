@@ -6,7 +6,8 @@ the same order, because the engine may use collectives. Replicas (data-parallel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,6 +15,21 @@ import torch
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ServerLoad:
+    """One server during one ``generate`` call of one replica.
+
+    Attributes:
+        queue_depth_max: most requests seen waiting on the server, of all replicas together: replicas see the same queue, so
+            their numbers are not to be added. None: the server does not report it, or was asked for nothing.
+        tokens_per_s: tokens of the responses that this replica got from the server, per second of the call. The sum over
+            the replicas that generate at the same time is what the server did.
+    """
+
+    queue_depth_max: int | None
+    tokens_per_s: float
 
 
 class RolloutEngine(Protocol):
@@ -35,6 +51,12 @@ class RolloutEngine(Protocol):
         Returns, on the replica's first rank, ``len(prompts) * samples_per_prompt`` samples, those of one prompt next to each
         other and with ``group_id`` equal to the prompt's index in ``prompts``; other ranks may get less. What goes wrong with
         one response is a FailedSample in its place. Raises RolloutError, maybe on some ranks only, if nothing can be had.
+        """
+        ...
+
+    def server_loads(self) -> Mapping[str, ServerLoad]:
+        """By url, the load of every server during this replica's last ``generate``, on the replica's first rank. Empty
+        elsewhere, before, and where the engine has no servers.
         """
         ...
 

@@ -8,7 +8,8 @@ waited for.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ class Report:
         failed: how many samples of its replica cannot be used.
         reasons: why, for some of them.
         scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
+        server_loads: url -> (deepest queue seen or None, tokens per second that this replica got), of an engine's servers.
         error: what ended its work, if anything did.
         stop: why the run should stop once the step is done, if it should.
         save: whether it is time for a checkpoint, by the clock of this rank.
@@ -63,6 +65,7 @@ class Report:
     failed: int = 0
     reasons: tuple[str, ...] = ()
     scoring_failures: int = 0
+    server_loads: Mapping[str, tuple[int | None, float]] = field(default_factory=dict)
     error: str | None = None
     stop: str | None = None
     save: bool = False
@@ -85,7 +88,8 @@ class Report:
             torch.frombuffer(bytearray(rest), dtype=torch.float64).view(fields["samples"], -1).tolist() if rest else ()
         )
         samples = tuple(_sample_report(*row) for row in rows)
-        return cls(**fields | {"samples": samples, "reasons": tuple(fields["reasons"])})
+        loads = {url: (queue, tokens) for url, (queue, tokens) in fields["server_loads"].items()}
+        return cls(**fields | {"samples": samples, "reasons": tuple(fields["reasons"]), "server_loads": loads})
 
 
 def exchange(report: Report) -> list[Report]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import RolloutError, ScoringError
-from megatron_dppo.rollout.engine import RolloutEngine
+from megatron_dppo.rollout.engine import RolloutEngine, ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.tasks.scoring import Scorer
 from megatron_dppo.training.config.schema import Config
@@ -42,6 +42,7 @@ class Rollouts:
         scoring_failures: responses whose scorer raised, timed out or died (their reward is 0).
         stop: why the run is to stop once the step is done; None: it is not. The same on every rank.
         save: whether a checkpoint is to be written then. The same on every rank.
+        server_loads: of the engine's servers, over all replicas. The same on every rank.
         seconds: that this rank took to generate and to score, where it has samples: without waiting for others.
     """
 
@@ -53,6 +54,7 @@ class Rollouts:
     scoring_failures: int
     stop: str | None
     save: bool
+    server_loads: Mapping[str, ServerLoad]
     seconds: Mapping[str, float]
 
 
@@ -153,7 +155,13 @@ class RolloutPhase:
             failed=len(failed),
             reasons=tuple(sample.reason for sample in failed),
             scoring_failures=sum(result.failure is not None for result in results),
+            server_loads=self._server_loads(),
         )
+
+    def _server_loads(self) -> dict[str, tuple[int | None, float]]:
+        if not self._is_leader:
+            return {}
+        return {url: (load.queue_depth_max, load.tokens_per_s) for url, load in self.engine.server_loads().items()}
 
     def _failure(self, error: Exception, asked: int) -> Report:
         """A replica without a server or a scorer has lost its samples; the others may have enough. All else is an error."""
@@ -188,8 +196,23 @@ def _rollouts(reports: Sequence[Report], own: Mapping[int, ScoredSample], second
         scoring_failures=sum(report.scoring_failures for report in reports),
         stop=next((report.stop for report in reports if report.stop is not None), None),
         save=any(report.save for report in reports),
+        server_loads=_loads_over_replicas(reports),
         seconds=seconds,
     )
+
+
+def _loads_over_replicas(reports: Sequence[Report]) -> dict[str, ServerLoad]:
+    """All replicas see the same queue of a server, and each of them some of its tokens."""
+    found: dict[str, list[tuple[int | None, float]]] = {}
+    for report in reports:
+        for url, load in report.server_loads.items():
+            found.setdefault(url, []).append(load)
+    return {
+        url: ServerLoad(
+            max((queue for queue, _ in loads if queue is not None), default=None), sum(tokens for _, tokens in loads)
+        )
+        for url, loads in found.items()
+    }
 
 
 def _report(number: int, sample: Sample, log_prob_floor: float) -> SampleReport:

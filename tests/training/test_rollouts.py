@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel, replica_group
 from megatron_dppo.errors import RolloutError, ScoringError
+from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.tasks.scoring import ScoreResult
 from megatron_dppo.training.config.schema import Config, EvalConfig, RolloutConfig
@@ -44,6 +45,10 @@ class Engine:
                     length = len(asked.token_ids) + index
                     made.append(Sample(asked, [7] * length, [-1.0] * length, "stop", [(3, length)], group_id=group))
         return made
+
+    def server_loads(self) -> dict[str, ServerLoad]:
+        replica = parallel_state.get_data_parallel_rank()
+        return {"http://a": ServerLoad(None if replica else 5, 10.0), "http://b": ServerLoad(replica, 1.0 + replica)}
 
 
 class Grader:
@@ -93,6 +98,7 @@ def _collect(
         sorted(rollouts.own),
         rollouts.failed,
         list(rollouts.reasons),
+        dict(rollouts.server_loads),
     )
 
 
@@ -113,18 +119,22 @@ def test_all_ranks_know_every_sample_and_the_first_of_each_replica_has_its_own(
     first, second = ranks(2).run(_collect, layout, None, 0, 0.0)
     assert first[0] == second[0] == expected_reports()
     assert first[1] == second[1]
+    assert first[5] == second[5]
     if layout:  # one replica
         assert set(first[1].values()) == {0}
         assert (first[2], second[2]) == (list(range(10)), [])
+        assert first[5] == {"http://a": ServerLoad(5, 10.0), "http://b": ServerLoad(0, 1.0)}
     else:  # three prompts here, two there
         assert first[2] == [0, 1, 4, 5, 8, 9]
         assert second[2] == [2, 3, 6, 7]
         assert all(first[1][number] == (number // 2) % 2 for number in range(10))
+        # One queue, seen by both; tokens, of each its own.
+        assert first[5] == {"http://a": ServerLoad(5, 20.0), "http://b": ServerLoad(1, 3.0)}
 
 
 @pytest.mark.parametrize("replica", [0, 1])
 def test_one_bad_sample_costs_that_sample(ranks: RankPools, replica: int) -> None:
-    for reports, _, own, failed, reasons in ranks(2).run(_collect, {}, "one sample", replica, 0.1):
+    for reports, _, own, failed, reasons, _ in ranks(2).run(_collect, {}, "one sample", replica, 0.1):
         assert reports == expected_reports(replica * SAMPLES)
         assert replica * SAMPLES not in own
         assert (failed, reasons) == (1, [f"sample of p/{replica}: its log-prob is null"])
@@ -168,6 +178,7 @@ def test_a_report_comes_through_as_it_was() -> None:
     for report in (
         Report(1),
         Report(3, samples, failed=2, reasons=("a\nb", "ü\u2028"), scoring_failures=1),
+        Report(1, server_loads={"http://a": (None, 0.1), "http://b": (3, 1e9)}),
         Report(0, error="MemoryError: \ud800"),
     ):
         assert Report.from_bytes(report.to_bytes()) == report

@@ -12,7 +12,7 @@ per data-parallel rank: neither torch's nor Megatron's random state moves, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -27,7 +27,7 @@ from megatron_dppo.errors import InvalidSampleError, RolloutError
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
 from megatron_dppo.rollout.embedded.routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.embedded.sampling import Draw, draw_tokens
-from megatron_dppo.rollout.engine import NamedTensors, check_request
+from megatron_dppo.rollout.engine import NamedTensors, ServerLoad, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 
 
@@ -124,6 +124,10 @@ class EmbeddedEngine:
         """
         self.health()
         self._weight_version = version
+
+    def server_loads(self) -> Mapping[str, ServerLoad]:
+        """There are no servers."""
+        return {}
 
     def health(self) -> None:
         """Raise RolloutError once closed."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import InvalidSampleError, RolloutError, TransientServerError
+from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.progress import ProgressWatch, ServerLoad
+from megatron_dppo.rollout.sglang.progress import ProgressWatch
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.wire_format import (

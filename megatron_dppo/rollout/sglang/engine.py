@@ -16,12 +16,11 @@ import torch.distributed as dist
 from megatron_dppo.distributed.collectives import first_error, on_one_rank
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name, load_hf_config
-from megatron_dppo.rollout.engine import NamedTensors, check_request
+from megatron_dppo.rollout.engine import NamedTensors, ServerLoad, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
-from megatron_dppo.rollout.sglang.progress import ServerLoad
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -143,9 +142,7 @@ class SGLangEngine:
         self._on_owner(self._check_servers)
 
     def server_loads(self) -> Mapping[str, ServerLoad]:
-        """By url, the load of every server during this replica's last ``generate``; empty before, and on other ranks than
-        the replica's first.
-        """
+        """See ``RolloutEngine.server_loads``."""
         return self._client.last_loads
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from megatron_dppo.errors import RolloutError, TransientServerError
+from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sglang.answers import reading
 
 T = TypeVar("T")
@@ -30,28 +31,12 @@ class _Asks(Protocol):
     async def request(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any: ...
 
 
-@dataclass(frozen=True)
-class ServerLoad:
-    """One server during one ``generate`` call of one replica.
-
-    Attributes:
-        queue_depth_max: most requests seen waiting on the server, of all replicas together: replicas see the same queue, so
-            their numbers are not to be added. None: the server does not report it, or was asked for nothing.
-        tokens_per_s: tokens of the responses that this replica got from the server, per second of the call. The sum over
-            the replicas that generate at the same time is what the server did.
-    """
-
-    queue_depth_max: int | None
-    tokens_per_s: float
-
-
 @dataclass
 class _Server:
     """What is known of one server; times are those of the event loop, in seconds."""
 
-    stalled: asyncio.Future[
-        None
-    ]  # done when the requests in flight are to be taken elsewhere; then another takes its place
+    # Done when the requests in flight are to be taken elsewhere; then another takes its place.
+    stalled: asyncio.Future[None]
     watcher: asyncio.Task[None] | None = None  # runs from the first request to the end of the call
     last_progress: float = 0.0
     in_flight: int = 0

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron.core import parallel_state
 
 from megatron_dppo.distributed.collectives import sum_over_ranks
 from megatron_dppo.models.flops import PolicyFlops
+from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.metrics.over_ranks import RankMeasures, time_metrics
 from megatron_dppo.training.metrics.peak_flops import peak_flops
 from megatron_dppo.training.rollouts import Rollouts
 
 
-def rollout_metrics(rollouts: Rollouts, weight_version: int, samples_per_prompt: int) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts, weight_version: int, samples_per_prompt: int) -> dict[str, float | str]:
     """Rewards, lengths and staleness over all replicas.
 
     Args:
@@ -36,6 +37,21 @@ def rollout_metrics(rollouts: Rollouts, weight_version: int, samples_per_prompt:
         "rollout/failed": float(rollouts.failed),
         "rollout/faulty_tokens": float(sum(report.faulty_tokens for report in reports)),
         "rollout/staleness_max": float(weight_version - min(report.oldest_weight_version for report in reports)),
+        **_server_metrics(rollouts.server_loads),
+    }
+
+
+def _server_metrics(loads: Mapping[str, ServerLoad]) -> dict[str, float | str]:
+    """Nothing without servers."""
+    if not loads:
+        return {}
+    slowest = min(loads, key=lambda url: loads[url].tokens_per_s)
+    depths = [load.queue_depth_max for load in loads.values() if load.queue_depth_max is not None]
+    return {
+        **({"rollout/server_queue_depth_max": float(max(depths))} if depths else {}),
+        "rollout/server_tokens_per_s_max": max(load.tokens_per_s for load in loads.values()),
+        "rollout/server_tokens_per_s_min": loads[slowest].tokens_per_s,
+        "rollout/slowest_server": slowest,
     }
 
 

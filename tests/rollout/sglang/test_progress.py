@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from megatron_dppo.errors import RefusedRequestError, TransientServerError
+from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.progress import ProgressWatch, ServerLoad
+from megatron_dppo.rollout.sglang.progress import ProgressWatch
 from megatron_dppo.rollout.sglang.transport import Transport
 from tests.rollout.sglang.virtual_time import FakeServer, VirtualTimeTransport, response_of, steady
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.models.flops import PolicyFlops
+from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.training.exchange import SampleReport
 from megatron_dppo.training.metrics.over_ranks import RankMeasures, measures_of_all, time_metrics
 from megatron_dppo.training.metrics.peak_flops import peak_of
@@ -45,13 +46,21 @@ def test_the_slowest_rank_is_named_and_a_mean_counts_those_that_took_part():
 def rollouts_of(*samples: tuple[int, float]) -> Rollouts:
     """Of (number, reward); prompts of 3 tokens, responses of 2."""
     reports = [SampleReport(number, 3, 2, reward, False, False, 1) for number, reward in samples]
-    return Rollouts(reports, {}, {}, 0, [], 0, None, False, {})
+    loads = {"http://a": ServerLoad(None, 20.0), "http://b": ServerLoad(7, 3.0)}
+    return Rollouts(reports, {}, {}, 0, [], 0, None, False, loads, {})
 
 
 def test_groups_of_equal_rewards_are_counted_among_the_prompts_that_have_answers():
     """Prompt 0: equal; prompt 1: not; prompt 2: one response left, which has no other to differ from."""
     rollouts = rollouts_of((0, 1.0), (1, 1.0), (2, 0.0), (3, 1.0), (5, 0.5))
     assert rollout_metrics(rollouts, 1, samples_per_prompt=2)["reward/equal_groups"] == pytest.approx(2 / 3)
+
+
+def test_the_slowest_server_is_named():
+    metrics = rollout_metrics(rollouts_of((0, 1.0)), 1, samples_per_prompt=1)
+    assert metrics["rollout/slowest_server"] == "http://b"
+    assert metrics["rollout/server_queue_depth_max"] == 7.0
+    assert (metrics["rollout/server_tokens_per_s_min"], metrics["rollout/server_tokens_per_s_max"]) == (3.0, 20.0)
 
 
 def test_operations_per_second_are_those_of_the_trained_sequences():
