@@ -146,7 +146,7 @@ def test_a_replica_that_has_nothing_stops_the_run_only_where_too_little_is_left(
     ranks: RankPools, fails: str, replica: int
 ) -> None:
     lost = {0: [0, 1, 4, 5, 8, 9], 1: [2, 3, 6, 7]}[replica]
-    for reports, _, _, failed, reasons in ranks(2).run(_collect, {}, fails, replica, 0.6):
+    for reports, _, _, failed, reasons, _ in ranks(2).run(_collect, {}, fails, replica, 0.6):
         assert reports == expected_reports(*lost)
         assert failed == len(lost)
         assert len(reasons) == 1
