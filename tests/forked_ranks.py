@@ -14,8 +14,9 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,10 @@ def exit_codes(
 
     What runs after ``timeout``, or ``grace`` after the first has failed, is killed.
     """
-    port, log = free_port(), folder / f"ranks-{time.monotonic_ns()}.log"
-    processes = [
-        forkserver().Process(
-            target=_run, args=(rank_environment(rank, ranks, port), str(script), list(arguments), str(folder), str(log))
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
+    log = folder / f"ranks-{time.monotonic_ns()}.log"
+    port = free_port()
+    environments = [rank_environment(rank, ranks, port) for rank in range(ranks)]
+    processes = start_ranks(script, arguments, environments, folder=folder, log=log)
     deadline = time.monotonic() + timeout
     while running := [process for process in processes if process.exitcode is None]:
         wait([process.sentinel for process in running], timeout=max(deadline - time.monotonic(), 0.0))
@@ -88,6 +84,19 @@ def exit_codes(
                 process.kill()
                 process.join()
     return [process.exitcode for process in processes], log.read_text(encoding="utf-8", errors="replace")
+
+
+def start_ranks(
+    script: Path, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, folder: Path, log: Path
+) -> list[BaseProcess]:
+    """Start ``script`` once in each of these environments, in ``folder``; what they print goes to ``log``."""
+    processes = [
+        forkserver().Process(target=_run, args=(dict(environment), str(script), list(arguments), str(folder), str(log)))
+        for environment in environments
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _run(environment: dict[str, str], script: str, arguments: list[str], folder: str, log: str) -> None:

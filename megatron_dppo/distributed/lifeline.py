@@ -3,6 +3,8 @@
 A rank that fails leaves the others in collectives that never end: NCCL gives up after half an hour, and torchrun's agents on
 other nodes hear of it late or never. So each rank has a thread that looks into the store where the ranks met: for a note that
 one has failed, and for signs of life of the next rank, as one that was killed leaves no note.
+
+A rank whose connection to another one breaks has not failed: the other one has, and the thread knows which and why.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistBackendError, TCPStore  # type: ignore[attr-defined]
 
 from megatron_dppo.errors import StopRequested
 
@@ -29,6 +31,7 @@ _GRACE_S = 3.0  # for a rank to meet the same failure by itself
 _CLEAN_UP_S = 10.0  # for a rank that has failed to end what it started
 _STORE_TIMEOUT = timedelta(seconds=10)
 _LEFT = b"left"
+_BROKEN_CONNECTION = ("gloo/transport", "ncclRemoteError")  # in the messages; none of them has a class of its own
 
 
 class Lifeline:
@@ -80,6 +83,8 @@ class Lifeline:
     def _tell(self, error: BaseException) -> None:
         if self._ends_by_itself.is_set():
             return
+        if _is_of_a_connection(error):  # another rank is gone; the thread ends this process as soon as it knows why
+            time.sleep(_SILENCE_S + _GRACE_S + 3 * _EVERY_S)
         self._ends_by_itself.set()
         reason = f"rank {self._rank} failed with {type(error).__name__}: {error}"
         deadline = threading.Timer(_CLEAN_UP_S, _exit, args=(f"error: {reason} (its clean-up did not end)", 1))
@@ -120,6 +125,11 @@ class Lifeline:
 def _exit(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _is_of_a_connection(error: BaseException) -> bool:
+    """Whether ``error`` is what gloo or NCCL says of another rank that has gone."""
+    return type(error) in (RuntimeError, DistBackendError) and any(mark in str(error) for mark in _BROKEN_CONNECTION)
 
 
 def _connect() -> TCPStore:

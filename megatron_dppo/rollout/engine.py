@@ -45,6 +45,11 @@ class RolloutEngine(Protocol):
         """The largest K for which the engine can return top-K log-probs."""
         ...
 
+    @property
+    def ranks_generate_together(self) -> bool:
+        """Whether ranks wait for each other within ``generate``: one that fails there by itself leaves the others waiting."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         """Sample ``samples_per_prompt`` responses for each of this replica's prompts.
 

@@ -62,7 +62,8 @@ class RolloutPhase:
     """Owns the way from prompts to scored samples. Every method is collective over all ranks.
 
     What goes wrong with one sample costs that sample. All ranks raise RolloutError, the same one, if more samples failed than
-    ``rollout.max_failed_share``, if none is left, or if anything else went wrong on any rank.
+    ``rollout.max_failed_share``, if none is left, or if anything else went wrong on any rank. But for one thing: where ranks
+    generate together, a rank that fails amid it raises its own error, as nobody would hear its report.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class RolloutPhase:
         save: bool = False,
     ) -> Rollouts:
         own: dict[int, ScoredSample] = {}
+        made: Sequence[Sample | FailedSample] | None = None
         cause: Exception | None = None
         began = generated = time.perf_counter()
         try:
@@ -125,6 +127,8 @@ class RolloutPhase:
             generated = time.perf_counter()
             own, report = self._score(made if self._is_leader else [], sampling.samples_per_prompt)
         except Exception as error:
+            if made is None and self.engine.ranks_generate_together and not isinstance(error, RolloutError):
+                raise  # others wait amid generating, not for a report: the lifeline ends them
             cause = error
             report = self._failure(error, asked=len(prompts) * sampling.samples_per_prompt)
         seconds = {"generate": generated - began, "score": time.perf_counter() - generated} if self._is_leader else {}

@@ -1,4 +1,7 @@
-"""What ranks of test_lifeline.py run: one of them meets with ``fault``, the others wait for something that never comes."""
+"""What ranks of test_lifeline.py run: one of them meets with ``fault``, the others wait for something that never comes.
+
+With a third argument they wait in a collective, whose connection breaks when that one has gone.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ lifeline._SILENCE_S = 6.0  # type: ignore[misc]
 lifeline._CLEAN_UP_S = 4.0  # type: ignore[misc]
 with ExitStack() as stack:
     watch = stack.enter_context(joined_ranks(torch.device("cpu")))
+    dist.barrier()  # a rank that is late would find the store gone
     if fault == "clean-up hangs":
         stack.callback(time.sleep, 600)
     stack.enter_context(watch.told_first())
@@ -28,7 +32,7 @@ with ExitStack() as stack:
         if fault == "stop":
             raise StopRequested("asked to")
     elif dist.get_rank() != who:
-        time.sleep(600)
+        dist.barrier() if len(sys.argv) > 3 else time.sleep(600)
     elif fault == "SIGKILL":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "exit":

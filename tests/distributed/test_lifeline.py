@@ -31,6 +31,23 @@ def test_all_ranks_end_when_one_has_failed(tmp_path: Path, fault: str, code: int
         assert any(f"rank {1 - who} ends: {reason}" in output for reason in reasons), output
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "reason"),
+    [
+        ("error", 1, "rank 1 failed with MemoryError: too much"),
+        ("SIGKILL", -9, "rank 1 has given no sign of life for 6 s"),
+    ],
+)
+def test_a_rank_whose_connection_breaks_names_the_one_that_failed(
+    tmp_path: Path, fault: str, code: int, reason: str
+) -> None:
+    codes, output = exit_codes(SCRIPT, [fault, "1", "in a collective"], ranks=3, folder=tmp_path, timeout=40)
+    assert codes == [EXIT_ANOTHER_FAILED, code, EXIT_ANOTHER_FAILED], output
+    for rank in (0, 2):
+        assert f"rank {rank} ends: {reason}" in output
+    assert "gloo" not in output  # which would be a traceback of a rank that did nothing wrong
+
+
 @pytest.mark.parametrize(("ending", "code"), [("none", 0), ("stop", 1)])
 def test_ranks_that_are_done_at_different_times_end_well(tmp_path: Path, ending: str, code: int) -> None:
     codes, output = exit_codes(SCRIPT, [ending, "0"], ranks=3, folder=tmp_path, timeout=60)

@@ -28,6 +28,8 @@ def prompt(index: int) -> Prompt:
 class Engine:
     """Responses of known lengths. What goes wrong cannot be had from a real engine at will, so it is made up."""
 
+    ranks_generate_together = False
+
     def __init__(self, fails: str | None) -> None:
         self.fails = fails
 

@@ -77,6 +77,11 @@ class EmbeddedEngine:
         """All logits are at hand."""
         return self._vocab_size
 
+    @property
+    def ranks_generate_together(self) -> bool:
+        """Those of a replica, and those that share experts."""
+        return self._group.size() > 1 or self._lockstep.spans_replicas
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         """See ``RolloutEngine.generate``. Collective over all replicas, each with its own prompts, maybe none.
 
@@ -301,6 +306,11 @@ class _Lockstep:
             )
         # Groups of ranks are consecutive, so a multiple of the replica covers whole replicas; else play safe.
         self._group = expert_group if expert_group.size() % per_stage == 0 else dist.group.WORLD
+
+    @property
+    def spans_replicas(self) -> bool:
+        """Whether replicas wait for each other."""
+        return self._group is not None
 
     def run_with_others(self) -> None:
         """Before every forward pass of this replica: those that share experts with it run one at the same time."""

@@ -92,6 +92,11 @@ class SGLangEngine:
         """The largest K for which the servers return top-K log-probs: the whole vocabulary."""
         return self._vocab_size
 
+    @property
+    def ranks_generate_together(self) -> bool:
+        """One rank of a replica asks its servers; nobody waits for it meanwhile."""
+        return False
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         """See ``RolloutEngine.generate``."""
         self._require_usable()
