@@ -27,31 +27,39 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_dppo.distributed.host_group import host_group
 from megatron_dppo.errors import CheckpointError
 from megatron_dppo.training.checkpoint.pieces import Piece
 
 
 def write_pieces(pieces: Sequence[Piece], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write all ranks' pieces. Collective over ``group``; it has returned on any rank only if all is on disk.
+    """Write all ranks' pieces. It has returned on any rank only if all is on disk.
+
+    Collective over ``group``; None: over all ranks, by way of gloo.
 
     Raises:
         CheckpointError: on every rank alike, if any rank could not write.
     """
     try:
         # The planner has the pieces, so that the state dict that torch would otherwise plan with is empty.
-        save({}, storage_writer=FileSystemWriter(folder), planner=_SavePlanner(pieces), process_group=group)
+        save(
+            {},
+            storage_writer=FileSystemWriter(folder),
+            planner=_SavePlanner(pieces),
+            process_group=group or host_group(),
+        )
     except CheckpointException as error:
         raise CheckpointError(f"{folder}: the checkpoint was not written: {_first_failure(error)}") from error
 
 
 def read_pieces(pieces: Sequence[Piece], folder: Path) -> None:
-    """Fill the pieces' values. Collective over the default group.
+    """Fill the pieces' values. Collective over all ranks.
 
     Raises:
         CheckpointError: on every rank alike; ``values`` may then be partly filled.
     """
     try:
-        load({}, storage_reader=FileSystemReader(folder), planner=_LoadPlanner(pieces))
+        load({}, storage_reader=FileSystemReader(folder), planner=_LoadPlanner(pieces), process_group=host_group())
     except CheckpointException as error:
         raise CheckpointError(f"{folder}: the checkpoint does not load: {_first_failure(error)}") from error
 
