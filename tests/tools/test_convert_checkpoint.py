@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked_ranks import run_script
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.training.checkpoint.checkpoint_runs import save, start, train
 
@@ -19,15 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def convert(folder: Path, *arguments: object) -> tuple[int, str]:
+    """Exit code and output of the tool, started in ``folder``."""
+    script = ROOT / "tools" / "convert_checkpoint.py"
+    return run_script(script, list(map(str, arguments)), ranks=1, folder=folder, timeout=280)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,11 +30,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_tied"])
 def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path, kind):
     source = write_tiny_hf_model(kind, tmp_path / "hf")
-    there = convert("from-hf", source, tmp_path / "checkpoints", "--dtype", "fp32", "--verify")
-    assert there.returncode == 0, there.stderr
-    assert "largest difference" in there.stdout
-    back = convert("to-hf", tmp_path / "checkpoints" / "step_00000000", tmp_path / "back", "--verify")
-    assert back.returncode == 0, back.stderr
+    code, output = convert(tmp_path, "from-hf", source, "checkpoints", "--dtype", "fp32", "--verify")
+    assert code == 0, output
+    assert "largest difference" in output
+    code, output = convert(tmp_path, "to-hf", "checkpoints/step_00000000", "back", "--verify")
+    assert code == 0, output
     before, after = weights(source), weights(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -59,9 +52,9 @@ def test_a_checkpoint_of_any_layout_becomes_a_hugging_face_folder(ranks, tmp_pat
     source = write_tiny_hf_model("qwen3_moe", tmp_path / "hf")
     (source / "tokenizer_config.json").write_text("{}")
     checkpoint = tmp_path / "checkpoints" / "step_00000001"
-    result = convert("to-hf", checkpoint, tmp_path / "exported", "--tokenizer", source, "--verify")
-    assert result.returncode == 0, result.stderr
-    assert "step 1 of" in result.stdout
+    code, output = convert(tmp_path, "to-hf", checkpoint, "exported", "--tokenizer", source, "--verify")
+    assert code == 0, output
+    assert "step 1 of" in output
     assert (tmp_path / "exported" / "tokenizer_config.json").is_file()
     assert {tensor.dtype for tensor in weights(tmp_path / "exported").values()} == {torch.bfloat16}
 
@@ -74,8 +67,8 @@ def test_a_checkpoint_of_any_layout_becomes_a_hugging_face_folder(ranks, tmp_pat
     ],
     ids=["no checkpoint", "no Hugging Face folder"],
 )
-def test_what_cannot_be_converted_is_one_clear_line(arguments, message):
-    result = convert(*arguments)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_what_cannot_be_converted_is_one_clear_line(tmp_path, arguments, message):
+    code, output = convert(tmp_path, *arguments)
+    assert code == 1
+    assert message in output
+    assert "Traceback" not in output

@@ -98,7 +98,8 @@ def test_a_run_that_is_killed_resumes_on_another_layout(policy, whole, killed_in
             assert record[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (record["step"], name)
 
 
-@pytest.mark.parametrize("asked", ["SIGTERM", "SIGUSR1"])
+# SIGTERM on every push in test_faults.py.
+@pytest.mark.parametrize("asked", [pytest.param("SIGTERM", marks=pytest.mark.nightly), "SIGUSR1"])
 def test_a_run_that_one_rank_is_asked_to_stop_saves_its_step_and_resumes_with_the_same_numbers(
     policy, whole, tmp_path, asked
 ):

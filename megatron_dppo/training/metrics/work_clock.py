@@ -8,10 +8,10 @@ import torch
 
 
 class WorkClock:
-    """Adds up the time from ``start`` to ``stop``. Neither waits for the device: it notes when it has come there itself."""
+    """Adds up the time from ``start`` to ``stop``. Neither waits for a GPU: it notes when it has come there itself."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+    def __init__(self) -> None:
+        self._on_gpu = torch.cuda.is_available()
         self._started: float | torch.cuda.Event | None = None
         self._spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
 

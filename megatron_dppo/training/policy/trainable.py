@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,16 +40,16 @@ class TrainablePolicy:
             the distributed optimizer each rank has the sum of its part only).
         hf_config: the configuration the policy was built from; its vocab_size is the true one.
         dtype: of parameters and activations.
-        forward_backward: this rank's own work in optimizer steps, until it waits for other replicas' gradients.
         uses_distributed_optimizer: gradients are reduce-scattered, and the optimizer's state is sharded over the
             data-parallel ranks.
+        forward_backward: this rank's own work in optimizer steps, until it waits for other replicas' gradients.
     """
 
     chunks: list[DistributedDataParallel]
     hf_config: PretrainedConfig
     dtype: torch.dtype
-    forward_backward: WorkClock
     uses_distributed_optimizer: bool = False
+    forward_backward: WorkClock = field(default_factory=WorkClock)
 
     @property
     def transformer_config(self) -> Any:
@@ -84,14 +84,14 @@ def wrap_for_training(
     ]
     for chunk in chunks:
         chunk.broadcast_params()
-    clock = WorkClock(next(chunks[0].parameters()).device)
+    policy = TrainablePolicy(chunks, hf_config, dtype, use_distributed_optimizer)
 
     def reduce_gradients(*args: Any, **kwargs: Any) -> None:
-        clock.stop()
+        policy.forward_backward.stop()
         finalize_model_grads(*args, **kwargs)
 
     config.finalize_model_grads_func = reduce_gradients
-    return TrainablePolicy(chunks, hf_config, dtype, clock, use_distributed_optimizer)
+    return policy
 
 
 def build_optimizer(policy: TrainablePolicy, adam: AdamConfig, total_steps: int) -> OptimizerState:

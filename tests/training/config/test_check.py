@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.training.config.check import check_config
 from megatron_dppo.training.config.load import load_config
+from tests.forked_ranks import run_script
 from tests.models.published_configs import QWEN3_30B_A3B
 from tests.models.tiny_policies import tiny_hf_config
 
@@ -185,23 +185,16 @@ def test_the_h100_recipe_fits_its_model_and_whole_nodes():
     ],
 )
 def test_a_bad_start_says_one_thing_and_exits_with_2(tmp_path, overrides, message):
-    from tests.training.tiny_runs import write_tiny_policy
+    from tests.training.tiny_runs import SCRIPT, write_tiny_policy
 
     write_tiny_policy(tmp_path / "policy")
     (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": \n')
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "pretrain_dppo.py"),
-        "--config",
-        str(QUICKSTART),
-        "--world-size",
-        "2",
-    ]
-    arguments = [f"model.path={tmp_path / 'policy'}", f"run.root={tmp_path / 'runs'}", *overrides]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    settings = [f"model.path={tmp_path / 'policy'}", f"run.root={tmp_path / 'runs'}", *overrides]
+    arguments = ["--config", str(QUICKSTART), "--world-size", "2", *settings]
+    code, output = run_script(SCRIPT, arguments, ranks=1, folder=tmp_path, timeout=120)
+    assert code == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()
