@@ -18,13 +18,15 @@ class SGLangConfig:
         python: interpreter that has SGLang installed; None: the trainer's own. The trainer itself never imports SGLang.
         urls: attach to these running servers instead of starting any, e.g. ``["http://10.0.0.5:30000"]``.
         num_servers: servers to start; each holds a full copy of the policy.
+        min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start all of ``urls``
+            have to be there.
         tensor_model_parallel_size: GPUs (or processes, on a CPU) per server.
         dtype: dtype the servers compute in: float32 | bfloat16 | float16; None: the trainer's.
         host: address that started servers listen on and that every trainer rank reaches them by.
         base_gpu_id: first GPU of the first server; None: the one after the trainer's own on this machine.
         deterministic: honour ``SamplingParams.seed`` (SGLang's batch-invariant mode, which is slower on a GPU).
             Otherwise responses differ from run to run.
-        startup_timeout_s: seconds until a started server must answer.
+        startup_timeout_s: seconds until a server must answer, whether it is started or found.
         request_timeout_s: seconds that a server may go without any progress (no token generated, no request finished) before
             the requests on it are taken elsewhere. A response may take longer; ``generate_timeout_s`` bounds it. On a
             server that does not report its load (``/v1/loads``) finished requests alone are progress.
@@ -45,6 +47,7 @@ class SGLangConfig:
     python: str | None = None
     urls: list[str] = field(default_factory=list)
     num_servers: int = 1
+    min_servers: int = 1
     tensor_model_parallel_size: int = 1
     dtype: str | None = None
     host: str = "127.0.0.1"
@@ -65,7 +68,7 @@ class SGLangConfig:
     def check(self) -> None:
         """Raise ConfigError naming the first field whose value cannot work."""
         positive = (
-            "num_servers tensor_model_parallel_size startup_timeout_s request_timeout_s generate_timeout_s "
+            "num_servers min_servers tensor_model_parallel_size startup_timeout_s request_timeout_s generate_timeout_s "
             "sync_timeout_s control_timeout_s max_attempts max_concurrent_requests bucket_bytes"
         )
         for name in positive.split():
@@ -76,6 +79,11 @@ class SGLangConfig:
                 f"SGLangConfig.request_timeout_s = {self.request_timeout_s:g} must be below generate_timeout_s = "
                 f"{self.generate_timeout_s:g}: the requests on a server that hangs would never be taken elsewhere. Lower "
                 "request_timeout_s or raise generate_timeout_s"
+            )
+        servers = len(self.urls) or self.num_servers
+        if self.min_servers > servers:
+            raise ConfigError(
+                f"SGLangConfig.min_servers = {self.min_servers}, but there are {servers} servers: lower it"
             )
         if self.verify not in VERIFY_CHOICES:
             raise ConfigError(f"SGLangConfig.verify must be one of {', '.join(VERIFY_CHOICES)}, not {self.verify!r}")

@@ -23,6 +23,7 @@ from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.server_pool import ServerPool
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.weight_sync import ServerFacts, WeightSync
 
@@ -73,7 +74,7 @@ class SGLangEngine:
         self._is_leader = replica_group is None or dist.get_rank(replica_group) == 0
         self._transport = Transport()
         self._client = RolloutClient(self._transport, config, self._routing)
-        self._servers: list[SGLangServer] = []
+        self._pool: ServerPool | None = None  # on the owner
         self._sync: WeightSync | None = None
         self._model_folder, self._log_folder = Path(model_folder), Path(log_folder)
         try:
@@ -109,10 +110,14 @@ class SGLangEngine:
         return self._client.generate(prompts, sampling, self._weight_version) if self._is_leader else []
 
     def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
-        """See ``RolloutEngine.update_weights``. Servers of this engine that have died are started again first."""
+        """See ``RolloutEngine.update_weights``.
+
+        Servers of this engine that have died are started again first. Others that do not answer are left out, and taken back
+        by the first update that finds them again.
+        """
         if self._failed:
             self._require_usable()
-        self._on_owner(self._revive_servers)
+        self._on_owner(self._join_servers)
         self._unusable_because = f"the weight update to version {version} did not complete"
         error: Exception | None = None
         try:
@@ -155,9 +160,8 @@ class SGLangEngine:
         if self._sync is not None:
             self._sync.close()
             self._sync = None
-        for server in self._servers:
-            server.close()
-        self._servers = []
+        if self._pool is not None:
+            self._pool.close()
         self._transport.close()
         self._failed = True
         self._unusable_because = "it was closed"
@@ -169,35 +173,34 @@ class SGLangEngine:
     def _on_owner(self, action: Callable[[], T]) -> T:
         return on_one_rank(action, failure=_shared_error)
 
-    def _prepare_servers(self) -> None:
-        if self._config.urls:
-            return
-        folder = prepare_served_folder(self._model_folder, self._log_folder / "served_model")
-        dtype = dtype_name(self._dtype)
-        for index in range(self._config.num_servers):
-            server = SGLangServer(
-                self._config, folder, dtype, self._log_folder, index, return_routed_experts=self._routing is not None
-            )
-            self._servers.append(server)
-        for server in self._servers:
-            server.start()
-        for server in self._servers:
-            server.wait_until_ready(self._transport)
+    def _make_server(self, index: int) -> SGLangServer:
+        folder = self._log_folder / "served_model"
+        if index == 0:
+            prepare_served_folder(self._model_folder, folder)
+        return SGLangServer(
+            self._config,
+            folder,
+            dtype_name(self._dtype),
+            self._log_folder,
+            index,
+            return_routed_experts=self._routing is not None,
+        )
 
-    def _revive_servers(self) -> None:
-        """Bring every server back that has ended, and make a new weight-update group if the servers changed."""
-        ended = [server for server in self._servers if not server.is_running()]
-        for server in ended:
-            server.start()
-        for server in ended:
-            server.wait_until_ready(self._transport)
-        urls = list(self._config.urls) or [server.url for server in self._servers]
-        if self._sync is not None and not ended:
-            return
+    def _prepare_servers(self) -> None:
+        self._pool = ServerPool(self._config, self._transport, self._make_server)
+        self._pool.prepare()
+
+    def _join_servers(self) -> None:
+        """Make a weight-update group of the servers that answer, unless it is the one that there is."""
+        assert self._pool is not None
+        fit = self._pool.fit(self._weight_version)
         if self._sync is not None:
+            if set(fit.urls) == set(self._sync.urls) and not fit.newcomers:
+                return
             self._sync.close()
+            self._sync = None
         shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
-        facts = [ServerFacts.ask(self._transport, url, self._config) for url in urls]
+        facts = [ServerFacts.ask(self._transport, url, self._config) for url in fit.urls]
         self._sync = WeightSync(self._transport, facts, self._config, shape, self._dtype)
 
     def _check_servers(self) -> None:

@@ -16,6 +16,9 @@ import torch
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
+from megatron_dppo.rollout.sglang import server as server_module
+from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.transport import Transport
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import server_config, tiny_weights
@@ -45,20 +48,18 @@ def _assert_all_end(processes: list[psutil.Process], timeout_s: float) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def _signal_when_they_work(
-    engine: SGLangEngine, indices: list[int], folder: Path, number: signal.Signals = signal.SIGKILL
-) -> threading.Thread:
+def _signal_when_they_work(servers: list[SGLangServer], number: signal.Signals = signal.SIGKILL) -> threading.Thread:
     """From another thread, while ``generate`` runs: send it to these servers' process groups once they all have begun."""
-    logs = [folder / f"sglang_server_{index}.log" for index in indices]
+    logs = [server.log_path for server in servers]
     before = [log.read_text().count(BATCH_STARTED) for log in logs]
 
     def all_work() -> bool:
         return all(log.read_text().count(BATCH_STARTED) > count for log, count in zip(logs, before, strict=True))
 
     def send() -> None:
-        wait_until(all_work, within_s=60, what=f"servers {indices} begin")
-        for index in indices:
-            os.killpg(engine._servers[index]._process.pid, number)
+        wait_until(all_work, within_s=60, what=f"{logs} begin")
+        for server in servers:
+            os.killpg(server._process.pid, number)
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -99,7 +100,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         prompts, long = make_prompts(250, [4] * 24), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
         engine.update_weights(iter(tensors.items()), version=1)
 
-        killer = _signal_when_they_work(engine, [0], tmp_path)
+        killer = _signal_when_they_work(engine._pool._started[:1])
         samples = engine.generate(prompts, long)
         killer.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 192
@@ -113,7 +114,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         assert {sample.weight_versions[0] for sample in samples} == {(2, 4)}
         assert_log_probs_match(subject, samples, 1.0)
 
-        killer = _signal_when_they_work(engine, [0, 1], tmp_path)
+        killer = _signal_when_they_work(engine._pool._started)
         samples = engine.generate(prompts, long)
         killer.join()
         assert len(samples) == 192
@@ -125,10 +126,30 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
     _assert_all_end(_processes_of(tmp_path), timeout_s=5)
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Two servers that somebody else starts, and the folder of everything; they may not be ready yet."""
+    folder = tmp_path_factory.mktemp("found")
+    served = prepare_served_folder(write_tiny_hf_model("llama", folder / "model", seed=0), folder / "served")
+    servers = [SGLangServer(server_config(), served, "float32", folder, index) for index in range(2)]
+    for server in servers:
+        server.start()
+    yield servers, folder
+    for server in servers:
+        server.close()
+    _assert_all_end(_processes_of(folder), timeout_s=5)
+
+
+def _attach(servers: list[SGLangServer], folder: Path, **options: object) -> SGLangEngine:
+    config = server_config(urls=[server.url for server in servers], **options)
+    return SGLangEngine(config, folder / "model", vocab_size=250, dtype=torch.float32, log_folder=folder)
+
+
 @pytest.mark.timeout(600)
-def test_requests_of_a_server_that_hangs_go_to_the_others(tmp_path):
+def test_requests_of_a_server_that_hangs_go_to_the_others(found):
     """One of two servers is stopped mid-generation: its connections stay open, and it answers nothing any more."""
-    engine = _engine(tmp_path, num_servers=2, control_timeout_s=20.0)
+    servers, folder = found
+    engine = _attach(servers, folder, control_timeout_s=20.0)  # waits until they are ready
     try:
         _, tensors = tiny_weights("llama", seed=1)
         engine.update_weights(iter(tensors.items()), version=1)
@@ -136,16 +157,42 @@ def test_requests_of_a_server_that_hangs_go_to_the_others(tmp_path):
         engine.generate(prompts, SamplingParams(max_new_tokens=4))  # a server's first batch takes seconds
 
         engine._config.request_timeout_s = 15.0
-        stopper = _signal_when_they_work(engine, [0], tmp_path, signal.SIGSTOP)
+        stopper = _signal_when_they_work(servers[:1], signal.SIGSTOP)
         samples = engine.generate(prompts, SamplingParams(max_new_tokens=100, samples_per_prompt=16))
         stopper.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 128
-        first, second = (server.url for server in engine._servers)
+        first, second = (server.url for server in servers)
         assert engine.server_loads()[second].tokens_per_s > engine.server_loads()[first].tokens_per_s
         assert f"{first} made no progress for request_timeout_s = 15 s" in engine._client._last_failure
     finally:
+        os.killpg(servers[0]._process.pid, signal.SIGCONT)
         engine.close()
-    _assert_all_end(_processes_of(tmp_path), timeout_s=5)
+
+
+@pytest.mark.timeout(600)
+def test_a_found_server_that_was_lost_is_taken_back_by_the_next_update(found, monkeypatch):
+    """One of two servers ends, is missing in an update, and is there again in the next."""
+    servers, folder = found
+    first, lost = (server.url for server in servers)
+    engine, transport = _attach(servers, folder), Transport()
+    try:
+        hf_model, tensors = tiny_weights("llama", seed=1)
+        subject, prompts = EngineUnderTest(engine, hf_model, lambda *_: None), make_prompts(250, [4] * 8)
+        for version, urls in ((1, {first, lost}), (2, {first}), (3, {first, lost})):
+            if version == 2:
+                servers[1].close()
+            if version == 3:
+                monkeypatch.setattr(server_module, "free_port", lambda: int(lost.rpartition(":")[2]))
+                servers[1].start()
+                servers[1].wait_until_ready(transport)
+            engine.update_weights(iter(tensors.items()), version=version)
+            samples = engine.generate(prompts, SamplingParams(max_new_tokens=4, samples_per_prompt=2))
+            assert {sample.weight_versions[0] for sample in samples} == {(version, 4)}
+            assert_log_probs_match(subject, samples, 1.0)
+            assert {url for url, load in engine.server_loads().items() if load.tokens_per_s > 0} == urls
+    finally:
+        engine.close()
+        transport.close()
 
 
 _TRAINER = """

@@ -1,0 +1,143 @@
+"""Which servers take part in an update: all of them at the start, those that answer later, and who is new among them.
+
+The servers here only say which version they serve; test_failures.py does the same with real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from megatron_dppo.errors import ConfigError, RolloutError
+from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.server import SGLangServer
+from megatron_dppo.rollout.sglang.server_pool import Fit, ServerPool
+from megatron_dppo.rollout.sglang.transport import Transport
+
+
+class Server:
+    """Answers ``/model_info``, at a port that stays its own while nobody answers there."""
+
+    def __init__(self) -> None:
+        self.version = "default"
+        self.asked = 0
+        self._serve(0)
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _serve(self, port: int) -> None:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked += 1
+                body = json.dumps({"weight_version": server.version}).encode()
+                self.send_response(200 if server.version else 503)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def end(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def start_again(self) -> None:
+        self.version = "default"
+        self._serve(self.port)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Server]]:
+    found = [Server() for _ in range(3)]
+    yield found
+    for server in found:
+        server.end()
+
+
+@pytest.fixture
+def transport() -> Iterator[Transport]:
+    transport = Transport()
+    yield transport
+    transport.close()
+
+
+def none_to_start(index: int) -> SGLangServer:
+    raise AssertionError("the servers are there already")
+
+
+def pool_of(servers: list[Server], transport: Transport, **options: object) -> ServerPool:
+    config = SGLangConfig(urls=[server.url for server in servers], control_timeout_s=10.0, **options)
+    return ServerPool(config, transport, none_to_start)
+
+
+def test_a_server_that_does_not_answer_is_left_out_until_it_is_found_again(servers, transport):
+    pool = pool_of(servers, transport)
+    pool.prepare()
+    first, second, third = (server.url for server in servers)
+    assert pool.fit(0) == Fit((first, second, third), frozenset({first, second, third}))
+    for server in servers:
+        server.version = "1"
+    assert pool.fit(1) == Fit((first, second, third), frozenset())
+    servers[1].end()
+    assert pool.fit(1) == Fit((first, third), frozenset())
+    for server in (servers[0], servers[2]):
+        server.version = "2"
+    servers[1].start_again()
+    assert pool.fit(2) == Fit((first, second, third), frozenset({second}))
+
+
+def test_a_server_that_was_started_again_between_two_updates_is_a_newcomer(servers, transport):
+    for server in servers:
+        server.version = "4"
+    servers[2].end()
+    servers[2].start_again()
+    assert pool_of(servers, transport).fit(4).newcomers == {servers[2].url}
+
+
+def test_found_servers_are_waited_for(servers, transport):
+    servers[1].version = ""  # answers 503: it is loading
+    pool = pool_of(servers, transport, startup_timeout_s=60.0)
+    waiting = threading.Thread(target=pool.prepare)
+    waiting.start()
+    while servers[1].asked < 2:
+        waiting.join(timeout=0.01)
+        assert waiting.is_alive()
+    servers[1].version = "default"
+    waiting.join(timeout=30.0)
+    assert not waiting.is_alive()
+
+
+def test_servers_that_are_not_ready_in_time_are_named(servers, transport):
+    servers[1].version = ""
+    with pytest.raises(
+        RolloutError, match=r"1 of 3 SGLang servers were not ready after startup_timeout_s = 0.1 s"
+    ) as raised:
+        pool_of(servers, transport, startup_timeout_s=0.1).prepare()
+    assert servers[1].url in str(raised.value)
+    assert servers[0].url not in str(raised.value)
+
+
+def test_too_few_servers_are_an_error_that_names_those_that_do_not_answer(servers, transport):
+    pool = pool_of(servers, transport, min_servers=3)
+    pool.prepare()
+    servers[0].end()
+    with pytest.raises(RolloutError, match=r"2 of 3 SGLang servers answer, fewer than min_servers = 3") as raised:
+        pool.fit(0)
+    assert servers[0].url in str(raised.value)
+    servers[0].start_again()
+    assert len(pool.fit(0).urls) == 3
+
+
+def test_more_servers_than_there_are_cannot_be_asked_for():
+    with pytest.raises(ConfigError, match="min_servers = 3, but there are 2 servers"):
+        SGLangConfig(urls=["http://a:1", "http://b:1"], min_servers=3).check()
