@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class Report:
 
     def to_bytes(self) -> bytes:
         """A line of JSON, then the samples as float64, which holds each of their numbers exactly."""
-        fields = asdict(self) | {
+        fields = vars(self) | {
             "samples": len(self.samples),
             "reasons": [reason[:_LONGEST_REASON] for reason in self.reasons[:_REASONS_KEPT]],
         }

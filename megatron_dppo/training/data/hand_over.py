@@ -1,16 +1,18 @@
 """Examples on their way from the rank that sampled them to the ranks that learn from them, as flat tensors.
 
 Every rank knows every example's lengths and owner, so it knows the size and the place of everything that it gets: nothing is
-announced, and nothing is pickled. A rank receives one buffer from each replica that sampled something for its own, and its
-examples are views into these. Three sections travel apart, because not every rank needs all of them: tokens go to all ranks
-of the owning replica, what the loss reads to its last pipeline stage, and expert choices to the stage that has the layers.
+announced, and nothing is pickled. A rank receives one buffer from each replica that sampled something for its own. In it each
+field lies in one piece, one example's rows behind the other's, and examples are views into it. Three sections travel apart,
+because not every rank needs all of them: tokens go to all ranks of the owning replica, what the loss reads to its last
+pipeline stage, and expert choices to the stage that has the layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from megatron.core import parallel_state
 from megatron_dppo.distributed.collectives import gather_objects
 from megatron_dppo.distributed.point_to_point import Parcel, deliver
 from megatron_dppo.training.data.micro_batch import ExampleFields, TrainingExample
+
+_SCALARS = ("advantage", "trainable")  # of an example
 
 
 class ExampleHeader(NamedTuple):
@@ -42,16 +46,24 @@ class _Section(NamedTuple):
     layers: tuple[int, ...] = ()
 
 
-class _Tensor(NamedTuple):
-    """One tensor of an example within a section."""
+class _Field(NamedTuple):
+    """One field of all examples of a parcel.
+
+    Attributes:
+        name: in TrainingExample.
+        dtype: in which it travels.
+        rows: of each example.
+        row_shape: of one row.
+    """
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    rows: list[int]
+    row_shape: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * sum(self.rows) * math.prod(self.row_shape)
 
 
 @dataclass(frozen=True)
@@ -109,54 +121,61 @@ class HandOver:
             travelling.setdefault((headers[number].source, owners[number]), []).append(number)
         parcels: list[Parcel] = []
         contents: dict[int, torch.Tensor] = {}
-        expected: list[tuple[int, _Section, list[int]]] = []
+        expected: list[tuple[int, list[_Field], list[int]]] = []
         for (source, owner), numbers in sorted(travelling.items()):
             for section, receivers in self._receivers[owner].items():
-                of_numbers = {number: headers[number] for number in numbers}
-                size = sum(t.num_bytes for header in of_numbers.values() for t in self._tensors(section, header))
+                fields = self._fields(section, [headers[number] for number in numbers])
+                size = sum(field.num_bytes for field in fields)
                 if self._rank == self._leaders[source]:
                     buffer = contents[len(parcels)] = torch.empty(size, dtype=torch.uint8, device="cpu")
-                    for number, views in self._views(buffer, section, of_numbers):
-                        _fill(views, section, sampled[number])
+                    for field, column in _columns(buffer, fields):
+                        _fill(field, column, [sampled[number] for number in numbers], section.layers)
                 if self._rank in receivers:
-                    expected.append((len(parcels), section, numbers))
+                    expected.append((len(parcels), fields, numbers))
                 parcels.append(Parcel(self._leaders[source], receivers, size))
         received = deliver(parcels, contents)
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        for index, section, numbers in expected:
-            for number, views in self._views(received[index], section, {n: headers[n] for n in numbers}):
-                found.setdefault(number, {}).update(views)
-        return {number: _example(views, headers[number]) for number, views in sorted(found.items())}
+        found: dict[int, dict[str, Any]] = {}
+        for index, fields, numbers in expected:
+            for field, column in _columns(received[index], fields):
+                values = column.tolist() if field.name in _SCALARS else column.split(field.rows)
+                for number, value in zip(numbers, values, strict=True):
+                    found.setdefault(number, {})[field.name] = value
+        return {
+            number: TrainingExample(
+                **values | {"prompt_length": headers[number].prompt_tokens, "trainable": bool(values["trainable"])}
+            )
+            for number, values in sorted(found.items())
+        }
 
-    def _views(
-        self, buffer: torch.Tensor, section: _Section, headers: Mapping[int, ExampleHeader]
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Where in a parcel the tensors of each example are."""
-        start = 0
-        for number, header in headers.items():
-            views = {}
-            for tensor in self._tensors(section, header):
-                views[tensor.name] = buffer[start : start + tensor.num_bytes].view(tensor.dtype).view(tensor.shape)
-                start += tensor.num_bytes
-            yield number, views
-
-    def _tensors(self, section: _Section, header: ExampleHeader) -> list[_Tensor]:
-        response = header.tokens - header.prompt_tokens
+    def _fields(self, section: _Section, headers: Sequence[ExampleHeader]) -> list[_Field]:
+        """What a section holds of these examples, in order."""
+        responses = [header.tokens - header.prompt_tokens for header in headers]
         if section.name == "tokens":
+            ones = [1] * len(headers)
             return [
-                _Tensor("token_ids", torch.int32, (header.tokens,)),
-                _Tensor("advantage", torch.float32, (1,)),
-                _Tensor("trainable", torch.int32, (1,)),
+                _Field("token_ids", torch.int32, [header.tokens for header in headers]),
+                _Field("advantage", torch.float32, ones),
+                _Field("trainable", torch.int32, ones),
             ]
         if section.name == "loss":
-            tensors = [_Tensor("rollout_log_probs", torch.float32, (response,))]
+            fields = [_Field("rollout_log_probs", torch.float32, responses)]
             if topk := self._sampled.topk:
-                tensors.append(_Tensor("topk_ids", torch.int32, (response, topk)))
-                tensors.append(_Tensor("topk_log_probs", torch.float32, (response, topk)))
-            return tensors
+                fields.append(_Field("topk_ids", torch.int32, responses, (topk,)))
+                fields.append(_Field("topk_log_probs", torch.float32, responses, (topk,)))
+            return fields
         assert self._sampled.routed_experts is not None
-        shape = (header.tokens - 1, len(section.layers), self._sampled.routed_experts[1])
-        return [_Tensor("routed_experts", self._sampled.expert_dtype, shape)]
+        routed = [header.tokens - 1 for header in headers]
+        row_shape = (len(section.layers), self._sampled.routed_experts[1])
+        return [_Field("routed_experts", self._sampled.expert_dtype, routed, row_shape)]
+
+
+def _columns(buffer: torch.Tensor, fields: Sequence[_Field]) -> Iterator[tuple[_Field, torch.Tensor]]:
+    """Where in a parcel each field is: [rows of all examples, *row_shape]."""
+    start = 0
+    for field in fields:
+        column = buffer[start : start + field.num_bytes].view(field.dtype)
+        start += field.num_bytes
+        yield field, column.view(sum(field.rows), *field.row_shape)
 
 
 def _receivers(sampled: ExampleFields, places: Mapping[int, _Place]) -> dict[_Section, tuple[int, ...]]:
@@ -171,24 +190,15 @@ def _receivers(sampled: ExampleFields, places: Mapping[int, _Place]) -> dict[_Se
     return receivers
 
 
-def _fill(views: Mapping[str, torch.Tensor], section: _Section, example: TrainingExample) -> None:
-    for name, view in views.items():
-        value = getattr(example, name)
-        if name == "routed_experts":
+def _fill(field: _Field, column: torch.Tensor, examples: Sequence[TrainingExample], layers: tuple[int, ...]) -> None:
+    values = [getattr(example, field.name) for example in examples]
+    if field.name in _SCALARS:
+        column.copy_(torch.tensor(values))
+        return
+    chosen = torch.tensor(layers, device="cpu")
+    for rows, value in zip(column.split(field.rows), values, strict=True):
+        if field.name == "routed_experts":
             # Straight into the parcel: these are large, and a copy of them would be as large again.
-            torch.index_select(value.to(view.dtype), 1, torch.tensor(section.layers, device="cpu"), out=view)
-            continue
-        view.copy_(value if isinstance(value, torch.Tensor) else torch.tensor([value]))
-
-
-def _example(tensors: Mapping[str, torch.Tensor], header: ExampleHeader) -> TrainingExample:
-    return TrainingExample(
-        token_ids=tensors["token_ids"],
-        prompt_length=header.prompt_tokens,
-        advantage=float(tensors["advantage"]),
-        rollout_log_probs=tensors.get("rollout_log_probs"),
-        topk_ids=tensors.get("topk_ids"),
-        topk_log_probs=tensors.get("topk_log_probs"),
-        routed_experts=tensors.get("routed_experts"),
-        trainable=bool(tensors["trainable"]),
-    )
+            torch.index_select(value.to(rows.dtype), 1, chosen, out=rows)
+        else:
+            rows.copy_(value)
