@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/arguments.h"
+#include "../core/tile_hash_arguments.h"
 #include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cuda {
@@ -34,5 +35,7 @@ cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t seg
 int64_t token_objective_workspace_bytes(int64_t n, int multiprocessors);
 cudaError_t launch_token_objective(const TokenObjectiveArguments& args, int multiprocessors, void* workspace,
                                    cudaStream_t stream);
+
+cudaError_t launch_tile_hash(const TileHashArguments& args, cudaStream_t stream);
 
 }  // namespace megatron_dppo::cuda

@@ -9,7 +9,7 @@ import importlib
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -110,6 +110,12 @@ def backend_report() -> dict[str, str]:
         else:
             report[device] = "available"
     return report
+
+
+def native_operators(device: torch.device) -> Any | None:
+    """``torch.ops.megatron_dppo`` where it is built and has kernels for the device; else None."""
+    native, _ = _native_module()
+    return None if native is None or device.type not in native.DEVICES else native.operators
 
 
 def cpu_kernel_level() -> str:

@@ -18,7 +18,8 @@ import megatron_dppo._C as _C
 from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.shard_merge import MergedRows
 
-if not hasattr(_C, "cpu_level"):
+operators = torch.ops.megatron_dppo
+if not hasattr(operators, "tile_hash"):
     raise ImportError("it was built by an older version of this package: build it again")
 if not _C.cpu_level_is_supported:
     raise ImportError(
@@ -29,8 +30,6 @@ if not _C.cpu_level_is_supported:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVEL = _C.cpu_level
 DEVICES = ("cpu", "cuda") if _C.cuda_archs else ("cpu",)
-
-_operators = torch.ops.megatron_dppo
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class NativeBackend:
         self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
     ) -> torch.Tensor:
         """See torch_backend.shard_partials."""
-        return _operators.row_partials(
+        return operators.row_partials(
             logits_NV,
             selection.rows,
             selection.mask,
@@ -56,7 +55,7 @@ class NativeBackend:
 
     def merge_shards(self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None) -> MergedRows:
         """See shard_merge.merge_shards."""
-        return MergedRows(*_operators.merge_partials(partials_RnC, mask_n))
+        return MergedRows(*operators.merge_partials(partials_RnC, mask_n))
 
     def shard_gradient(
         self,
@@ -81,12 +80,12 @@ class NativeBackend:
             shard.num_columns,
         )
         if grad_NV is logits_NV:  # an operator must not get one tensor both to read and, under another name, to write
-            _operators.policy_backward_(logits_NV, *arguments)
+            operators.policy_backward_(logits_NV, *arguments)
             # Autograd does not see what an operator without autograd registration writes: whoever saved these logits would
             # compute a wrong gradient from ours, where it has to be an error.
             torch.autograd.graph.increment_version(logits_NV)
         else:
-            _operators.policy_backward(logits_NV, grad_NV, *arguments)
+            operators.policy_backward(logits_NV, grad_NV, *arguments)
 
     def shard_divergence(
         self,
@@ -101,7 +100,7 @@ class NativeBackend:
         temperature: float,
     ) -> torch.Tensor:
         """See torch_backend.shard_divergence."""
-        return _operators.shard_divergence(
+        return operators.shard_divergence(
             policy_NV,
             rollout_NV,
             *selection,
@@ -151,3 +150,8 @@ def _(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
     bins = constants["histogram_bins_per_decade"] * decades + 2
     totals = log_mu.new_empty(len(_C.total_names), dtype=torch.float64)
     return coefficient, weight, divergence, totals, log_mu.new_empty(bins, dtype=torch.int64)
+
+
+@torch.library.register_fake("megatron_dppo::tile_hash")
+def _(sums, *others):  # type: ignore[no-untyped-def]
+    return None

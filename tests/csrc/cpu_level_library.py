@@ -17,7 +17,7 @@ from types import ModuleType
 CSRC = Path(__file__).parents[2] / "csrc"
 SHIM = Path(__file__).with_name("cpu_levels")
 CPUINFO = Path("/proc/cpuinfo")
-SOURCES = ("row_partials", "merge_partials", "policy_backward", "shard_divergence")
+SOURCES = ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "tile_hash")
 IS_X86_64 = platform.machine() == "x86_64"
 # What gcc and the C library mean by a level, as far as the kernels' code can need it.
 PROCESSOR_FLAGS = {
@@ -50,7 +50,7 @@ class LevelLibrary:
 
     def __init__(self, path: Path, emulated: bool) -> None:
         self.path = path
-        self._library = ctypes.CDLL(str(path))
+        self.library = ctypes.CDLL(str(path))
         self._processor = None
         if emulated:
             from tests.csrc.emulated_processor import EmulatedProcessor
@@ -58,8 +58,8 @@ class LevelLibrary:
             self._processor = EmulatedProcessor()
 
     def __call__(self, kernel: str, arguments: ctypes.Structure) -> None:
-        self._library.forget_allocations()
-        function = getattr(self._library, kernel)
+        self.library.forget_allocations()
+        function = getattr(self.library, kernel)
         if self._processor is None:
             function(ctypes.byref(arguments))
         else:

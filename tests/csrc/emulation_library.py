@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
 
 
-# The structures of csrc/core/arguments.h and token_objective_arguments.h.
+# The structures of csrc/core/arguments.h, token_objective_arguments.h and tile_hash_arguments.h.
 LogitsShard = structure(
     "LogitsShard",
     ("data", POINTER),
@@ -79,6 +79,26 @@ TokenObjectiveArguments = structure(
     *((name, POINTER) for name in ("coefficient", "weight", "out_divergence", "totals", "histogram")),
 )
 
+TilePiece = structure(
+    "TilePiece",
+    ("data", POINTER),
+    *((name, INT64) for name in ("unit_bytes", "row_stride", "present_rows", "present_units", "row_units")),
+    *((name, INT64) for name in ("num_words", "first_word", "first_output_tile", "first_task")),
+)
+TileMatrix = structure(
+    "TileMatrix",
+    ("data", POINTER),
+    *((name, INT64) for name in ("element_bytes", "row_stride", "present_rows", "present_columns", "rows", "columns")),
+)
+TileHashArguments = structure(
+    "TileHashArguments",
+    ("pieces", POINTER),
+    ("num_pieces", INT64),
+    ("num_tasks", INT64),
+    ("sums", POINTER),
+    ("total_tiles", INT64),
+)
+
 
 def encode(values: np.ndarray, dtype: int) -> np.ndarray:
     if dtype == FLOAT16:
@@ -113,12 +133,33 @@ def address(array: np.ndarray | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
+def hash_tiles(
+    library: ctypes.CDLL,
+    tile_hash: Callable[[ctypes.Structure], None],
+    shapes: Sequence[Any],
+    sources: Sequence[np.ndarray],
+    first_tiles: Sequence[int],
+    sums: np.ndarray,
+) -> None:
+    """Add the sums of pieces (``Shape`` of tile_hash_reference.py) to ``sums`` by a kernel of the library."""
+    pieces = (TilePiece * max(len(shapes), 1))()
+    num_tasks = 0
+    for i, (shape, source) in enumerate(zip(shapes, sources, strict=True)):
+        stride = source.strides[0] // source.itemsize
+        matrix = TileMatrix(address(source), source.itemsize, stride, *source.shape, shape.rows, shape.columns)
+        place = map(INT64, (shape.first_word, first_tiles[i], num_tasks))
+        library.describe_piece(ctypes.byref(pieces[i]), ctypes.byref(matrix), *place)
+        num_tasks += shape.num_tiles
+    tile_hash(TileHashArguments(ctypes.addressof(pieces), len(shapes), num_tasks, address(sums), sums.shape[1]))
+
+
 class Emulated:
     """The launchers; an error they report becomes RuntimeError."""
 
     def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
-        for name in ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_objective"):
+        self.library = library = ctypes.CDLL(path)
+        kernels = ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_objective")
+        for name in (*kernels, "tile_hash"):
             function = getattr(library, f"emulated_{name}")
             function.restype = ctypes.c_char_p
             setattr(self, name, self._raising(function))

@@ -28,7 +28,9 @@ from tests.csrc.emulation_library import (
     address,
     decode,
     encode,
+    hash_tiles,
 )
+from tests.csrc.tile_hash_reference import SHAPES, expected_sums
 
 ROUNDING = 2.0**-24  # of a float, to nearest
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
@@ -196,6 +198,17 @@ def test_divergences_are_right_to_the_last_digits(library: LevelLibrary, columns
     largest = max(np.abs(problem.log_p).max(), np.abs(problem.log_mu).max())
     largest = (largest + max(_log_sum(problem.z).max(), _log_sum(problem.z_mu).max())) / np.log(2)
     assert (np.abs(got - exact) <= ROUNDING * (6 * largest + 4 + 21) * size).all()
+
+
+def test_sums_of_hashed_tiles_are_exact(library: LevelLibrary) -> None:
+    shapes = list(SHAPES.values())
+    rng = np.random.default_rng(0)
+    sources = [shape.source(rng) for shape in shapes]
+    first_tiles = [i % 3 for i in range(len(shapes))]  # several share a tile
+    sums = np.zeros((2, 5), np.int32)
+    expected = expected_sums(sums, shapes, sources, first_tiles)
+    hash_tiles(library.library, lambda arguments: library("tile_hash", arguments), shapes, sources, first_tiles, sums)
+    assert (sums == expected).all()
 
 
 @pytest.mark.skipif(not IS_X86_64, reason="one level only")

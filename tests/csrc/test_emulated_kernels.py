@@ -247,6 +247,20 @@ BUGS = {
         "asan",
         "heap-buffer-overflow",
     ),
+    "pieces that share a tile add without atomics": (
+        "cuda/tile_hash.cu",
+        "atomicAdd(totals, sums.sum);",
+        "*totals += sums.sum;",
+        "interblock",
+        "data race",
+    ),
+    "zeros that are in no memory are left out": (
+        "cuda/tile_hash.cu",
+        "column < present_units",
+        "column <= present_units",
+        "plain",
+        "the sums of tiles are wrong",
+    ),
     "the smaller maximum is lost in a merge": (
         "core/row_reduction.h",
         "decay_b * b.rest + e,",

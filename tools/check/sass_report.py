@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 from build_extension import NVCC_FLAGS, find_cuda_home
 
 BUDGET = Path(__file__).with_name("sass_budget.json")
-ELEMENT_BYTES = {"float": 4, "__nv_bfloat16": 2, "__half": 2}
+# Of a kernel's first template argument, or of what a kernel without one counts.
+ELEMENT_BYTES = {"float": 4, "__nv_bfloat16": 2, "__half": 2, "tile_hash_kernel": 4}
 PTXAS = re.compile(
     r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers",
@@ -75,12 +76,13 @@ def inspect(source: Path, arch: str, nvcc: Path, nvdisasm: str | None) -> dict[s
 def sass_figures(section: str, kernel: str) -> dict[str, float]:
     lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in section.splitlines()]
     figures = {"local": float(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines))}
-    element = re.search(r"<(\w+)[,>]", kernel)
-    if element is None:
+    argument = re.search(r"<(\w+)[,>]", kernel)
+    element = argument[1] if argument else kernel
+    if element not in ELEMENT_BYTES:
         return figures
     hot = max(loops(lines), key=wide_loads, default=[])
     loads = wide_loads(hot)
-    elements = loads * 16 / ELEMENT_BYTES[element[1]]
+    elements = loads * 16 / ELEMENT_BYTES[element]
     return figures | {"loads_128": loads, "instructions_per_element": round(len(hot) / elements, 2) if loads else 0.0}
 
 
