@@ -1,6 +1,6 @@
-"""How ``megatron_dppo._C`` is built; setup.py imports this file by its path.
+"""How ``megatron_dppo._C`` is built, and the library for servers beside it; setup.py imports this file by its path.
 
-The library has CPU kernels always and CUDA kernels where nvcc is found. Without a compiler or torch, megatron_dppo still
+``_C`` has CPU kernels always and CUDA kernels where nvcc is found. Without a compiler or torch, megatron_dppo still
 installs and computes in plain torch. nvcc is called directly on the torch-free .cu files (seconds, where torch's headers
 take minutes), so the CUDA kernels also build against a CPU build of torch.
 
@@ -27,6 +27,7 @@ from typing import Any
 
 CSRC = Path(__file__).resolve().parent
 NAME = "megatron_dppo._C"
+SERVER_NAME = "megatron_dppo._tile_hash"  # no module: servers on a CPU load it through ctypes (csrc/server)
 DEFAULT_ARCHS = "80;90a;100+PTX"
 CPU_LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4")  # csrc/cpu/vector_math.h
 # errno and trapping keep loops from being vectorised; NaN, infinity and signed zero keep their meaning (no -ffast-math).
@@ -36,11 +37,12 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
 
 
 def extension_modules() -> list[Any]:
-    """The extension, or nothing where none is wanted or torch is not there to build against."""
+    """The extension and the servers' library, or nothing where none is wanted or torch is not there to build against."""
     if _choice("MEGATRON_DPPO_BUILD_EXT") == "0":
         return []
     try:
         import torch
+        from setuptools import Extension
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
         _give_up(error)
@@ -57,7 +59,13 @@ def extension_modules() -> list[Any]:
         settings["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
     sources = [CSRC / "binding.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     relative = [os.path.relpath(source, CSRC.parent) for source in sources]
-    return [CppExtension(NAME, relative, define_macros=macros, extra_compile_args=flags, **settings)]
+    # The servers' process has its own OpenMP runtime, and no need of ours.
+    server_flags = [flag for flag in flags if flag != "-fopenmp"]
+    server_source = os.path.relpath(CSRC / "server/tile_hash.cpp", CSRC.parent)
+    return [
+        CppExtension(NAME, relative, define_macros=macros, extra_compile_args=flags, **settings),
+        Extension(SERVER_NAME, [server_source], define_macros=cpu_level_macros(), extra_compile_args=server_flags),
+    ]
 
 
 def vector_width_flags() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -198,6 +199,9 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
     if not torch.cuda.is_available():
         environment["PYTHONPATH"] = str(_HERE / "cpu_shim")
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        library = importlib.util.find_spec("megatron_dppo._tile_hash")  # without it the shim hashes in torch
+        if library is not None and library.origin is not None:
+            environment["MEGATRON_DPPO_TILE_HASH_LIBRARY"] = library.origin
         environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cpu_binding(config.tensor_model_parallel_size))
         if config.deterministic:
             environment["MEGATRON_DPPO_SEEDED_SAMPLING"] = "1"

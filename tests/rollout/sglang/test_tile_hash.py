@@ -1,9 +1,13 @@
-"""The hash of a parameter from parts: any cut, any order, by the kernel or in torch."""
+"""The hash of a parameter from parts: any cut, any order, by the kernel or in torch; and what the servers' shim reports."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dppo.errors import WeightSyncError
-from megatron_dppo.rollout.sglang import tile_hash
+from megatron_dppo.rollout.sglang import SGLangConfig, server, tile_hash
 from megatron_dppo.rollout.sglang.tile_hash import Piece, TileSums, hash_pieces
 from megatron_dppo.rollout.sglang.tile_hash_reference import TILE_WORDS, checksum
+
+SHIM = Path(server.__file__).with_name("cpu_shim")
 
 
 @pytest.fixture(params=["compiled", "in torch"])
@@ -145,3 +151,39 @@ def test_hashes_of_parameters_of_different_size_are_not_merged() -> None:
 def test_a_piece_that_cannot_be_hashed_is_named(piece: Piece, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hash_pieces({"p": (12, [piece])})
+
+
+_IN_THE_SERVER = """
+import os, sys, types
+import torch
+from sglang.srt.utils import weight_checker
+import sitecustomize
+tensors = torch.load(sys.argv[1])
+compiled = [f"{weight_checker.tensor_hash(tensor):016x}" for tensor in tensors]
+os.environ.pop("MEGATRON_DPPO_TILE_HASH_LIBRARY", None)
+sitecustomize._hash_as_on_a_gpu(weight_checker)
+print(*compiled, *(f"{weight_checker.tensor_hash(tensor):016x}" for tensor in tensors))
+assert "megatron_dppo" not in sys.modules
+"""
+
+
+def test_a_cpu_server_reports_the_hash_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's module is a stand-in here; the tests with real servers have its own. An odd number of halves is padded."""
+    for folder in ("sglang", "sglang/srt", "sglang/srt/utils"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "sglang/srt/utils/weight_checker.py").write_text("tensor_hash = None")
+    tensors = [torch.randn(3 * TILE_WORDS + 10), torch.randn(7, 9).bfloat16(), torch.randn(4, 6).t(), torch.zeros(0)]
+    torch.save(tensors, tmp_path / "tensors.pt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    environment = server.server_environment(SGLangConfig())
+    assert environment["PYTHONPATH"] == str(SHIM)
+    library = environment.get("MEGATRON_DPPO_TILE_HASH_LIBRARY")
+    assert (library is not None) == (tile_hash.native_operators(torch.device("cpu")) is not None)
+    environment["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    command = [sys.executable, "-c", _IN_THE_SERVER, str(tmp_path / "tensors.pt")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [checksum(tensor) for tensor in tensors] * 2
