@@ -19,7 +19,13 @@ DPPO_HOST_DEVICE uint32_t fmix32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-DPPO_HOST_DEVICE uint32_t rotate_left(uint32_t x, int bits) { return (x << bits) | (x >> (32 - bits)); }
+DPPO_HOST_DEVICE uint32_t rotate_left(uint32_t x, int bits) {
+#if defined(__CUDA_ARCH__)
+  return __funnelshift_l(x, x, bits);  // one instruction; of shifts in a loop nvcc makes an addition and a shift
+#else
+  return (x << bits) | (x >> (32 - bits));
+#endif
+}
 
 constexpr uint32_t kHashSeed = 0x243F6A88u;
 constexpr uint32_t kOtherHashSeed = (kHashSeed * 0x9E3779B1u) ^ 0xDEADBEEFu;

@@ -16,7 +16,6 @@ namespace megatron_dppo::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 2;  // of a thread at a time
 
 // What a thread takes at a time: kUnits units are kWords words.
 struct Vectors {
@@ -81,22 +80,12 @@ __device__ __forceinline__ void add_vector(WordSums& sums, const uint4& vector, 
   }
 }
 
-// `vectors` that lie next to each other in memory.
+// `vectors` that lie next to each other in memory. Arithmetic takes longer than reading, and all of a multiprocessor's
+// threads fit at once: no need to read ahead.
 __device__ __forceinline__ void add_contiguous(WordSums& sums, const uint4* data, int vectors, uint32_t position) {
-  int v = threadIdx.x;
-  WordPosition at(position + 4 * v);
-  for (; v + (kLoads - 1) * kThreads < vectors; v += kLoads * kThreads) {
-    uint4 loaded[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) loaded[i] = __ldg(data + v + i * kThreads);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      add_vector(sums, loaded[i], at);
-      at.advance(4 * kThreads);
-    }
-  }
-#pragma unroll 1
-  for (; v < vectors; v += kThreads) {
+  WordPosition at(position + 4 * threadIdx.x);
+#pragma unroll 2
+  for (int v = threadIdx.x; v < vectors; v += kThreads) {
     add_vector(sums, __ldg(data + v), at);
     at.advance(4 * kThreads);
   }
