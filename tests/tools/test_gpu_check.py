@@ -43,6 +43,7 @@ def test_benchmarks_end_up_in_one_table() -> None:
         "forward (row partials)",
         "backward (gradient)",
         "exact divergence",
+        "hash of weights",
         "eager",
         "fused, ",
         "logits + eager, ",

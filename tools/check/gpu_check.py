@@ -32,11 +32,15 @@ sys.path.insert(0, str(ROOT))
 import megatron_dppo
 from megatron_dppo.ops.arguments import RowSelection, TokenIds, VocabShard
 from megatron_dppo.ops.backend import backend_report, choose_backend
+from megatron_dppo.rollout.sglang.tile_hash import TILE_WORDS, Piece, tile_sums
 from tools.bench import fused_linear as bench_fused_linear
 from tools.bench import policy_stats as bench_policy_stats
 
 NO_GPU = 3  # exit code
-TESTS = ["tests/ops/test_policy_stats.py", "tests/ops/test_fused_linear.py", "tests/loss"]
+TESTS = [
+    *("tests/ops/test_policy_stats.py", "tests/ops/test_fused_linear.py", "tests/loss"),
+    "tests/rollout/sglang/test_tile_hash.py",
+]
 # A few, for a sanitizer makes them a hundred times slower: values, gradients, masks and padding cover every kernel.
 SANITIZED = "definition or masked_rows or padded_columns"
 
@@ -120,6 +124,7 @@ def kernels(options: Namespace) -> list[Row]:
     merged, other = (
         backend.merge_shards(backend.shard_partials(x, ids, every, shard, 1.0)[None], None) for x in (logits, rollout)
     )
+    whole = Piece(logits, tokens, vocab, 0)
     grad, half = torch.empty_like(logits), torch.empty_like(logits[: tokens // 2])
     copies: dict[int, Callable[[], Any]] = {  # a copy reads and writes
         1: lambda: half.copy_(logits[: tokens // 2]),
@@ -139,6 +144,7 @@ def kernels(options: Namespace) -> list[Row]:
                 "kl", logits, merged.normaliser, rollout, other.normaliser, every, None, shard, 1.0
             ),
         ),
+        ("hash of weights", 1, lambda: tile_sums([whole], [0], -(-whole.num_words // TILE_WORDS))),
     ]
     rows = []
     for name, passes, run in candidates:

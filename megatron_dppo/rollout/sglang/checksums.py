@@ -36,10 +36,11 @@ class RunningHash:
 
     def hexdigest(self) -> str:
         """The 16 hexadecimal digits that the server reports for these bytes."""
-        sums = torch.zeros(2, -(-self._words // TILE_WORDS), dtype=torch.int64)
+        sums = torch.zeros(2, -(-self._words // TILE_WORDS), dtype=torch.int64, device="cpu")
         for first, part in self._sums:
             sums[:, first : first + part.shape[1]] += part.cpu()
-        return finished_parameter(int(finished_tile(sums[0], sums[1], torch.tensor(4 * self._words)).sum()))
+        num_bytes = torch.full_like(sums[0], 4 * self._words)
+        return finished_parameter(int(finished_tile(sums[0], sums[1], num_bytes).sum()))
 
 
 class _ParameterHash:

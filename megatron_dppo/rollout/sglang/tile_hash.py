@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from megatron_dppo.errors import WeightSyncError
@@ -98,7 +99,7 @@ class TileSums:
         finished = self._finished - (self._finished >> 63 << 64)  # two's complement
         edges = [edge for covered in self._covered for edge in covered]
         tiles = [number for tile, sums in self._open.items() for number in (tile, *sums)]
-        return torch.tensor([self.num_words, finished, len(edges), *edges, *tiles], dtype=torch.int64)
+        return torch.tensor([self.num_words, finished, len(edges), *edges, *tiles], dtype=torch.int64, device="cpu")
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> TileSums:
@@ -174,12 +175,12 @@ def hash_pieces(pieces_of: Mapping[Key, tuple[int, Sequence[Piece]]]) -> dict[Ke
             first, _, column = ranges_of[key][place]
             columns.append(column + piece.first_word // TILE_WORDS - first // TILE_WORDS)
         pieces += own
-    sums = torch.zeros(2, 0, dtype=torch.int64)
+    sums = torch.zeros(2, 0, dtype=torch.int64, device="cpu")
     if pieces:
         sums = tile_sums(pieces, columns, num_columns).cpu().to(torch.int64)
-    num_bytes = torch.tensor([4 * num_words for num_words, _ in pieces_of.values()], dtype=torch.int64)
-    columns_of_key = torch.tensor([sum(words.columns for words in ranges) for ranges in ranges_of.values()]).long()
-    finished = finished_tile(sums[0], sums[1], num_bytes.repeat_interleave(columns_of_key)).numpy()
+    columns_of_key = [sum(words.columns for words in ranges) for ranges in ranges_of.values()]
+    num_bytes = np.repeat(np.array([4 * num_words for num_words, _ in pieces_of.values()], np.int64), columns_of_key)
+    finished = finished_tile(sums[0], sums[1], torch.from_numpy(num_bytes)).numpy()
     result = {key: TileSums(num_words) for key, (num_words, _) in pieces_of.items()}
     sums_of_columns = sums.numpy()
     for key, ranges in ranges_of.items():

@@ -103,8 +103,9 @@ def checksum(tensor: torch.Tensor) -> str:
     words = words_of(tensor)
     sums = torch.zeros(2, -(-words.numel() // TILE_WORDS), dtype=torch.int32, device=words.device)
     tile_hash(sums, [words[None]], [1], [words.numel()], [0], [0])
-    tiles = sums.to(torch.int64).cpu()
-    return finished_parameter(int(finished_tile(tiles[0], tiles[1], torch.tensor(4 * words.numel())).sum()))
+    tiles = sums.to(torch.int64)
+    num_bytes = torch.full_like(tiles[0], 4 * words.numel())
+    return finished_parameter(int(finished_tile(tiles[0], tiles[1], num_bytes).sum()))
 
 
 def _fmix32(x: Words) -> Words:

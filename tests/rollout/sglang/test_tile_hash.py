@@ -174,7 +174,7 @@ def test_a_cpu_server_reports_the_hash_of_a_gpu(tmp_path: Path, monkeypatch: pyt
         (tmp_path / folder / "__init__.py").touch()
     (tmp_path / "sglang/srt/utils/weight_checker.py").write_text("tensor_hash = None")
     tensors = [torch.randn(3 * TILE_WORDS + 10), torch.randn(7, 9).bfloat16(), torch.randn(4, 6).t(), torch.zeros(0)]
-    torch.save(tensors, tmp_path / "tensors.pt")
+    torch.save([tensor.cpu() for tensor in tensors], tmp_path / "tensors.pt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     environment = server.server_environment(SGLangConfig())
     assert environment["PYTHONPATH"] == str(SHIM)
