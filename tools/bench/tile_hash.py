@@ -3,9 +3,9 @@
     python tools/bench/tile_hash.py [--mib 64] [--device cpu|cuda] [--turns 9]
 
 Of each way the median time, taken in turns in one process. ``whole`` is a tensor as it lies in memory; ``columns`` a shard of
-half its columns, padded with zeros to a multiple of 32 elements. ``read`` is the largest of the same bytes as int32, what
-memory allows (torch's sum of int32 takes several times as long); ``SHA-256`` is what SGLang computes on a CPU by itself. The
-table is that of docs/kernels.md.
+half its columns, padded with zeros to a multiple of 32 elements. ``read`` is each row's largest of the same bytes as int32,
+what memory allows (torch's sum of int32 takes several times as long); ``SHA-256`` is what SGLang computes on a CPU by itself.
+The table is that of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def row(name: str, piece: Piece, options: argparse.Namespace) -> str:
         with mock.patch.object(tile_hash, "native_operators", return_value=None):
             ours()
 
-    words = torch.cat([piece.source.reshape(-1)]).view(torch.int32)  # as many bytes, next to each other
-    calls: list[Callable[[], Any]] = [ours, in_torch, words.amax]
+    words = piece.source.view(torch.int32)
+    calls: list[Callable[[], Any]] = [ours, in_torch, lambda: words.amax(1)]
     if options.device == "cpu":
-        calls.append(lambda: hashlib.sha256(memoryview(words.numpy())))
+        parameter = memoryview(words.contiguous().numpy())
+        calls.append(lambda: hashlib.sha256(parameter))
     seconds = medians(calls, options.turns, options.device)
     times = [f"{1e3 * value:.1f} ms" for value in seconds] + ["-"] * (4 - len(seconds))
     return f"| {name} | {' | '.join(times)} | {seconds[0] / seconds[2]:.2f} | {seconds[1] / seconds[0]:.1f} |"
