@@ -6,15 +6,42 @@ the same order, because the engine may use collectives. Replicas (data-parallel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
+from megatron_dppo.models.hf.export import Bucket
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 
-NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+class WeightSource(Protocol):
+    """Weights that an engine is to serve. ``models/hf/export.py`` has those of a policy, ``whole_weights.py`` any others."""
+
+    def buckets(self, *, dtype: torch.dtype, bucket_bytes: int, max_senders: int) -> Sequence[Bucket]:
+        """All tensors, in buckets of about this size when they are in ``dtype``, sent by at most so many ranks.
+
+        The same on every rank.
+        """
+        ...
+
+    def fetch(
+        self, buckets: Sequence[Bucket], *, dtype: torch.dtype, wait: Callable[[dist.Work], None]
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """(index, tensors) of each bucket that this rank sends, in order. Every member of a bucket draws it to its end.
+
+        ``wait`` is called to wait for other ranks.
+        """
+        ...
+
+    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every (Hugging Face name, tensor), on every rank, for an engine that lives on the trainer's ranks.
+
+        Collective: all ranks draw it to its end.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,8 +92,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
-        """Serve these weights from now on. ``named_tensors`` is a collective iterator of (Hugging Face name, full tensor).
+    def update_weights(self, weights: WeightSource, version: int) -> None:
+        """Serve these weights from now on. Called by all ranks of the trainer together.
 
         Returns only when the engine was seen to serve them. Raises WeightSyncError, naming the tensor, if it does not.
         """

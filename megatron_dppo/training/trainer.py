@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron_dppo.errors import NonFiniteGradientError, RolloutError, StopRequested
 from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf.config import architecture
-from megatron_dppo.models.hf.weights import export_hf_weights
+from megatron_dppo.models.hf.export import PolicyWeights
 from megatron_dppo.training.checkpoint.info import TrainerState
 from megatron_dppo.training.checkpoint.load import load_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
@@ -55,6 +55,7 @@ class Trainer:
         """
         self.config = config
         self.policy = policy
+        self.weights = PolicyWeights(policy.chunks)
         self.rollout_phase = rollout_phase
         self.checkpoint_writer = checkpoint_writer
         self.stop_requests = stop_requests
@@ -146,7 +147,7 @@ class Trainer:
     def sync_weights(self) -> None:
         """Give the engine the present weights under a new version; returns when it was seen to serve them."""
         self.state.weight_version += 1
-        self.rollout_phase.engine.update_weights(export_hf_weights(self.policy.chunks), self.state.weight_version)
+        self.rollout_phase.engine.update_weights(self.weights, self.state.weight_version)
 
     def is_due(self, every: int) -> bool:
         """Every so many steps, and after the last one."""

@@ -30,7 +30,8 @@ from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_pa
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.hf.config import load_hf_config
-from megatron_dppo.models.hf.weights import export_hf_weights, load_hf_weights
+from megatron_dppo.models.hf.export import PolicyWeights
+from megatron_dppo.models.hf.weights import load_hf_weights
 from megatron_dppo.models.routing_replay import RoutingRecorder, RoutingReplay
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
@@ -136,7 +137,7 @@ def generate(folder: Path, logs: Path, args: argparse.Namespace) -> list[Sample]
         config, folder, vocab_size=vocab_size, dtype=dtype, log_folder=logs, return_routed_experts=True
     )
     with closing(engine):
-        engine.update_weights(export_hf_weights(load_policy(folder, dtype)), 1)
+        engine.update_weights(PolicyWeights(load_policy(folder, dtype)), 1)
         params = SamplingParams(args.tokens, samples_per_prompt=args.samples_per_prompt, return_routed_experts=True)
         return usable(engine.generate(prompts, params))
 

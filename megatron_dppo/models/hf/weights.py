@@ -182,7 +182,8 @@ def _gather_whole(
             raise RuntimeError(f"{name} is not on the rank that should hold it: was the pipeline split by hand?")
         whole = _join_over_group(name, shard)
     else:
-        whole = torch.empty(_padded_shape(name, hf_config), dtype=example.dtype, device=example.device)
+        shape = padded_shape(name, hf_config, parallel_state.get_tensor_model_parallel_world_size())
+        whole = torch.empty(shape, dtype=example.dtype, device=example.device)
     if expert is not None and experts.size() > 1 and on_stage:
         dist.broadcast(whole, dist.get_global_rank(experts, expert_owner), group=experts)
     if pipeline.size() > 1:
@@ -199,11 +200,12 @@ def _join_over_group(name: str, shard: torch.Tensor) -> torch.Tensor:
     return join_shards(name, shards)
 
 
-def _padded_shape(name: str, hf_config: PretrainedConfig) -> tuple[int, ...]:
+def padded_shape(name: str, hf_config: PretrainedConfig, tensor_ranks: int) -> tuple[int, ...]:
+    """Of the whole parameter, with the vocabulary rows that so many tensor-parallel ranks add to it."""
     shapes = hf_shapes(name, hf_config)
     rows = sum(shape[0] for shape in shapes)
     if name in (EMBEDDING, OUTPUT_LAYER):
-        rows = padded_vocab_size(rows, parallel_state.get_tensor_model_parallel_world_size())
+        rows = padded_vocab_size(rows, tensor_ranks)
     return (rows, *shapes[0][1:])
 
 

@@ -27,7 +27,7 @@ from megatron_dppo.errors import InvalidSampleError, RolloutError
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
 from megatron_dppo.rollout.embedded.routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.embedded.sampling import Draw, draw_tokens
-from megatron_dppo.rollout.engine import NamedTensors, ServerLoad, check_request
+from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 
 
@@ -122,11 +122,8 @@ class EmbeddedEngine:
             return None
         return BatchRouting(self._routing, prompts, source, sampling.max_new_tokens)
 
-    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
-        """Take note of the version; the engine reads the training weights themselves.
-
-        ``named_tensors`` is left alone: no rank starts it, so none of its collectives runs.
-        """
+    def update_weights(self, weights: WeightSource, version: int) -> None:
+        """Take note of the version; the engine reads the training weights themselves, and leaves ``weights`` alone."""
         self.health()
         self._weight_version = version
 

@@ -1,115 +1,129 @@
-"""The checksums that SGLang's ``/weights_checker`` must report after an update, computed while the weights are
-exported.
+"""What SGLang's ``/weights_checker`` must report after an update, computed by the senders while they send.
 
-The server hashes each of its parameters with a hash made for GPUs (tile_hash_reference.py; a CPU server is made to:
-cpu_shim/). It is computed here piece by piece, so nothing but the exported stream is read and no fused copy of a parameter
-is ever built.
+A server reports a 64-bit hash of each parameter of each of its ranks (tile_hash.py). Of what it sends a sender knows to which
+words of which parameter it goes, hashes it there, and what all senders have found is added up.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 
 from megatron_dppo.errors import WeightSyncError
-from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerRank, part_name, placement, shard
-from megatron_dppo.rollout.sglang.tile_hash import Piece, tile_sums
-from megatron_dppo.rollout.sglang.tile_hash_reference import TILE_WORDS, finished_parameter, finished_tile
+from megatron_dppo.models.hf.export import NamedShape
+from megatron_dppo.rollout.sglang.parameter_layout import (
+    Cut,
+    ModelShape,
+    ServerLayout,
+    Split,
+    cut,
+    part_name,
+    placement,
+)
+from megatron_dppo.rollout.sglang.tile_hash import Piece, TileSums, hash_pieces
+
+_WORD_BYTES = 4
 
 
-class RunningHash:
-    """What a server reports for a parameter, from its parts in their order; the number of its words is known at the end.
+class _Held(NamedTuple):
+    """A parameter of a server's rank; those that all ranks hold alike are known as the first one's."""
 
-    Runs on the device of the tensors.
-    """
-
-    def __init__(self) -> None:
-        self._words = 0
-        self._sums: list[tuple[int, torch.Tensor]] = []  # (first tile, int32 [2, tiles] sums modulo 2**32)
-
-    def update(self, tensor: torch.Tensor) -> None:
-        """Append the bytes of a contiguous tensor, whose size must be a multiple of 4 bytes."""
-        row = tensor.detach().reshape(1, -1)
-        piece = Piece(row, 1, row.shape[1], self._words)
-        first, end = self._words // TILE_WORDS, -(-(self._words + piece.num_words) // TILE_WORDS)
-        self._sums.append((first, tile_sums([piece], [0], end - first)))
-        self._words += piece.num_words
-
-    def hexdigest(self) -> str:
-        """The 16 hexadecimal digits that the server reports for these bytes."""
-        sums = torch.zeros(2, -(-self._words // TILE_WORDS), dtype=torch.int64, device="cpu")
-        for first, part in self._sums:
-            sums[:, first : first + part.shape[1]] += part.cpu()
-        num_bytes = torch.full_like(sums[0], 4 * self._words)
-        return finished_parameter(int(finished_tile(sums[0], sums[1], num_bytes).sum()))
+    rank: int
+    parameter: str
 
 
-class _ParameterHash:
-    """One parameter of one rank. Parts may arrive in any order; one that is early is kept until its turn."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor, or what a rank gets of it, begins in a parameter."""
 
-    def __init__(self, parts: int) -> None:
-        self._hash = RunningHash()
-        self._parts = parts
-        self._next = 0
-        self._early: dict[int, torch.Tensor] = {}
-
-    def add(self, part: int, tensor: torch.Tensor, name: str) -> None:
-        if part < self._next or part in self._early or part >= self._parts:
-            raise WeightSyncError(f"{name} was exported twice, or does not belong to the model that is served")
-        self._early[part] = tensor
-        while self._next in self._early:
-            self._hash.update(self._early.pop(self._next))
-            self._next += 1
-        if part in self._early:
-            self._early[part] = tensor.clone()  # the exporter may reuse its buffer
-
-    def missing(self) -> list[int]:
-        return [part for part in range(self._next, self._parts) if part not in self._early]
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+    held: _Held
+    cut: Cut
+    first_word: int
 
 
 class ExpectedChecksums:
-    """Collects an export and says what every rank of a server with ``tp_size`` ranks must report for it."""
+    """The hashes of one kind of server after an update of which ``tensors`` are the whole. Every rank makes the same."""
 
-    def __init__(self, shape: ModelShape, tp_size: int, device_type: str) -> None:
+    def __init__(
+        self, tensors: Iterable[NamedShape], shape: ModelShape, layout: ServerLayout, dtype: torch.dtype
+    ) -> None:
+        """Raises WeightSyncError for a tensor that is there twice, or that the server cannot divide."""
         self._shape = shape
-        self._tp_size = tp_size
-        self._device_type = device_type
-        self._ranks: list[dict[str, _ParameterHash]] = [{} for _ in range(tp_size)]
-        self._sources: dict[str, list[str]] = {}
+        self._layout = layout
+        self._sources: dict[str, dict[int, str]] = {}  # parameter -> part -> tensor
+        self._missing: dict[str, list[str]] = {}
+        self._held_by_all: set[str] = set()
+        self._places: dict[str, list[_Place]] = {}  # of a tensor
+        self._num_words: dict[_Held, int] = {}
+        self._sums: dict[_Held, TileSums] = {}
+        self._lay_out(tensors, dtype.itemsize)
 
-    def add(self, hf_name: str, tensor: torch.Tensor) -> None:
-        """Take a full tensor, in the dtype that the server keeps."""
-        place = placement(hf_name, self._shape)
-        if place is None:
-            return
-        self._sources.setdefault(place.parameter, []).append(hf_name)
-        for tp_rank, parameters in enumerate(self._ranks):
-            if place.parameter not in parameters:
-                parameters[place.parameter] = _ParameterHash(place.parts)
-            rank = ServerRank(tp_rank, self._tp_size, self._device_type)
-            piece = shard(tensor, place, rank, self._shape, hf_name)
-            parameters[place.parameter].add(place.part, piece, hf_name)
+    def _lay_out(self, tensors: Iterable[NamedShape], itemsize: int) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor_shape in tensors:
+            place = placement(name, self._shape)
+            if place is None:
+                continue
+            sources = self._sources.setdefault(place.parameter, {})
+            if place.part in sources:
+                raise WeightSyncError(f"{name} is exported twice")
+            sources[place.part] = name
+            shapes[name] = tensor_shape
+        for parameter, sources in self._sources.items():
+            place = placement(next(iter(sources.values())), self._shape)
+            assert place is not None
+            missing = [part for part in range(place.parts) if part not in sources]
+            if missing:  # so nobody knows where the others begin
+                self._missing[parameter] = [part_name(parameter, part) for part in missing]
+                continue
+            if place.split is Split.NONE:
+                self._held_by_all.add(parameter)
+            parts = [(sources[part], shapes[sources[part]]) for part in sorted(sources)]
+            for rank in range(self._layout.ranks_with_own_parts(place.split)):
+                self._lay_out_on(_Held(rank, parameter), parts, itemsize)
 
-    def compare(self, reported: list[dict[str, str]]) -> list[str]:
+    def _lay_out_on(self, held: _Held, parts: Sequence[tuple[str, tuple[int, ...]]], itemsize: int) -> None:
+        num_bytes = 0
+        for name, tensor_shape in parts:
+            place = placement(name, self._shape)
+            assert place is not None
+            if not self._layout.holds(held.rank, place):
+                continue
+            part = cut(name, tensor_shape, place, held.rank, self._layout, self._shape)
+            self._places.setdefault(name, []).append(_Place(held, part, num_bytes // _WORD_BYTES))
+            num_bytes += part.rows * part.columns * itemsize
+            if num_bytes % _WORD_BYTES:
+                raise WeightSyncError(
+                    f"{name}: {held.parameter} would be cut within a word of {_WORD_BYTES} bytes there"
+                )
+        self._num_words[held] = num_bytes // _WORD_BYTES
+
+    def compare(self, reported: Sequence[dict[str, str]]) -> list[str]:
         """Faults in the checksums that each rank reported, in words; none if the server holds what was exported."""
-        if len(reported) != self._tp_size:
-            return [f"{len(reported)} ranks reported checksums instead of {self._tp_size}"]
+        if len(reported) != self._layout.tp_size:
+            return [f"{len(reported)} ranks reported checksums instead of {self._layout.tp_size}"]
         faults: dict[str, str] = {}
-        for expected, found in zip(self._ranks, reported, strict=True):
-            for parameter in found.keys() - expected.keys():
+        for rank, found in enumerate(reported):
+            for parameter in found.keys() - self._sources.keys():
                 faults[parameter] = f"{self._parts_of(parameter)} was never sent"
-            for parameter, hash_ in expected.items():
-                sources = self._sources[parameter]
+            for parameter, by_part in self._sources.items():
+                sources = list(by_part.values())
                 if parameter not in found:
                     faults[parameter] = f"{_listed(sources)} was sent, but the server has no parameter for it"
-                elif hash_.missing():
-                    names = [part_name(parameter, part) for part in hash_.missing()]
-                    faults[parameter] = f"{_listed(names)} was never sent"
-                elif hash_.hexdigest() != found[parameter]:
+                elif parameter in self._missing:
+                    faults[parameter] = f"{_listed(self._missing[parameter])} was never sent"
+                elif self._hash_of(rank, parameter) != found[parameter]:
                     faults[parameter] = f"{_listed(sources)}: the server's {parameter} differs from what was exported"
         return [faults[parameter] for parameter in sorted(faults)]
+
+    def _hash_of(self, rank: int, parameter: str) -> str | None:
+        """None for one of which not all words were hashed."""
+        sums = self._sums.get(_Held(0 if parameter in self._held_by_all else rank, parameter))
+        return sums.hexdigest() if sums is not None and sums.is_complete() else None
 
     def _parts_of(self, parameter: str) -> str:
         for fused, parts in (("qkv_proj", 3), ("gate_up_proj", 2), ("w13_weight", 2 * self._shape.num_experts)):
@@ -118,6 +132,53 @@ class ExpectedChecksums:
         if parameter.endswith("w2_weight"):
             return _listed([part_name(parameter, part) for part in range(self._shape.num_experts)])
         return parameter
+
+    def pieces(self, name: str, tensor: torch.Tensor) -> dict[_Held, tuple[int, Piece]]:
+        """Which words of which parameters ``tensor`` becomes; each with the parameter's number of words."""
+        return {
+            place.held: (
+                self._num_words[place.held],
+                Piece(place.cut.of(tensor), place.cut.rows, place.cut.columns, place.first_word),
+            )
+            for place in self._places.get(name, ())
+        }
+
+    def add(self, held: _Held, sums: TileSums) -> None:
+        """Add what was found of a parameter. Raises WeightSyncError if some of it had been found before."""
+        if held not in self._sums:
+            self._sums[held] = sums
+            return
+        try:
+            self._sums[held].merge(sums)
+        except WeightSyncError as error:
+            raise WeightSyncError(f"{_listed(list(self._sources[held.parameter].values()))} was sent twice") from error
+
+    def to_tensor(self) -> torch.Tensor:
+        """[n] int64: all that was found here, to be added up elsewhere (``add_tensor``)."""
+        fields = []
+        for number, held in enumerate(sorted(self._num_words)):
+            if held in self._sums:
+                content = self._sums[held].to_tensor()
+                fields += [torch.tensor([number, len(content)]), content]
+        return torch.cat(fields) if fields else torch.empty(0, dtype=torch.int64)
+
+    def add_tensor(self, found: torch.Tensor) -> None:
+        """Add what another rank's ``to_tensor`` gave."""
+        all_held, start = sorted(self._num_words), 0
+        while start < len(found):
+            number, length = found[start : start + 2].tolist()
+            self.add(all_held[number], TileSums.from_tensor(found[start + 2 : start + 2 + length]))
+            start += 2 + length
+
+
+def hash_tensors(kinds: Sequence[ExpectedChecksums], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Add whole tensors, in the dtype that is served, to what every kind of server is to hold: one launch for all."""
+    wanted: dict[tuple[int, _Held], tuple[int, list[Piece]]] = {}
+    for (name, tensor), (number, kind) in itertools.product(tensors, enumerate(kinds)):
+        for held, (num_words, piece) in kind.pieces(name, tensor).items():
+            wanted.setdefault((number, held), (num_words, []))[1].append(piece)
+    for (number, held), sums in hash_pieces(wanted).items():
+        kinds[number].add(held, sums)
 
 
 def _listed(names: list[str]) -> str:

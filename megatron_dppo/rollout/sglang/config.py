@@ -36,6 +36,8 @@ class SGLangConfig:
         max_attempts: how often a request is tried (on whatever servers are alive) before giving up.
         max_concurrent_requests: requests that one model replica keeps in flight over all servers.
         bucket_bytes: weights are sent in buckets of about this size.
+        max_senders: trainer ranks that send weights, at most. Each has a communicator with all servers, which takes memory on
+            every one of their GPUs.
         verify: ``checksum``: after an update, every parameter that the servers hold is compared with what was exported.
             ``none``: trust the server (for layouts whose checksums cannot be predicted, e.g. quantised weights,
             experts packed for one GPU's kernels).
@@ -61,6 +63,7 @@ class SGLangConfig:
     max_attempts: int = 5
     max_concurrent_requests: int = 256
     bucket_bytes: int = 512 * 1024 * 1024
+    max_senders: int = 4
     verify: str = "checksum"
     master_address: str | None = None
     extra_args: list[str] = field(default_factory=list)
@@ -69,7 +72,8 @@ class SGLangConfig:
         """Raise ConfigError naming the first field whose value cannot work."""
         positive = (
             "num_servers min_servers tensor_model_parallel_size startup_timeout_s request_timeout_s generate_timeout_s "
-            "sync_timeout_s control_timeout_s max_attempts max_concurrent_requests bucket_bytes"
+            "sync_timeout_s control_timeout_s max_attempts max_concurrent_requests bucket_bytes "
+            "max_senders"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:

@@ -13,19 +13,20 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.distributed.collectives import first_error, on_one_rank
+from megatron_dppo.distributed.collectives import on_one_rank
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name, load_hf_config
-from megatron_dppo.rollout.engine import NamedTensors, ServerLoad, check_request
+from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.server_pool import ServerPool
 from megatron_dppo.rollout.sglang.transport import Transport
-from megatron_dppo.rollout.sglang.weight_sync import ServerFacts, WeightSync
+from megatron_dppo.rollout.sglang.weight_sync import WeightSync
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ class SGLangEngine:
             )
         return self._client.generate(prompts, sampling, self._weight_version) if self._is_leader else []
 
-    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
 
         Servers of this engine that have died are started again first. Others that do not answer are left out, and taken back
@@ -117,32 +118,16 @@ class SGLangEngine:
         """
         if self._failed:
             self._require_usable()
-        self._on_owner(self._join_servers)
+        self._join_servers()
         self._unusable_because = f"the weight update to version {version} did not complete"
-        error: Exception | None = None
+        assert self._sync is not None
         try:
-            if self._is_owner:
-                assert self._sync is not None
-                self._sync.update(named_tensors, version)
-        except Exception as caught:
-            error = caught
-        try:
-            for _ in named_tensors:  # a collective iterator: every rank goes through all of it, whatever happened
-                pass
-        except Exception as caught:
-            error = error or caught
-        self._finish_update(error, version)
-
-    def _finish_update(self, error: Exception | None, version: int) -> None:
-        """Agree on the outcome, so that no rank goes on with weights that another failed to send."""
-        failure = first_error(error and _shared_error(error))
-        if failure is not None:
+            self._sync.update(weights, version)
+        except WeightSyncError as error:
             self._failed = True
-            self._unusable_because = f"the weight update to version {version} failed: {failure}"
-            if isinstance(failure, WeightSyncError):
-                raise failure
-            raise WeightSyncError(self._unusable_because) from error
-        self._share_urls()
+            self._unusable_because = f"the weight update to version {version} failed: {error}"
+            raise
+        self._client.set_servers(self._sync.urls)
         self._weight_version = version
         self._unusable_because = None
 
@@ -191,29 +176,26 @@ class SGLangEngine:
         self._pool.prepare()
 
     def _join_servers(self) -> None:
-        """Make a weight-update group of the servers that answer, unless it is the one that there is."""
+        """Find a way to the servers that answer, unless it is the one that there is. Collective."""
+        facts = self._on_owner(self._facts_if_changed)
+        if facts is None:
+            return
+        if self._sync is not None:
+            self._sync.close()
+        shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
+        self._sync = WeightSync(facts, self._config, shape, self._dtype, self._transport)
+
+    def _facts_if_changed(self) -> list[ServerFacts] | None:
         assert self._pool is not None
         fit = self._pool.fit(self._weight_version)
-        if self._sync is not None:
-            if set(fit.urls) == set(self._sync.urls) and not fit.newcomers:
-                return
-            self._sync.close()
-            self._sync = None
-        shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
-        facts = [ServerFacts.ask(self._transport, url, self._config) for url in fit.urls]
-        self._sync = WeightSync(self._transport, facts, self._config, shape, self._dtype)
+        if self._sync is not None and set(fit.urls) == set(self._sync.urls) and not fit.newcomers:
+            return None
+        return [ServerFacts.ask(self._transport, url, self._config) for url in fit.urls]
 
     def _check_servers(self) -> None:
         assert self._sync is not None
         for url in self._sync.urls:
             self._transport.call(url, "/health", None, self._config.control_timeout_s)
-
-    def _share_urls(self) -> None:
-        def urls() -> list[str]:
-            assert self._sync is not None
-            return self._sync.urls
-
-        self._client.set_servers(self._on_owner(urls))
 
 
 def _shared_error(error: Exception) -> Exception:

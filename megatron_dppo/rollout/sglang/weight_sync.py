@@ -2,273 +2,404 @@
 
     pause -> flush the KV cache -> begin -> buckets (HTTP names, broadcast bytes) -> end -> verify -> label -> continue
 
-The bytes travel through a process group of their own, of which the trainer's rank 0 is rank 0 and every rank of every
-server is one more. SGLang reports success for a tensor whose name it does not know, so nothing it says is believed: the
-checksums of all its parameters are compared with those of the export before generation continues.
+Some ranks of the trainer send. Each has a process group with every rank of every server, and broadcasts its buckets there as
+soon as it has them; rank 0 tells the servers bucket by bucket which sender's comes next, the same order to all of them, when
+that sender has it. So while one bucket is on its way and is loaded, the next ones are put together.
+
+SGLang reports success for a tensor whose name it does not know, so nothing it says is believed: the checksums of all its
+parameters are compared with those of what was sent before generation continues.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import asyncio
+import contextlib
 import socket
+import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from megatron_dppo.distributed.collectives import first_error, gather_objects, on_one_rank
+from megatron_dppo.distributed.point_to_point import Parcel, deliver
 from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name
-from megatron_dppo.rollout.engine import NamedTensors
+from megatron_dppo.models.hf.export import Bucket
+from megatron_dppo.rollout.engine import WeightSource
 from megatron_dppo.rollout.sglang.answers import reading
-from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
+from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums, hash_tensors
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, placement
+from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerLayout, placement
+from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.transport import Transport
+from megatron_dppo.rollout.sglang.update_group import join_update_group
+
+T = TypeVar("T")
 
 _POLL_S = 0.002
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """What a weight update has to know about a server, as the server itself reports it."""
-
-    url: str
-    tp_size: int
-    device_type: str
-
-    @classmethod
-    def ask(cls, transport: Transport, url: str, config: SGLangConfig) -> ServerFacts:
-        """Read ``/server_info``. Raises RolloutError for a layout that cannot be updated by broadcast."""
-        info = transport.call(url, "/server_info", None, config.control_timeout_s)
-        with reading(f"{url}/server_info"):
-            for size in ("pp_size", "dp_size", "ep_size"):
-                if info.get(size, 1) != 1:
-                    raise RolloutError(
-                        f"{url} runs with {size} = {info[size]}: only servers with nothing but tensor parallelism can be"
-                        " updated"
-                    )
-            return cls(url, int(info["tp_size"]), str(info["device"]))
+_LOOK_FOR_BUCKET_S = 0.001
+_LOOK_FOR_FAILURES_S = 0.2
+_FAILURE = "failure"  # key in the store of an update: what the first rank that failed says
 
 
 class WeightSync:
-    """The process group to a fixed set of servers, and the procedure that updates them."""
+    """The way to a fixed set of servers. Made, and used, by all ranks of the trainer together."""
 
     def __init__(
         self,
-        transport: Transport,
-        servers: list[ServerFacts],
+        servers: Sequence[ServerFacts],
         config: SGLangConfig,
         shape: ModelShape | None,
         dtype: torch.dtype,
+        transport: Transport,
     ) -> None:
-        """``shape`` is None if updates are not verified."""
-        if len({server.device_type for server in servers}) != 1:
-            raise RolloutError(f"servers on different kinds of device cannot be updated together: {servers}")
-        self._transport = transport
-        self._servers = servers
+        """``shape`` is None if updates are not verified. ``transport`` is used by rank 0 alone."""
+        devices = {server.layout.device_type for server in servers}
+        if len(devices) != 1:
+            raise RolloutError(f"servers on different kinds of device cannot be updated together: {list(servers)}")
+        self._servers = list(servers)
         self._config = config
         self._shape = shape
         self._dtype = dtype
-        self._group_name = f"megatron_dppo_{uuid.uuid4().hex}"
-        self._backend = "nccl" if servers[0].device_type == "cuda" else "gloo"
+        self._transport = transport
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._is_owner = self._rank == 0
+        self._backend = "nccl" if devices == {"cuda"} else "gloo"
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else "cpu"
-        self._deadline = 0.0
+        self._senders: list[int] = []  # that have groups
+        self._group: dist.ProcessGroup | None = None  # of this rank with the servers
         self._store: TCPStore | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._id = ""
+        self._updates = 0
+        self._deadline = 0.0
+        self._driver: Future[None] | None = None
 
     @property
     def urls(self) -> list[str]:
         """The servers that are updated."""
         return [server.url for server in self._servers]
 
-    def update(self, named_tensors: NamedTensors, version: int) -> None:
-        """Send all weights, verify them, and let generation continue as ``version``.
+    def update(self, weights: WeightSource, version: int) -> None:
+        """Send all weights, verify them, and let generation continue as ``version``. Collective.
 
-        Raises WeightSyncError if anything at all went wrong. Then the servers stay paused, so that no response is ever
-        drawn by a mixture of old and new weights.
+        Raises WeightSyncError, on all ranks alike, if anything at all went wrong. Then the servers stay paused, so that no
+        response is ever drawn by a mixture of old and new weights.
         """
         self._deadline = time.monotonic() + self._config.sync_timeout_s
+        self._updates += 1
         try:
-            self._join_servers()
-            self._post_all("/pause_generation", {"mode": "abort"})
-            self._post_all("/flush_cache", {})
-            self._begin()
-            expected = self._send(named_tensors)
-            self._post_all("/end_weight_update", {})
-            self._verify(expected)
-            self._post_all("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-            self._post_all("/continue_generation", {})
+            buckets = self._attempted(
+                lambda: list(
+                    weights.buckets(
+                        dtype=self._dtype,
+                        bucket_bytes=self._config.bucket_bytes,
+                        max_senders=self._config.max_senders,
+                    )
+                )
+            )
+            expected = self._attempted(lambda: self._expected(buckets))
+            self._meet(buckets)
+            self._attempted(lambda: self._send(weights, buckets, list(expected.values())))
+            for kind in expected.values():
+                _add_up(kind, sorted({bucket.sender for bucket in buckets}))
+            on_one_rank(lambda: self._conclude(expected, version))
         except WeightSyncError:
             raise
-        except RolloutError as error:
+        except Exception as error:
             raise WeightSyncError(f"weight update to version {version} failed: {error}") from error
 
-    def _join_servers(self) -> None:
-        """Make the process group, once. All members must come at the same time, so the servers are asked first."""
-        if self._group is not None:
+    def _attempted(self, action: Callable[[], T]) -> T:
+        """Its result; where it fails on one rank, the error on all of them."""
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        failure = first_error(error)
+        if failure is not None:
+            raise failure from error
+        return result
+
+    def _expected(self, buckets: Sequence[Bucket]) -> dict[ServerLayout, ExpectedChecksums]:
+        """What each kind of server has to hold afterwards; nothing if that is not asked."""
+        if self._shape is None:
+            return {}
+        tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
+        layouts = dict.fromkeys(server.layout for server in self._servers)
+        return {layout: ExpectedChecksums(tensors, self._shape, layout, self._dtype) for layout in layouts}
+
+    def _meet(self, buckets: Sequence[Bucket]) -> None:
+        """Open a store where senders and servers find each other, and where a rank that fails tells the others."""
+        senders = sorted({bucket.sender for bucket in buckets})
+        if self._senders == senders:
             return
-        timeout = timedelta(seconds=self._config.sync_timeout_s)
-        world_size = 1 + sum(server.tp_size for server in self._servers)
+        self.close()
+        address, port, self._id = on_one_rank(self._open_store)
+        if not self._is_owner and any(self._rank in bucket.members for bucket in buckets):
+            self._store = TCPStore(address, port, is_master=False, timeout=self._timeout())
+
+    def _open_store(self) -> tuple[str, int, str]:
         address = self._config.master_address or _address_seen_from(self._servers[0].url)
         # Port 0: the system picks one, so two runs on a machine cannot collide.
-        self._store = TCPStore(address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-        pending, rank_offset = [], 1
-        for server in self._servers:
+        self._store = TCPStore(address, 0, is_master=True, timeout=self._timeout(), wait_for_workers=False)
+        return address, self._store.port, uuid.uuid4().hex
+
+    def _world_size(self) -> int:
+        """Of the group of one sender."""
+        return 1 + sum(server.num_ranks for server in self._servers)
+
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._config.sync_timeout_s)
+
+    def _send(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
+        """This rank's part of the sending; on rank 0 until the servers have everything."""
+        senders = sorted({bucket.sender for bucket in buckets})
+        joining = self._senders != senders
+        if self._is_owner:
+            self._driver = self._transport.submit(self._drive(buckets, senders if joining else []))
+        try:
+            if joining and self._rank in senders:
+                assert self._store is not None
+                # A connection of its own: who waits by it keeps all others from it.
+                name, store = self._group_name(self._rank), self._store.clone()  # type: ignore[attr-defined]
+                joined = in_background(
+                    lambda: join_update_group(name, store, self._world_size(), self._backend, self._timeout())
+                )
+                self._until(joined.done)
+                self._group = joined.result()
+            self._senders = senders
+            if any(self._rank in bucket.members for bucket in buckets):
+                self._send_mine(weights, buckets, kinds)
+            if self._driver is not None:
+                self._until(self._driver.done)
+                self._driver.result()
+        except Exception as error:
+            self._tell_others(error)
+            raise
+        finally:
+            if self._driver is not None:
+                self._driver.cancel()
+                self._driver = None
+
+    def _send_mine(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
+        on_its_way: dist.Work | None = None
+        for index, tensors in weights.fetch(buckets, dtype=self._dtype, wait=self._wait):
+            flat = flatten([tensor.to(self._device) for tensor in tensors])
+            self._ready(index)
+            if on_its_way is not None:
+                self._wait(on_its_way)
+            on_its_way = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
+            names = [name for name, _ in buckets[index].tensors]
+            # What was put together is hashed, not what was made of it to be sent.
+            hash_tensors(kinds, zip(names, tensors, strict=True))
+        if on_its_way is not None:
+            self._wait(on_its_way)
+
+    def _ready(self, index: int) -> None:
+        """Tell rank 0 that the servers can be told of a bucket."""
+        assert self._store is not None
+        self._store.set(f"{self._updates}/{index}", "ready")
+
+    def _is_ready(self, index: int) -> bool:
+        assert self._store is not None
+        key = f"{self._updates}/{index}"
+        return bool(self._store.check([key]) and self._store.delete_key(key))
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait for what other processes have a part in, unless one of them fails."""
+        if self._backend == "nccl":
+            self._until(work.is_completed)
+            work.wait()
+            return
+        # Gloo's messages are not complete before they are waited for.
+        waiting = in_background(work.wait)
+        self._until(waiting.done)
+        try:
+            waiting.result()
+        except RuntimeError as error:
+            raise WeightSyncError(f"sending weights to {self.urls} failed: {error}") from error
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        """Raise WeightSyncError if a server, or another rank, fails first, or if it takes too long."""
+        look = time.monotonic()
+        while not done():
+            if self._driver is not None and self._driver.done():
+                self._driver.result()
+            if time.monotonic() > self._deadline:
+                raise self._too_late()
+            if time.monotonic() > look:
+                look = time.monotonic() + _LOOK_FOR_FAILURES_S
+                if self._store is not None and self._store.check([_FAILURE]):
+                    raise WeightSyncError(self._store.get(_FAILURE).decode())
+            time.sleep(_POLL_S)
+
+    def _tell_others(self, error: Exception) -> None:
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # whose store it is may be gone
+                self._store.compare_set(_FAILURE, "", f"{error}")
+
+    async def _drive(self, buckets: Sequence[Bucket], joining: Sequence[int]) -> None:
+        """What the servers are told, from the pause to the end of the update."""
+        for sender in joining:
+            await self._join_all(sender)
+        await self._post_all("/pause_generation", {"mode": "abort"})
+        await self._post_all("/flush_cache", {})
+        await asyncio.gather(*(self._begin(url) for url in self.urls))
+        for index, bucket in enumerate(buckets):
+            # A server waits for the bytes of what it was told of, whatever becomes of their sender.
+            while not self._is_ready(index):
+                await asyncio.sleep(_LOOK_FOR_BUCKET_S)
+            # One bucket at a time: servers that took those of two senders in different orders would wait for each other.
             body = {
-                "master_address": address,
-                "master_port": self._store.port,
-                "rank_offset": rank_offset,
-                "world_size": world_size,
-                "group_name": self._group_name,
-                "backend": self._backend,
+                "names": [name for name, _ in bucket.tensors],
+                "dtypes": [dtype_name(self._dtype)] * len(bucket.tensors),
+                "shapes": [list(shape) for _, shape in bucket.tensors],
+                "group_name": self._group_name(bucket.sender),
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
             }
-            pending.append(self._post(server.url, "/init_weights_update_group", body))
-            rank_offset += server.tp_size
-        self._group = _new_group(self._group_name, self._store, world_size, self._backend, timeout)
-        self._wait(pending)
-
-    def _begin(self) -> None:
-        """Open the update on every server; one that a trainer left open when it died is closed first."""
-        pending = {server.url: self._post(server.url, "/begin_weight_update", {}) for server in self._servers}
-        for url, future in pending.items():
             try:
-                self._wait([future])
-            except RefusedRequestError:
-                self._wait([self._post(url, "/end_weight_update", {})])
-                self._wait([self._post(url, "/begin_weight_update", {})])
-
-    def _send(self, named_tensors: NamedTensors) -> dict[int, ExpectedChecksums]:
-        """Broadcast everything in buckets; returns what to expect of servers, by their tensor-parallel size."""
-        expected: dict[int, ExpectedChecksums] = {}
-        if self._shape is not None:
-            for server in self._servers:
-                expected[server.tp_size] = ExpectedChecksums(self._shape, server.tp_size, server.device_type)
-        for bucket in _buckets(self._hashed(named_tensors, expected), self._config.bucket_bytes):
-            try:
-                self._wait_for_broadcast(*self._start_broadcast(bucket))
+                await self._post_all("/update_weights_from_distributed", body)
             except RefusedRequestError as error:
                 raise WeightSyncError(f"{error}; concerns {self._tensors_meant(str(error), bucket)}") from error
-        return expected
+        await self._post_all("/end_weight_update", {})
 
-    def _tensors_meant(self, refusal: str, bucket: list[tuple[str, torch.Tensor]]) -> str:
+    async def _join_all(self, sender: int) -> None:
+        """All members of a group must come at the same time, so no server is told of the next before this one is made."""
+        assert self._store is not None
+        rank_offset, asked = 1, []
+        for server in self._servers:
+            body = {
+                "master_address": self._store.host,
+                "master_port": self._store.port,
+                "rank_offset": rank_offset,
+                "world_size": self._world_size(),
+                "group_name": self._group_name(sender),
+                "backend": self._backend,
+            }
+            asked.append(self._post(server.url, "/init_weights_update_group", body))
+            rank_offset += server.num_ranks
+        await asyncio.gather(*asked)
+
+    async def _begin(self, url: str) -> None:
+        """Open the update; one that a trainer left open when it died is closed first."""
+        try:
+            await self._post(url, "/begin_weight_update", {})
+        except RefusedRequestError:
+            await self._post(url, "/end_weight_update", {})
+            await self._post(url, "/begin_weight_update", {})
+
+    def _tensors_meant(self, refusal: str, bucket: Bucket) -> str:
         """The tensors of a bucket that a server speaks of: it names its own parameters, not the checkpoint's tensors."""
-        names = [name for name, _ in bucket]
+        names = [name for name, _ in bucket.tensors]
         if self._shape is not None:
             places = {name: placement(name, self._shape) for name in names}
             names = [name for name, place in places.items() if place and place.parameter in refusal] or names
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    def _hashed(
-        self, named_tensors: NamedTensors, expected: dict[int, ExpectedChecksums]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors in the dtype that is served, hashed at once: an exporter that reuses a buffer is then found out."""
-        for name, exported in named_tensors:
-            tensor = exported.detach().to(device=self._device, dtype=self._dtype).contiguous()
-            for checksums in expected.values():
-                checksums.add(name, tensor)
-            yield name, tensor
+    def _conclude(self, expected: dict[ServerLayout, ExpectedChecksums], version: int) -> None:
+        async def concluded() -> None:
+            await asyncio.gather(
+                *(self._verify(server, expected[server.layout]) for server in self._servers if expected)
+            )
+            label = {"new_version": str(version), "abort_all_requests": False}
+            await self._post_all("/update_weight_version", label)
+            await self._post_all("/continue_generation", {})
 
-    def _start_broadcast(self, bucket: list[tuple[str, torch.Tensor]]) -> tuple[list[Future[Any]], dist.Work]:
-        body = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [dtype_name(tensor.dtype) for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": self._group_name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        arrivals = [self._post(url, "/update_weights_from_distributed", body) for url in self.urls]
-        work = dist.broadcast(flatten([tensor for _, tensor in bucket]), src=0, group=self._group, async_op=True)
-        assert work is not None
-        return arrivals, work
+        self._transport.submit(concluded()).result()
 
-    def _wait_for_broadcast(self, arrivals: list[Future[Any]], sending: dist.Work) -> None:
-        """Wait for the bytes and the servers' answers together: a dead server must not leave the broadcast waiting."""
-        while not (sending.is_completed() and all(future.done() for future in arrivals)):
-            self._wait([future for future in arrivals if future.done()])
-            if time.monotonic() > self._deadline:
-                raise WeightSyncError(f"a bucket of weights took longer than sync_timeout_s to reach {self.urls}")
-            time.sleep(_POLL_S)
-        self._wait(arrivals)
-        try:
-            sending.wait()
-        except RuntimeError as error:
-            raise WeightSyncError(f"broadcasting weights to {self.urls} failed: {error}") from error
+    async def _verify(self, server: ServerFacts, expected: ExpectedChecksums) -> None:
+        answer = await self._post(server.url, "/weights_checker", {"action": "checksum"})
+        with reading(f"{server.url}/weights_checker"):
+            ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
+            checksums = [dict(rank["checksums"]) for rank in ranks]
+        faults = expected.compare(checksums)
+        if faults:
+            listed = "\n  ".join(faults[:10])
+            raise WeightSyncError(
+                f"{server.url} does not serve the weights that it was sent; wrong parameters: {len(faults)}\n  {listed}"
+            )
 
-    def _verify(self, expected: dict[int, ExpectedChecksums]) -> None:
-        if not expected:
-            return
-        pending = [self._post(url, "/weights_checker", {"action": "checksum"}) for url in self.urls]
-        for server, answer in zip(self._servers, self._wait(pending), strict=True):
-            with reading(f"{server.url}/weights_checker"):
-                ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
-                checksums = [dict(rank["checksums"]) for rank in ranks]
-            faults = expected[server.tp_size].compare(checksums)
-            if faults:
-                listed = "\n  ".join(faults[:10])
-                raise WeightSyncError(
-                    f"{server.url} does not serve the weights that it was sent; wrong parameters: {len(faults)}\n  {listed}"
-                )
-
-    def _post(self, url: str, path: str, body: dict[str, Any]) -> Future[Any]:
-        return self._transport.submit(self._transport.request(url, path, body, self._seconds_left()))
-
-    def _post_all(self, path: str, body: dict[str, Any]) -> None:
-        self._wait([self._post(url, path, body) for url in self.urls])
-
-    def _wait(self, pending: list[Future[Any]]) -> list[Any]:
-        """The answers, or the first error."""
-        done, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        return [future.result() for future in pending]
-
-    def _seconds_left(self) -> float:
+    async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            limit = self._config.sync_timeout_s
-            raise WeightSyncError(f"the weight update took longer than sync_timeout_s = {limit:g} s")
-        return left
+            raise self._too_late()
+        return await self._transport.request(url, path, body, left)
+
+    async def _post_all(self, path: str, body: dict[str, Any]) -> None:
+        await asyncio.gather(*(self._post(url, path, body) for url in self.urls))
+
+    def _too_late(self) -> WeightSyncError:
+        limit = self._config.sync_timeout_s
+        return WeightSyncError(f"the weight update of {self.urls} took longer than sync_timeout_s = {limit:g} s")
+
+    def _group_name(self, sender: int) -> str:
+        return f"megatron_dppo_{self._id}_{sender}"
 
     def close(self) -> None:
-        """Leave the process group, here and on the servers that still answer. Safe to call twice."""
-        if self._group is None:
-            return
-        group, self._group = self._group, None
-        self._deadline = time.monotonic() + self._config.control_timeout_s
-        body = {"group_name": self._group_name}
-        pending = [self._post(url, "/destroy_weights_update_group", body) for url in self.urls]
-        concurrent.futures.wait(pending)  # a server that is gone has left already
-        dist.destroy_process_group(group)
+        """Leave the process groups, here and on the servers that still answer. Safe to call twice."""
+        senders, self._senders = self._senders, []
+        if self._is_owner and senders:
+
+            async def left() -> None:
+                posted = (
+                    self._post(url, "/destroy_weights_update_group", {"group_name": self._group_name(sender)})
+                    for sender in senders
+                    for url in self.urls
+                )
+                await asyncio.gather(*posted, return_exceptions=True)  # a server that is gone has left already
+
+            self._deadline = time.monotonic() + self._config.control_timeout_s
+            self._transport.submit(left()).result()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
         self._store = None
 
 
-def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The bytes of the tensors one after the other: what a server's ``flattened_bucket`` expects."""
     return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
 
 
-def _buckets(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Group tensors, in order, into lists of at most ``bucket_bytes`` (a larger tensor is a bucket of its own)."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in named_tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+def in_background(action: Callable[[], T]) -> Future[T]:
+    """Run it in a thread that ends with the process: what waits for others may never return."""
+    future: Future[T] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weight-sync", daemon=True).start()
+    return future
+
+
+def _add_up(kind: ExpectedChecksums, senders: Sequence[int]) -> None:
+    """Give rank 0 what all senders have hashed."""
+    others = [sender for sender in senders if sender != 0]
+    if not others:
+        return
+    rank = dist.get_rank()
+    mine = kind.to_tensor().view(torch.uint8) if rank in others else torch.empty(0, dtype=torch.uint8)
+    sizes = gather_objects(len(mine))
+    parcels = [Parcel(sender, (0,), sizes[sender]) for sender in others]
+    arrived = deliver(parcels, {i: mine for i, sender in enumerate(others) if sender == rank})
+    if rank == 0:
+        for content in arrived.values():
+            kind.add_tensor(content.view(torch.int64))
 
 
 def _address_seen_from(url: str) -> str:
@@ -277,37 +408,3 @@ def _address_seen_from(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
         return str(probe.getsockname()[0])
-
-
-def _new_group(name: str, store: Store, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Join the group as rank 0, by the steps that SGLang takes on its side.
-
-    ``torch.distributed`` has no public way to make a group with processes outside the trainer's own world, and the
-    prefix under which the members find each other in the store must be the same on both sides.
-    """
-    rendezvous = PrefixStore(name, store)
-    with _nothing_to_split_from():
-        group, _ = distributed_c10d._new_process_group_helper(
-            world_size, 0, [], dist.Backend(backend), rendezvous, group_name=cast(Any, name), timeout=timeout
-        )
-    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
-
-
-@contextmanager
-def _nothing_to_split_from() -> Iterator[None]:
-    """Within: new groups over NCCL connect by themselves.
-
-    Where the default group is bound to a device (distributed/ranks.py), torch would split them off its communicator, for
-    which it needs all of the trainer's ranks. None but this one is here: it would wait for them for ever.
-    """
-    default = dist.group.WORLD
-    device = None if default is None else default.bound_device_id
-    if default is None or device is None:
-        yield
-        return
-    default.bound_device_id = None
-    try:
-        yield
-    finally:
-        default.bound_device_id = device

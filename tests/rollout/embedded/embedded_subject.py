@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,10 +38,11 @@ def load_from(hf_model: torch.nn.Module, model_chunks: list[torch.nn.Module]) ->
         dist.barrier()
 
 
-def never_drawn() -> Iterator[tuple[str, torch.Tensor]]:
-    """Named tensors that fail the test if anyone asks for one."""
-    raise AssertionError("the embedded engine must not start the export: it already has the weights")
-    yield
+class NeverRead:
+    """A source of weights that fails the test if anyone asks for one."""
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError("the embedded engine must not start the export: it already has the weights")
 
 
 def embedded_subject(
@@ -53,6 +53,6 @@ def embedded_subject(
 
     def serve(new_hf_model: torch.nn.Module, version: int) -> None:
         load_from(new_hf_model, model_chunks)
-        engine.update_weights(never_drawn(), version)
+        engine.update_weights(NeverRead(), version)
 
     return EngineUnderTest(engine, hf_model, serve)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
@@ -40,7 +41,12 @@ class RunningServer:
     model_folder: Path
     log_folder: Path
 
-    def attach(self, return_routed_experts: bool = False, **options: object) -> SGLangEngine:
+    def attach(
+        self,
+        return_routed_experts: bool = False,
+        replica_group: dist.ProcessGroup | None = None,
+        **options: object,
+    ) -> SGLangEngine:
         config = SGLangConfig(**{**vars(self.config), **options})
         return SGLangEngine(
             config,
@@ -48,6 +54,7 @@ class RunningServer:
             vocab_size=250,
             dtype=torch.float32,
             log_folder=self.log_folder,
+            replica_group=replica_group,
             return_routed_experts=return_routed_experts,
         )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_dppo.errors import WeightSyncError
-from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums, RunningHash
-from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
+from megatron_dppo.models.hf.export import NamedShape
+from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums, hash_tensors
+from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerLayout
 from megatron_dppo.rollout.sglang.tile_hash_reference import checksum
 from tests.rollout.sglang.conftest import SERVER_PYTHON
 
+ONE_RANK = ServerLayout(tp_size=1, device_type="cpu", ep_size=1, attention_tp_size=1, lm_head_tp_size=1)
 SHAPE = ModelShape(num_key_value_heads=2, num_experts=2, tie_word_embeddings=True)
 LAYER = "model.layers.0."
 TENSORS = {
@@ -47,10 +50,13 @@ def _reported(weights: dict[str, torch.Tensor]) -> dict[str, str]:
     return {p: checksum(torch.cat([weights[name].flatten() for name in names])) for p, names in parameters.items()}
 
 
-def _expected(weights: dict[str, torch.Tensor]) -> ExpectedChecksums:
-    expected = ExpectedChecksums(SHAPE, tp_size=1, device_type="cpu")
-    for name, tensor in weights.items():
-        expected.add(name, tensor)
+def _named_shapes(weights: dict[str, torch.Tensor]) -> list[NamedShape]:
+    return [NamedShape(name, tuple(tensor.shape)) for name, tensor in weights.items()]
+
+
+def _expected(weights: dict[str, torch.Tensor], layout: ServerLayout = ONE_RANK) -> ExpectedChecksums:
+    expected = ExpectedChecksums(_named_shapes(weights), SHAPE, layout, torch.float32)
+    hash_tensors([expected], weights.items())
     return expected
 
 
@@ -84,26 +90,95 @@ def test_a_tensor_that_the_server_does_not_know_is_named():
     assert fault == "model.layers.7.strange.weight was sent, but the server has no parameter for it"
 
 
+def test_a_tensor_that_is_there_twice_is_refused():
+    shapes = _named_shapes(_weights())
+    with pytest.raises(WeightSyncError, match=r"k_proj\.weight is exported twice"):
+        ExpectedChecksums([*shapes, shapes[1]], SHAPE, ONE_RANK, torch.float32)
+
+
 def test_a_tensor_sent_twice_is_refused():
     expected = _expected(_weights())
-    with pytest.raises(WeightSyncError, match=r"k_proj\.weight was exported twice"):
-        expected.add(f"{LAYER}self_attn.k_proj.weight", torch.zeros(4, 4))
+    with pytest.raises(WeightSyncError, match=r"k_proj\.weight.*was sent twice"):
+        hash_tensors([expected], [(f"{LAYER}self_attn.k_proj.weight", torch.zeros(4, 4))])
+
+
+def test_a_tensor_that_was_planned_but_not_sent_is_found():
+    weights = _weights()
+    expected = ExpectedChecksums(_named_shapes(weights), SHAPE, ONE_RANK, torch.float32)
+    hash_tensors([expected], [item for item in weights.items() if "k_proj" not in item[0]])
+    (fault,) = expected.compare([_reported(weights)])
+    assert "k_proj.weight" in fault
+
+
+def test_what_several_senders_have_hashed_adds_up():
+    weights = _weights()
+    items = list(weights.items())
+    parts = []
+    for sender in range(3):
+        part = ExpectedChecksums(_named_shapes(weights), SHAPE, ONE_RANK, torch.float32)
+        hash_tensors([part], items[sender::3])
+        parts.append(part)
+    for part in parts[1:]:
+        parts[0].add_tensor(part.to_tensor())
+    assert parts[0].compare([_reported(weights)]) == []
+
+
+LAYOUTS = {
+    "TP2": ServerLayout(2, "cuda", ep_size=1, attention_tp_size=2, lm_head_tp_size=2),
+    "TP2 EP2": ServerLayout(2, "cuda", ep_size=2, attention_tp_size=2, lm_head_tp_size=2),
+    "DP attention": ServerLayout(2, "cuda", ep_size=1, attention_tp_size=1, lm_head_tp_size=2),
+    "DP attention, EP2": ServerLayout(2, "cuda", ep_size=2, attention_tp_size=1, lm_head_tp_size=1),
+    "TP4 EP2": ServerLayout(4, "cuda", ep_size=2, attention_tp_size=4, lm_head_tp_size=4),
+}
+
+
+def _held_by(rank: int, weights: dict[str, torch.Tensor], layout: ServerLayout) -> dict[str, str]:
+    """What a rank reports, from the layout's description: cut each tensor, put the parts together."""
+
+    def part(name: str, dim: int, shards: int, index: int) -> torch.Tensor:
+        return weights[name].chunk(shards, dim)[index].flatten()
+
+    attention, index = layout.attention_tp_size, rank % layout.attention_tp_size
+    key_value = min(attention, SHAPE.num_key_value_heads)
+    of_key_value = index * key_value // attention
+    qkv = [part(f"{LAYER}self_attn.q_proj.weight", 0, attention, index)]
+    qkv += [part(f"{LAYER}self_attn.{kind}_proj.weight", 0, key_value, of_key_value) for kind in "kv"]
+    expert_tp = layout.tp_size // layout.ep_size
+    experts = [rank // expert_tp] if layout.ep_size == 2 else [0, 1]
+    w13 = [
+        part(f"{LAYER}mlp.experts.{e}.{kind}_proj.weight", 0, expert_tp, rank % expert_tp)
+        for e in experts
+        for kind in ("gate", "up")
+    ]
+    w2 = [part(f"{LAYER}mlp.experts.{e}.down_proj.weight", 1, expert_tp, rank % expert_tp) for e in experts]
+    held = {
+        f"{LAYER}self_attn.qkv_proj.weight": torch.cat(qkv),
+        f"{LAYER}mlp.experts.w13_weight": torch.cat(w13),
+        f"{LAYER}mlp.experts.w2_weight": torch.cat(w2),
+        "model.norm.weight": weights["model.norm.weight"],
+        "lm_head.weight": part("lm_head.weight", 0, layout.lm_head_tp_size, rank % layout.lm_head_tp_size),
+        "model.embed_tokens.weight": part("model.embed_tokens.weight", 0, attention, index),
+    }
+    return {parameter: checksum(tensor) for parameter, tensor in held.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_rank_of_a_server_holds_what_its_layout_says(layout):
+    weights = _weights() | {name: torch.randn(256, 4) for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    untied = replace(SHAPE, tie_word_embeddings=False)
+    expected = ExpectedChecksums(_named_shapes(weights), untied, layout, torch.float32)
+    hash_tensors([expected], weights.items())
+    reported = [_held_by(rank, weights, layout) for rank in range(layout.tp_size)]
+    assert expected.compare(reported) == []
+    wrong = [*reported[:-1], reported[-1] | {f"{LAYER}mlp.experts.w2_weight": "0" * 16}]
+    (fault,) = expected.compare(wrong)
+    assert "down_proj.weight" in fault
 
 
 def test_an_output_layer_that_shares_the_embedding_is_not_expected():
     weights = _weights()
     sent = {**weights, "lm_head.weight": torch.zeros(64, 4)}
     assert _expected(sent).compare([_reported(weights)]) == []
-
-
-def test_a_running_hash_does_not_depend_on_where_the_parameter_was_cut():
-    data = torch.randn(3 * 8192 + 100)
-    pieces = RunningHash()
-    for piece in data.split(5000):
-        pieces.update(piece)
-    assert pieces.hexdigest() == checksum(data)
-    data[17] += 1
-    assert checksum(data) != pieces.hexdigest()
 
 
 # The kernel that a GPU server runs, interpreted on the CPU: the one witness of that hash without a GPU. Its file is loaded

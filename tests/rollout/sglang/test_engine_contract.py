@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.engine_contract import CONTRACT, EngineUnderTest
 from tests.rollout.sglang.conftest import checkpoint_tensors, tiny_weights
 
@@ -17,9 +18,9 @@ def subject(request, servers):
     hf_model, tensors = tiny_weights(request.param, seed=0)
 
     def serve(new_hf_model: torch.nn.Module, version: int) -> None:
-        engine.update_weights(iter(checkpoint_tensors(new_hf_model).items()), version)
+        engine.update_weights(WholeWeights(checkpoint_tensors(new_hf_model)), version)
 
-    engine.update_weights(iter(tensors.items()), 1)
+    engine.update_weights(WholeWeights(tensors), 1)
     yield EngineUnderTest(engine, hf_model, serve)
     engine.close()
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.engine_contract import make_prompts
 from tests.rollout.sglang.conftest import RunningServer, tiny_weights
 
@@ -26,17 +27,9 @@ def _tensors() -> dict[str, torch.Tensor]:
     return tiny_weights("qwen3_moe", seed=0)[1]
 
 
-def _collectively(tensors: dict[str, torch.Tensor], fails_on: str = "") -> object:
-    """An export in which every rank takes part in a collective for every tensor, as a sharded model's does."""
-    for name, tensor in tensors.items():
-        dist.barrier()
-        if name != fails_on:
-            yield name, tensor
-
-
 def _generate_as_one_replica(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[list[int]]:
     engine = _engine(server, replica_group=dist.group.WORLD)
-    engine.update_weights(_collectively(tensors), version=1)
+    engine.update_weights(WholeWeights(tensors), version=1)
     samples = engine.generate(make_prompts(250, [4, 7]), SamplingParams(max_new_tokens=5, samples_per_prompt=2))
     engine.health()
     engine.close()
@@ -52,7 +45,7 @@ def test_the_first_rank_of_a_replica_gets_its_samples(ranks, servers):
 def _generate_as_two_replicas(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     engine = _engine(server, replica_group=groups[dist.get_rank()])
-    engine.update_weights(_collectively(tensors), version=1)
+    engine.update_weights(WholeWeights(tensors), version=1)
     prompts = make_prompts(250, [3 + dist.get_rank()] * 2, seed=dist.get_rank())
     samples = engine.generate(prompts, SamplingParams(max_new_tokens=5))
     dist.barrier()
@@ -68,8 +61,9 @@ def test_each_replica_generates_for_its_own_prompts(ranks, servers):
 
 def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
     engine = _engine(server, replica_group=dist.group.WORLD)
+    del tensors["model.norm.weight"]
     with pytest.raises(WeightSyncError) as missing:
-        engine.update_weights(_collectively(tensors, fails_on="model.norm.weight"), version=1)
+        engine.update_weights(WholeWeights(tensors), version=1)
     with pytest.raises(RolloutError) as unusable:
         engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
     engine.close()
@@ -79,7 +73,7 @@ def _fail_on_all_ranks(server: RunningServer, tensors: dict[str, torch.Tensor]) 
 
 def _ask_for_too_much(server: RunningServer, tensors: dict[str, torch.Tensor]) -> list[str]:
     engine = _engine(server)
-    engine.update_weights(_collectively(tensors), version=1)
+    engine.update_weights(WholeWeights(tensors), version=1)
     # 400 tokens are more than the model has positions for.
     samples = engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=400, samples_per_prompt=2))
     engine.close()

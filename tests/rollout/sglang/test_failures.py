@@ -19,6 +19,7 @@ from megatron_dppo.rollout.sglang import SGLangEngine
 from megatron_dppo.rollout.sglang import server as server_module
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.transport import Transport
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import server_config, tiny_weights
@@ -98,7 +99,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         subject = EngineUnderTest(engine, hf_model, lambda *_: None)
         # Some 20,000 tokens: seconds of work for two servers, so that they die in the midst of it.
         prompts, long = make_prompts(250, [4] * 24), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
-        engine.update_weights(iter(tensors.items()), version=1)
+        engine.update_weights(WholeWeights(tensors), version=1)
 
         killer = _signal_when_they_work(engine._pool._started[:1])
         samples = engine.generate(prompts, long)
@@ -108,7 +109,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
         with pytest.raises(RolloutError, match="cannot be reached"):
             engine.health()
 
-        engine.update_weights(iter(tensors.items()), version=2)
+        engine.update_weights(WholeWeights(tensors), version=2)
         engine.health()
         samples = engine.generate(prompts, SamplingParams(max_new_tokens=4))
         assert {sample.weight_versions[0] for sample in samples} == {(2, 4)}
@@ -152,7 +153,7 @@ def test_requests_of_a_server_that_hangs_go_to_the_others(found):
     engine = _attach(servers, folder, control_timeout_s=20.0)  # waits until they are ready
     try:
         _, tensors = tiny_weights("llama", seed=1)
-        engine.update_weights(iter(tensors.items()), version=1)
+        engine.update_weights(WholeWeights(tensors), version=1)
         prompts = make_prompts(250, [4] * 8)
         engine.generate(prompts, SamplingParams(max_new_tokens=4))  # a server's first batch takes seconds
 
@@ -185,7 +186,7 @@ def test_a_found_server_that_was_lost_is_taken_back_by_the_next_update(found, mo
                 monkeypatch.setattr(server_module, "free_port", lambda: int(lost.rpartition(":")[2]))
                 servers[1].start()
                 servers[1].wait_until_ready(transport)
-            engine.update_weights(iter(tensors.items()), version=version)
+            engine.update_weights(WholeWeights(tensors), version=version)
             samples = engine.generate(prompts, SamplingParams(max_new_tokens=4, samples_per_prompt=2))
             assert {sample.weight_versions[0] for sample in samples} == {(version, 4)}
             assert_log_probs_match(subject, samples, 1.0)
@@ -198,6 +199,7 @@ def test_a_found_server_that_was_lost_is_taken_back_by_the_next_update(found, mo
 _TRAINER = """
 import signal, sys, torch
 from megatron_dppo.rollout.sglang import SGLangEngine
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.sglang.conftest import server_config
 engine = SGLangEngine(server_config(), sys.argv[1] + "/model", vocab_size=250, dtype=torch.float32, log_folder=sys.argv[1])
 print("ready", flush=True)

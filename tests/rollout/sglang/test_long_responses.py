@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang.progress import LOADS_PATH
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.engine_contract import make_prompts
 from tests.rollout.sglang.conftest import tiny_weights
 
@@ -29,7 +30,7 @@ def test_responses_take_longer_than_the_timeout_on_a_server_that_makes_progress(
 
     monkeypatch.setattr(engine._transport, "request", recorded)
     try:
-        engine.update_weights(iter(tiny_weights("qwen3_moe", seed=0)[1].items()), version=1)
+        engine.update_weights(WholeWeights(tiny_weights("qwen3_moe", seed=0)[1]), version=1)
         warm_up = engine.generate(
             make_prompts(250, [4]), SamplingParams(max_new_tokens=4)
         )  # the first batch takes seconds

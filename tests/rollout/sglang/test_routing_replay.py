@@ -11,6 +11,7 @@ from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.weights import load_hf_weights
 from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.rollout.sample import Sample, SamplingParams
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.engine_contract import make_prompts
 from tests.rollout.sglang.conftest import tiny_weights
 
@@ -38,7 +39,7 @@ def test_in_fp32_server_and_trainer_choose_the_same_experts(servers, ranks):
     server = servers("qwen3_moe")
     engine = server.attach(return_routed_experts=True)
     _, tensors = tiny_weights("qwen3_moe", seed=0)
-    engine.update_weights(iter(tensors.items()), 1)
+    engine.update_weights(WholeWeights(tensors), 1)
     prompts = make_prompts(250, [3, 9, 20])
     params = SamplingParams(max_new_tokens=12, samples_per_prompt=4, seed=5, return_routed_experts=True)
     samples = engine.generate(prompts, params)
@@ -52,7 +53,7 @@ def test_in_fp32_server_and_trainer_choose_the_same_experts(servers, ranks):
 def test_a_server_that_was_not_asked_to_record_is_refused(servers):
     engine = servers("qwen3_moe").attach()
     _, tensors = tiny_weights("qwen3_moe", seed=0)
-    engine.update_weights(iter(tensors.items()), 1)
+    engine.update_weights(WholeWeights(tensors), 1)
     with pytest.raises(ValueError, match="return_routed_experts=True"):
         engine.generate(make_prompts(250, [3]), SamplingParams(max_new_tokens=1, return_routed_experts=True))
     engine.close()

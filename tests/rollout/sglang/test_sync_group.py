@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore, distributed_c10d
 
-from megatron_dppo.rollout.sglang.weight_sync import _new_group
+from megatron_dppo.rollout.sglang.update_group import join_update_group
 
 
 def _made_by_one_rank() -> tuple[int, str]:
@@ -23,7 +23,7 @@ def _made_by_one_rank() -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed_c10d, "_get_split_source", looked_for.append)
         store = TCPStore("127.0.0.1", 0, 1, is_master=True)
-        group = _new_group("weights", store, 1, "gloo", timedelta(seconds=30))
+        group = join_update_group("weights", store, 1, "gloo", timedelta(seconds=30))
     assert looked_for == [], "the group would be split off the default one, for which all of its ranks are needed"
     bound = str(default.bound_device_id)
     default.bound_device_id = None

@@ -8,6 +8,7 @@ import torch
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import weight_sync
+from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import tiny_weights
 
@@ -28,7 +29,7 @@ def test_new_weights_are_served_in_one_or_many_buckets(server):
     for seed, bucket_bytes in ((1, 512 * 2**20), (2, 8192)):
         engine = server.attach(bucket_bytes=bucket_bytes)
         hf_model, tensors = tiny_weights(server.kind, seed)
-        engine.update_weights(iter(tensors.items()), version=seed)
+        engine.update_weights(WholeWeights(tensors), version=seed)
         assert engine.weight_version == seed
         _assert_serves(engine, hf_model)
         engine.close()
@@ -46,14 +47,14 @@ def _assert_update_fails(server, tensors, *names: str) -> None:
     """The update raises, naming the tensors; the engine is unusable from then on and a fresh engine can repair the server."""
     engine = server.attach()
     with pytest.raises(WeightSyncError) as raised:
-        engine.update_weights(iter(tensors.items()), version=7)
+        engine.update_weights(WholeWeights(tensors), version=7)
     for name in names:
         assert name in str(raised.value)
     assert "model.layers.0.input_layernorm.weight" not in str(raised.value), "a healthy tensor was blamed"
     with pytest.raises(RolloutError, match="weight update to version 7 failed"):
         engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
     with pytest.raises(RolloutError, match="weight update to version 7 failed"):
-        engine.update_weights(iter(tensors.items()), version=8)
+        engine.update_weights(WholeWeights(tensors), version=8)
     engine.close()
 
 
@@ -92,22 +93,24 @@ def test_a_missing_tensor_is_detected_and_named(server):
         _assert_update_fails(server, tensors, victim)
 
 
+class BreaksHalfWay(WholeWeights):
+    def fetch(self, *buckets, **options):
+        yield next(super().fetch(*buckets, **options))
+        raise OSError("the disk is gone")
+
+
 def test_an_exporter_that_fails_leaves_the_engine_unusable_and_a_new_one_repairs_the_server(server):
     hf_model, tensors = tiny_weights(server.kind, seed=4)
 
-    def breaks_half_way():
-        yield from list(tensors.items())[:5]
-        raise OSError("the disk is gone")
-
     engine = server.attach(bucket_bytes=8192)
     with pytest.raises(WeightSyncError, match="the disk is gone"):
-        engine.update_weights(breaks_half_way(), version=1)
+        engine.update_weights(BreaksHalfWay(tensors), version=1)
     with pytest.raises(RolloutError, match="the disk is gone"):
         engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
     engine.close()
 
     engine = server.attach()
-    engine.update_weights(iter(tensors.items()), version=1)
+    engine.update_weights(WholeWeights(tensors), version=1)
     _assert_serves(engine, hf_model)
     engine.close()
 
@@ -122,8 +125,8 @@ def test_nothing_is_generated_before_the_first_update(server):
 def test_weights_changed_behind_the_engines_back_are_noticed(server):
     _, tensors = tiny_weights(server.kind, seed=0)
     engine, other = server.attach(), server.attach()
-    engine.update_weights(iter(tensors.items()), version=1)
-    other.update_weights(iter(tensors.items()), version=2)
+    engine.update_weights(WholeWeights(tensors), version=1)
+    other.update_weights(WholeWeights(tensors), version=2)
     (failed,) = engine.generate(make_prompts(250, [4]), SamplingParams(max_new_tokens=2))
     assert isinstance(failed, FailedSample)
     assert "drawn by weights version '2', but version 1 was the last one sent" in failed.reason

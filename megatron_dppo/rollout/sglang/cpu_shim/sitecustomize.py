@@ -1,4 +1,4 @@
-"""Loaded by Python at start-up in a CPU server's process: three small adjustments made when a module is first imported.
+"""Loaded by Python at start-up in a CPU server's process: small adjustments made when a module is first imported.
 
 * The torchvision wheel on the package index is linked against CUDA, so beside a CPU torch its operators do not load and
   its import stops at "operator torchvision::nms does not exist". SGLang imports it but calls no image operator for a
@@ -7,6 +7,9 @@
   the hash that it has for a GPU, by the library that MEGATRON_DPPO_TILE_HASH_LIBRARY names (csrc/server), else in torch.
 * SGLang honours a request's sampling seed only in its batch-invariant mode, which needs GPU kernels. With the
   environment variable MEGATRON_DPPO_SEEDED_SAMPLING set, the sampler alone is told that the mode is on.
+* With DP attention, idle ranks ask the attention backend for a number that only backends of GPUs have.
+* With expert parallelism, a token's choice of another rank's expert has the number -1, which the CPU's experts take for a
+  wrong index: they are made to leave it out.
 """
 
 import ctypes
@@ -94,7 +97,37 @@ def _seed_sampling(sampling_batch_info: Any) -> None:
     sampling_batch_info.get_exec = SeededExecution
 
 
+def _lend_a_sequence_length(torch_native_backend: Any) -> None:
+    """What the backends of GPUs say to the same question."""
+    torch_native_backend.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda _self: 1
+
+
+def _leave_out_experts_of_others(fused_moe_native: Any) -> None:
+    """Replace the experts' forward pass for batches in which some choices are of experts that other ranks have."""
+    import torch
+    from torch.nn import functional
+
+    real_forward = fused_moe_native.moe_forward_native
+
+    def moe_forward_native(layer: Any, x: Any, topk_output: Any, config: Any) -> Any:
+        weights, chosen, _ = topk_output
+        if not bool((chosen < 0).any()):
+            return real_forward(layer, x, topk_output, config)
+        result = torch.zeros(x.shape, dtype=torch.float32)
+        for expert, (gate_up, down) in enumerate(zip(layer.w13_weight, layer.w2_weight, strict=True)):
+            choices = chosen == expert
+            rows = choices.any(1).nonzero()[:, 0]
+            gate, up = functional.linear(x[rows], gate_up).chunk(2, -1)
+            outputs = functional.linear(functional.silu(gate) * up, down).float()
+            result[rows] += outputs * (weights * choices).sum(1)[rows, None]
+        return result.to(x.dtype)
+
+    fused_moe_native.moe_forward_native = moe_forward_native
+
+
 sys.meta_path.insert(0, _BeforeTorchvision())
+sys.meta_path.insert(0, _After("sglang.srt.layers.attention.torch_native_backend", _lend_a_sequence_length))
+sys.meta_path.insert(0, _After("sglang.srt.layers.moe.fused_moe_native", _leave_out_experts_of_others))
 sys.meta_path.insert(0, _After("sglang.srt.utils.weight_checker", _hash_as_on_a_gpu))
 if os.environ.get("MEGATRON_DPPO_SEEDED_SAMPLING"):
     sys.meta_path.insert(0, _After("sglang.srt.sampling.sampling_batch_info", _seed_sampling))

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""How long a weight update of a real SGLang server takes beside a plain broadcast of the same bytes, in one process.
+
+    python tools/bench/weight_sync.py --server-python .venv-sglang/bin/python
+
+Prints the medians, and what of an update was spent on verifying it. The plain broadcast goes through a gloo group with one
+other process on this machine, into memory that is there already. Fp32 weights of 135M parameters (SmolLM2's shapes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed import TCPStore
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
+from megatron_dppo.rollout.sglang.weight_sync import WeightSync
+from megatron_dppo.rollout.whole_weights import WholeWeights
+
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+}
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server-python", required=True, help="interpreter that has SGLang")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
+    parser.add_argument("--bucket-mib", type=int, default=64)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2 | {"num_hidden_layers": args.layers}))
+        model.save_pretrained(folder)
+        tensors = {name: p.detach() for name, p in model.named_parameters()}
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        print(f"{num_bytes / 2**20:.0f} MiB in {len(tensors)} tensors, buckets of {args.bucket_mib} MiB", flush=True)
+        config = SGLangConfig(python=args.server_python, bucket_bytes=args.bucket_mib * 2**20)
+        engine = SGLangEngine(
+            config, folder, vocab_size=SMOLLM2["vocab_size"], dtype=torch.float32, log_folder=Path(folder) / "logs"
+        )
+        with closing(engine), _other_process(num_bytes) as broadcast:
+            _report(engine, tensors, broadcast, args.rounds)
+
+
+def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: Callable[[], None], rounds: int) -> None:
+    updates, plain, verifying = [], [], []
+    conclude = WeightSync._conclude
+
+    def timed(*arguments: object) -> None:
+        began = time.perf_counter()
+        conclude(*arguments)
+        verifying.append(time.perf_counter() - began)
+
+    WeightSync._conclude = timed  # type: ignore[method-assign]
+    for version in range(1, rounds + 2):
+        began = time.perf_counter()
+        engine.update_weights(WholeWeights(tensors), version)
+        updates.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        broadcast()
+        plain.append(time.perf_counter() - began)
+    update, alone, verify = (statistics.median(seconds[1:]) for seconds in (updates, plain, verifying))
+    print("| update | plain broadcast | ratio | verification, label, continue | of the update |")
+    print("|---|---|---|---|---|")
+    print(f"| {update:.3f} s | {alone:.3f} s | {update / alone:.2f} | {verify:.3f} s | {verify / update:.1%} |")
+
+
+@contextmanager
+def _other_process(num_bytes: int) -> Iterator[Callable[[], None]]:
+    """Within: a function that broadcasts so many bytes to a process that waits for them."""
+    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    process = mp.get_context("spawn").Process(target=_receive, args=(store.port, num_bytes), daemon=True)
+    process.start()
+    group = _group(store, 0)
+    payload = torch.ones(num_bytes, dtype=torch.uint8)
+    flag = torch.ones(1)
+
+    def broadcast() -> None:
+        group.broadcast(flag, 0).wait()
+        group.broadcast(payload, 0).wait()
+        group.barrier().wait()  # it has arrived
+
+    yield broadcast
+    group.broadcast(torch.zeros(1), 0).wait()
+    process.join(timeout=30)
+
+
+def _receive(port: int, num_bytes: int) -> None:
+    group = _group(TCPStore("127.0.0.1", port, 2, is_master=False), 1)
+    payload, flag = torch.empty(num_bytes, dtype=torch.uint8), torch.ones(1)
+    while True:
+        group.broadcast(flag, 0).wait()
+        if not flag.item():
+            return
+        group.broadcast(payload, 0).wait()
+        group.barrier().wait()
+
+
+def _group(store: TCPStore, rank: int) -> dist.ProcessGroup:
+    return dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=300))
+
+
+if __name__ == "__main__":
+    main()
