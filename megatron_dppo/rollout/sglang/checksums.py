@@ -102,12 +102,16 @@ class ExpectedChecksums:
                 )
         self._num_words[held] = num_bytes // _WORD_BYTES
 
-    def compare(self, reported: Sequence[dict[str, str]]) -> list[str]:
-        """Faults in the checksums that each rank reported, in words; none if the server holds what was exported."""
-        if len(reported) != self._layout.tp_size:
-            return [f"{len(reported)} ranks reported checksums instead of {self._layout.tp_size}"]
+    def compare(self, reported: Sequence[tuple[int, dict[str, str]]]) -> list[str]:
+        """Faults in what ranks reported, in words; none if the server holds what was exported.
+
+        ``reported``: (rank, its checksum of each of its parameters). With DP attention a rank reports several times.
+        """
+        ranks = {rank for rank, _ in reported}
+        if ranks != set(range(self._layout.tp_size)):
+            return [f"ranks {sorted(ranks)} reported checksums instead of {self._layout.tp_size} ranks"]
         faults: dict[str, str] = {}
-        for rank, found in enumerate(reported):
+        for rank, found in reported:
             for parameter in found.keys() - self._sources.keys():
                 faults[parameter] = f"{self._parts_of(parameter)} was never sent"
             for parameter, by_part in self._sources.items():

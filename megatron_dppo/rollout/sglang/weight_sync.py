@@ -319,8 +319,9 @@ class WeightSync:
     async def _verify(self, server: ServerFacts, expected: ExpectedChecksums) -> None:
         answer = await self._post(server.url, "/weights_checker", {"action": "checksum"})
         with reading(f"{server.url}/weights_checker"):
-            ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
-            checksums = [dict(rank["checksums"]) for rank in ranks]
+            checksums = [
+                (int(rank["parallelism_info"][0]["tp_rank"]), dict(rank["checksums"])) for rank in answer["ranks"]
+            ]
         faults = expected.compare(checksums)
         if faults:
             listed = "\n  ".join(faults[:10])

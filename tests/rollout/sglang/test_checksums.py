@@ -64,14 +64,14 @@ def test_the_order_of_the_export_does_not_matter():
     weights = _weights()
     backwards = dict(reversed(weights.items()))
     for order in (weights, backwards):
-        assert _expected(order).compare([_reported(weights)]) == []
+        assert _expected(order).compare([(0, _reported(weights))]) == []
 
 
 @pytest.mark.parametrize("victim", list(TENSORS))
 def test_every_changed_tensor_is_found_and_named(victim):
     weights = _weights()
     held = {**weights, victim: weights[victim] + 1e-6}
-    (fault,) = _expected(weights).compare([_reported(held)])
+    (fault,) = _expected(weights).compare([(0, _reported(held))])
     assert victim in fault
 
 
@@ -79,14 +79,14 @@ def test_every_changed_tensor_is_found_and_named(victim):
 def test_every_missing_tensor_is_found_and_named(victim):
     weights = _weights()
     sent = {name: tensor for name, tensor in weights.items() if name != victim}
-    (fault,) = _expected(sent).compare([_reported(weights)])
+    (fault,) = _expected(sent).compare([(0, _reported(weights))])
     assert victim in fault
     assert "never sent" in fault
 
 
 def test_a_tensor_that_the_server_does_not_know_is_named():
     weights = {**_weights(), "model.layers.7.strange.weight": torch.zeros(4)}
-    (fault,) = _expected(weights).compare([_reported(weights)])
+    (fault,) = _expected(weights).compare([(0, _reported(weights))])
     assert fault == "model.layers.7.strange.weight was sent, but the server has no parameter for it"
 
 
@@ -106,7 +106,7 @@ def test_a_tensor_that_was_planned_but_not_sent_is_found():
     weights = _weights()
     expected = ExpectedChecksums(_named_shapes(weights), SHAPE, ONE_RANK, torch.float32)
     hash_tensors([expected], [item for item in weights.items() if "k_proj" not in item[0]])
-    (fault,) = expected.compare([_reported(weights)])
+    (fault,) = expected.compare([(0, _reported(weights))])
     assert "k_proj.weight" in fault
 
 
@@ -120,7 +120,7 @@ def test_what_several_senders_have_hashed_adds_up():
         parts.append(part)
     for part in parts[1:]:
         parts[0].add_tensor(part.to_tensor())
-    assert parts[0].compare([_reported(weights)]) == []
+    assert parts[0].compare([(0, _reported(weights))]) == []
 
 
 LAYOUTS = {
@@ -168,9 +168,11 @@ def test_every_rank_of_a_server_holds_what_its_layout_says(layout):
     untied = replace(SHAPE, tie_word_embeddings=False)
     expected = ExpectedChecksums(_named_shapes(weights), untied, layout, torch.float32)
     hash_tensors([expected], weights.items())
-    reported = [_held_by(rank, weights, layout) for rank in range(layout.tp_size)]
-    assert expected.compare(reported) == []
-    wrong = [*reported[:-1], reported[-1] | {f"{LAYER}mlp.experts.w2_weight": "0" * 16}]
+    reported = [(rank, _held_by(rank, weights, layout)) for rank in range(layout.tp_size)]
+    assert expected.compare([*reported, *reported]) == []
+    assert expected.compare(reported[:1]) == [f"ranks [0] reported checksums instead of {layout.tp_size} ranks"]
+    rank, held = reported[-1]
+    wrong = [*reported, (rank, held | {f"{LAYER}mlp.experts.w2_weight": "0" * 16})]
     (fault,) = expected.compare(wrong)
     assert "down_proj.weight" in fault
 
@@ -178,7 +180,7 @@ def test_every_rank_of_a_server_holds_what_its_layout_says(layout):
 def test_an_output_layer_that_shares_the_embedding_is_not_expected():
     weights = _weights()
     sent = {**weights, "lm_head.weight": torch.zeros(64, 4)}
-    assert _expected(sent).compare([_reported(weights)]) == []
+    assert _expected(sent).compare([(0, _reported(weights))]) == []
 
 
 # The kernel that a GPU server runs, interpreted on the CPU: the one witness of that hash without a GPU. Its file is loaded

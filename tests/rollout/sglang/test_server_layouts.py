@@ -24,11 +24,10 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(EP + DP_ATTENTION, id="EP2, DP attention"),
-        pytest.param(EP, id="EP2", marks=pytest.mark.nightly),
+        pytest.param(EP, id="EP2"),
         pytest.param(DP_ATTENTION, id="DP attention", marks=pytest.mark.nightly),
         pytest.param(
-            EP + DP_ATTENTION + ["--enable-dp-lm-head"], id="EP2, DP attention and head", marks=pytest.mark.nightly
+            [*DP_ATTENTION, "--enable-dp-lm-head"], id="DP attention and output layer", marks=pytest.mark.nightly
         ),
     ],
 )
