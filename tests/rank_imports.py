@@ -5,7 +5,12 @@ Nothing here may start a thread: forks would not have it.
 
 from __future__ import annotations
 
-import transformers  # noqa: F401
+import reasoning_gym  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen2.modeling_qwen2
+import transformers.models.qwen3.modeling_qwen3
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-import megatron_dppo.training.trainer  # noqa: F401
+import megatron_dppo.rollout.embedded.engine
+import megatron_dppo.training.run  # noqa: F401
 import tests.rank_pool  # noqa: F401

@@ -51,6 +51,7 @@ def _let_go_of_models() -> None:
 def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
     os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported: half a second of a core after every job, to look through it for models
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=120))
     for number in itertools.count():
         if (job := pipe.recv()) is None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -83,10 +85,21 @@ def compile_level(level: str | None, output: Path, fused_multiply_add: bool = Tr
     sources = [*(CSRC / f"cpu/{name}.cpp" for name in SOURCES), SHIM / "launchers.cpp"]
     macro = "-DDPPO_NO_CPU_CLONES" if level is None else f'-DDPPO_CPU_LEVEL="{level}"'
     contraction = [] if fused_multiply_add else ["-ffp-contract=off"]
+    flags = ["-fPIC", *build.CXX_FLAGS, *build.vector_width_flags(), macro, *contraction, f"-I{SHIM}", f"-I{CSRC}"]
+
+    def compiled(source: Path) -> Path:
+        target = output.with_suffix(f".{source.stem}.o")
+        _gxx(*flags, "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
     # -Bsymbolic: the library's own allocation, although the process has another.
-    shared = ["-fPIC", "-shared", "-Wl,-Bsymbolic"]
-    flags = [*build.CXX_FLAGS, *build.vector_width_flags(), macro, *contraction, *shared]
-    command = ["g++", *flags, f"-I{SHIM}", f"-I{CSRC}", *map(str, sources), "-o", str(output)]
+    _gxx(*flags, "-shared", "-Wl,-Bsymbolic", *objects, "-o", output)
+    return LevelLibrary(output, emulated=bool(missing_flags(level)))
+
+
+def _gxx(*arguments: str | Path) -> None:
+    command = ["g++", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return LevelLibrary(output, emulated=bool(missing_flags(level)))

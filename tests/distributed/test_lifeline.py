@@ -63,8 +63,15 @@ def test_a_rank_whose_clean_up_hangs_is_ended_too(tmp_path: Path) -> None:
     assert "rank 0 ends: rank 1 failed with MemoryError: too much" in output
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
-@pytest.mark.parametrize("fault", ["error", "SIGKILL"])
+@pytest.mark.parametrize(
+    ("fault", "failing_rank"),
+    [
+        ("error", 1),
+        ("SIGKILL", 0),
+        pytest.param("error", 0, marks=pytest.mark.nightly),
+        pytest.param("SIGKILL", 1, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_failure_on_one_node_ends_the_agents_of_all(tmp_path: Path, fault: str, failing_rank: int) -> None:
     """Two torchrun agents that meet by c10d. Alone, the other one would wait for its rank, which waits for ever."""
     command = [

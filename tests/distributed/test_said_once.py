@@ -49,7 +49,7 @@ def test_what_ranks_have_in_common_is_said_once_and_the_rest_by_each(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slow_rank", [0, 1])
+@pytest.mark.parametrize("slow_rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_bad_input_is_explained_once_however_slow_a_rank_is(tmp_path: Path, slow_rank: int) -> None:
     """The slow rank never comes to speak: torchrun ends it, once the other is gone."""
     script = tmp_path / "slow.py"

@@ -8,6 +8,7 @@ differences against tolerances, tools/check/parity_table.py writes them down (do
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,7 @@ ROWS = (
 )
 # Not a row of the table: core's arithmetic for stages of unequal length, on top of the row "PP2".
 UNEQUAL_STAGES = Row(
-    "PP2 of 3 and 5 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=3), (LLAMA, QWEN3_MOE), num_layers=8
+    "PP2 of 3 and 5 layers", 2, _layout(pp=2, num_layers_in_first_pipeline_stage=3), (QWEN3_MOE,), num_layers=8
 )
 _EVERY_POLICY = tuple(
     Column(batching, aggregation, fused)
@@ -129,23 +130,27 @@ _REPLAY = (
 COLUMNS = {LLAMA: _EVERY_POLICY, QWEN3: _EVERY_POLICY, QWEN3_MOE: (*_EVERY_POLICY, *_REPLAY)}
 
 
-def pairwise(row: Row) -> dict[str, list[Column]]:
-    """Policy -> columns, few enough for every push: any two choices of a row (a policy, a batching, an aggregation, a path to
-    the loss, replay or not) that go together come together in one of them.
+@functools.cache
+def on_every_push() -> dict[str, dict[str, list[Column]]]:
+    """Name of the layout -> policy -> columns, few enough for every push.
+
+    Every layout meets every choice that it can have (each policy, aggregation, replay or not) and each batching with each
+    path to the loss; any two choices that go together come together in some layout.
     """
-    candidates = [(policy, column) for policy in row.policies for column in COLUMNS[policy]]
-
-    def pairs(candidate: tuple[str, Column]) -> set[Any]:
-        policy, column = candidate
-        return set(itertools.combinations(enumerate((policy, *dataclasses.astuple(column))), 2))
-
-    left = set().union(*map(pairs, candidates))
-    chosen: dict[str, list[Column]] = {}
+    candidates = [(row, policy, column) for row in ROWS for policy in row.policies for column in COLUMNS[policy]]
+    left = set().union(*(_combinations(*candidate) for candidate in candidates))
+    chosen: dict[str, dict[str, list[Column]]] = {}
     while left:
-        best = max(candidates, key=lambda candidate: len(pairs(candidate) & left))
-        chosen.setdefault(best[0], []).append(best[1])
-        left -= pairs(best)
+        row, policy, column = max(candidates, key=lambda candidate: len(_combinations(*candidate) & left))
+        chosen.setdefault(row.name, {}).setdefault(policy, []).append(column)
+        left -= _combinations(row, policy, column)
     return chosen
+
+
+def _combinations(row: Row, policy: str, column: Column) -> set[Any]:
+    """What a comparison brings together: any two of its choices, and the batching with the path to the loss in its layout."""
+    choices = enumerate((row.name, policy, *dataclasses.astuple(column)))
+    return {*itertools.combinations(choices, 2), (row.name, column.batching, column.fused_linear)}
 
 
 # Up to two replicas have several micro-batches each: 8 sequences of 5 to 20 tokens, 103 tokens in all.

@@ -25,47 +25,28 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype is b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
+TP2, PP2, EP2 = ({f"{what}_model_parallel_size": 2} for what in ("tensor", "pipeline", "expert"))
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+MOE = [(2, {**EP2, **DISTRIBUTED}), (2, {**TP2, **EP2}), (2, VPP2), (1, {})]
+# Both stages have the embedding and shard it over their own data-parallel groups.
+TIED = [(2, DISTRIBUTED), (2, TP2), (4, {**PP2, **DISTRIBUTED})]
+MORE_MOE = [
+    *((1, DISTRIBUTED), (2, {"context_parallel_size": 2, **DISTRIBUTED}), (4, {**EP2, **DISTRIBUTED})),
+    *((4, {**TP2, **PP2, **EP2}), (2, {**TP2, "expert_tensor_parallel_size": 2}), (1, {})),
+]
+MORE_TIED = [(1, {}), (4, {**TP2, **DISTRIBUTED}), (2, PP2)]
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "layouts"),
     [
-        (
-            "qwen3_moe",
-            torch.float32,
-            [
-                (1, {}),
-                (2, {"expert_model_parallel_size": 2, **DISTRIBUTED}),
-                (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
-                (1, DISTRIBUTED),
-                (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
-                (2, {"context_parallel_size": 2, **DISTRIBUTED}),
-                (4, {"expert_model_parallel_size": 2, **DISTRIBUTED}),
-                (
-                    4,
-                    {
-                        "tensor_model_parallel_size": 2,
-                        "pipeline_model_parallel_size": 2,
-                        "expert_model_parallel_size": 2,
-                    },
-                ),
-                (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
-                (1, {}),
-            ],
+        pytest.param("qwen3_moe", torch.float32, MOE, id="moe fp32"),
+        pytest.param("qwen3_tied", torch.bfloat16, TIED, id="tied bf16"),
+        pytest.param(
+            "qwen3_moe", torch.float32, [MOE[-1], *MOE[:3], *MORE_MOE], id="moe fp32, more", marks=pytest.mark.nightly
         ),
-        (
-            "qwen3_tied",
-            torch.bfloat16,
-            [
-                (2, DISTRIBUTED),
-                (1, {}),
-                # Both stages have the embedding and shard it over their own data-parallel groups.
-                (4, {"pipeline_model_parallel_size": 2, **DISTRIBUTED}),
-                (2, {"tensor_model_parallel_size": 2}),
-                (4, {"tensor_model_parallel_size": 2, **DISTRIBUTED}),
-                (2, {"pipeline_model_parallel_size": 2}),
-            ],
-        ),
+        pytest.param("qwen3_tied", torch.bfloat16, TIED + MORE_TIED, id="tied bf16, more", marks=pytest.mark.nightly),
     ],
-    ids=["moe fp32", "tied bf16"],
 )
 def test_any_layout_goes_on_from_any_other(ranks, tmp_path, kind, dtype, layouts):
     """Each layout loads the checkpoint of the one before and writes its own: all of them hold the same bits."""
@@ -87,13 +68,13 @@ def test_any_layout_goes_on_from_any_other(ranks, tmp_path, kind, dtype, layouts
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
-        ({"expert_model_parallel_size": 2}, torch.float32),
-        ({"expert_model_parallel_size": 2, **DISTRIBUTED}, torch.float32),
-        ({"expert_model_parallel_size": 2, **DISTRIBUTED}, torch.bfloat16),
-        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, torch.bfloat16),
-        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, torch.float32),
+        pytest.param({**EP2, **DISTRIBUTED}, torch.bfloat16, id="EP2 distributed bf16"),
+        pytest.param(VPP2, torch.float32, id="PP2 VPP2"),
+        # Of fp32: test_killed_runs.py in tests/training.
+        pytest.param({**TP2, **EP2}, torch.bfloat16, id="TP2 EP2 bf16", marks=pytest.mark.nightly),
+        pytest.param(EP2, torch.float32, id="EP2", marks=pytest.mark.nightly),
+        pytest.param({**EP2, **DISTRIBUTED}, torch.float32, id="EP2 distributed", marks=pytest.mark.nightly),
     ],
-    ids=["EP2", "EP2 distributed", "EP2 distributed bf16", "TP2 EP2 bf16", "PP2 VPP2"],
 )
 def test_the_same_layout_goes_on_bit_for_bit(ranks, tmp_path, layout, dtype):
     whole = ranks(2).run(train_save_and_go_on, "qwen3_moe", layout, dtype, tmp_path)
@@ -108,9 +89,16 @@ def _train(kind: str, layout: dict[str, Any], dtype: torch.dtype) -> list[float]
     return train(*start(kind, layout, dtype), range(6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "layout", [{}, {"expert_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}], ids=["DP2", "DP2 EP2", "TP2"]
+    ("layout", "dtype"),
+    [
+        pytest.param(EP2, torch.bfloat16, id="DP2 EP2 bf16"),
+        pytest.param(EP2, torch.float32, id="DP2 EP2 fp32", marks=pytest.mark.nightly),
+        pytest.param({}, torch.bfloat16, id="DP2 bf16", marks=pytest.mark.nightly),
+        pytest.param({}, torch.float32, id="DP2 fp32", marks=pytest.mark.nightly),
+        pytest.param(TP2, torch.float32, id="TP2 fp32", marks=pytest.mark.nightly),
+        pytest.param(TP2, torch.bfloat16, id="TP2 bf16", marks=pytest.mark.nightly),
+    ],
 )
 def test_the_distributed_optimizer_takes_the_same_steps(ranks, layout, dtype):
     """Each element of a gradient is the same sum of two ranks' gradients, and Adam works element by element.

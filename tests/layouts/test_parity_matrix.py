@@ -108,12 +108,25 @@ def _compare(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("row", [*ROWS, UNEQUAL_STAGES], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_layout_makes_the_update_of_a_single_rank(
     row: Row, ranks: RankPools, reference_file: ReferenceFile
 ) -> None:
-    for policy_kind, columns in parity_runs.pairwise(row).items():
+    for policy_kind, columns in parity_runs.on_every_push()[row.name].items():
         _assert_same_update(_compare(row, policy_kind, columns, ranks, reference_file))
+
+
+@pytest.mark.slow
+def test_stages_of_unequal_length_make_the_update_of_a_single_rank(
+    ranks: RankPools, reference_file: ReferenceFile
+) -> None:
+    (policy_kind,) = UNEQUAL_STAGES.policies
+    columns = [
+        Column("padded", "token_mean", False),
+        Column("packed", "seq_mean_token_mean", True),
+        Column("packed", "token_mean", True, routing_replay=True),
+    ]
+    _assert_same_update(_compare(UNEQUAL_STAGES, policy_kind, columns, ranks, reference_file))
 
 
 @pytest.mark.nightly
@@ -130,16 +143,22 @@ def test_in_every_layout_all_columns_make_the_update_of_a_single_rank(
         _assert_same_update(of_column)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_the_columns_for_every_push_bring_any_two_choices_together(row: Row) -> None:
-    def pairs(of_policy: Mapping[str, Sequence[Column]]) -> set[Any]:
-        whole = [(policy, *vars(column).values()) for policy, columns in of_policy.items() for column in columns]
-        return {pair for values in whole for pair in itertools.combinations(enumerate(values), 2)}
+def test_the_columns_for_every_push_bring_any_two_choices_together() -> None:
+    few = parity_runs.on_every_push()
+    every = {row.name: {policy: COLUMNS[policy] for policy in row.policies} for row in ROWS}
 
-    few = parity_runs.pairwise(row)
-    every = {policy: COLUMNS[policy] for policy in row.policies}
-    assert pairs(few) == pairs(every)
-    assert sum(map(len, few.values())) * 3 <= sum(map(len, every.values())) * 2
+    def together(of_row: Mapping[str, Mapping[str, Sequence[Column]]]) -> set[Any]:
+        whole = [(row, policy, column) for row in of_row for policy in of_row[row] for column in of_row[row][policy]]
+        values = [(row, policy, *vars(column).values()) for row, policy, column in whole]
+        pairs = {pair for choices in values for pair in itertools.combinations(enumerate(choices), 2)}
+        return pairs | {(row, column.batching, column.fused_linear) for row, _, column in whole}
+
+    assert together(few) == together(every)
+    assert _comparisons(few) * 4 <= _comparisons(every)
+
+
+def _comparisons(of_row: Mapping[str, Mapping[str, Sequence[Column]]]) -> int:
+    return sum(len(columns) for of_policy in of_row.values() for columns in of_policy.values())
 
 
 def test_tensor_and_expert_parallel_ranks_make_the_update_of_a_single_rank(

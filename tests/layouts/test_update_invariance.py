@@ -102,8 +102,8 @@ BATCHINGS = (
     ("aggregation", "batchings"),
     [
         ("token_mean", BATCHINGS),
-        ("seq_mean_token_mean", BATCHINGS[:2]),
-        ("seq_mean_token_sum_norm", BATCHINGS[:2]),
+        pytest.param("seq_mean_token_mean", BATCHINGS[:2], marks=pytest.mark.nightly),
+        pytest.param("seq_mean_token_sum_norm", BATCHINGS[:2], marks=pytest.mark.nightly),
     ],
 )
 def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregation, batchings):
@@ -122,7 +122,9 @@ def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [padded(4), packed(30)], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "train", [pytest.param(padded(4), marks=pytest.mark.nightly, id="padded"), pytest.param(packed(30), id="packed")]
+)
 def test_what_needs_more_forward_passes_does_not_depend_on_layout_either(ranks, train):
     """Exact divergence (rollout logits), reference policy, recomputed anchor: each finds its tokens again."""
     (start,) = ranks(1).run(_initial_weights)

@@ -13,29 +13,14 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_dppo.distributed import lifeline
-from megatron_dppo.tasks.build import build_task, tasks_by_name
-from megatron_dppo.tasks.config import TaskConfig
-from megatron_dppo.tasks.scoring import Scorer, ScoreResult
-from megatron_dppo.tasks.task import Problem
 from megatron_dppo.training import run
 from megatron_dppo.training.trainer import Trainer
 from tests.training.faults import BY_NAME, STEP, Fault
-
-
-class ScorerInThisProcess(Scorer):
-    """Starting the real one's workers takes each replica seconds of a core."""
-
-    def __init__(self, configs: Sequence[TaskConfig], timeout_s: float = 10.0, workers: int = 1) -> None:
-        super().__init__(configs, timeout_s, workers)
-        self._tasks = {name: build_task(config) for name, config in tasks_by_name(configs).items()}
-
-    def score(self, pairs: Sequence[tuple[Problem, str]]) -> list[ScoreResult]:
-        return [ScoreResult(self._tasks[problem.task_name].score(problem, text)) for problem, text in pairs]
+from tests.training.scorer_in_this_process import ScorerInThisProcess
 
 
 def let_happen(fault: Fault) -> None:

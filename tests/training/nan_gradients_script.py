@@ -23,4 +23,4 @@ def loss_of(self, *arguments):
 
 
 DPPOStep.run, DPPOStep._loss_of = run, loss_of
-runpy.run_path(str(Path(__file__).parents[2] / "examples" / "pretrain_dppo.py"), run_name="__main__")
+runpy.run_path(str(Path(__file__).with_name("quick_run_script.py")), run_name="__main__")

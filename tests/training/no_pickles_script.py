@@ -35,4 +35,4 @@ def to_tensor(value, *arguments, **options):
 
 
 Trainer.generate_and_score, DPPOStep.run, c10d._object_to_tensor = generate_and_score, run, to_tensor
-runpy.run_path(str(Path(__file__).parents[2] / "examples" / "pretrain_dppo.py"), run_name="__main__")
+runpy.run_path(str(Path(__file__).with_name("quick_run_script.py")), run_name="__main__")

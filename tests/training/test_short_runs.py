@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.forked_ranks import run_script
 from tests.metric_names import STEP_METRICS
-from tests.training.tiny_runs import MISMATCH, ROOT, train, training_arguments, write_tiny_policy
+from tests.training.tiny_runs import MISMATCH, ROOT, SCRIPT, train, training_arguments, write_tiny_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,7 +30,7 @@ def policy(tmp_path_factory):
 
 
 def test_a_run_writes_its_folder_and_every_documented_metric(policy, tmp_path):
-    records = train(policy, tmp_path, "run", *SMALL, "checkpoint.export_hf=true")
+    records = train(policy, tmp_path, "run", *SMALL, "checkpoint.export_hf=true", script=SCRIPT)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert set(STEP_METRICS) <= {name for record in records for name in record}
     assert "eval/accuracy" in records[0]
@@ -55,10 +53,10 @@ def test_a_finished_run_that_is_continued_exports_its_last_weights(policy, tmp_p
     first = exported(run / "hf")
     records = train(policy, tmp_path, "run", *settings, "train.steps=2")
     assert [record["step"] for record in records] == [0, 1, 2]
-    convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "to-hf"]
-    subprocess.run(
-        [*convert, str(run / "checkpoints" / "step_00000002"), str(tmp_path / "last")], check=True, timeout=200
-    )
+    arguments = ["to-hf", str(run / "checkpoints" / "step_00000002"), str(tmp_path / "last")]
+    script = ROOT / "tools" / "convert_checkpoint.py"
+    code, output = run_script(script, arguments, ranks=1, folder=tmp_path, timeout=200)
+    assert code == 0, output
     last = exported(tmp_path / "last")
     second = exported(run / "hf")
     assert first.keys() == second.keys() == last.keys()
@@ -67,28 +65,29 @@ def test_a_finished_run_that_is_continued_exports_its_last_weights(policy, tmp_p
     assert not [path.name for path in run.iterdir() if path.name.startswith("hf.")]
 
 
+TOPK_KL = ("algorithm.loss.divergence=topk_kl", "algorithm.loss.direction=predictive", "algorithm.topk=5")
+EXACT_TV = ("algorithm.loss.divergence=exact_tv", "algorithm.loss.entropy_coef=0.01", "train.batching=packed")
+PACKED_AND_FUSED = ("train.batching=packed", "train.fused_linear=true")
+SMOOTH = ("algorithm.loss.trust_region=smooth", "algorithm.advantage=rloo")
+RECOMPUTED = ("algorithm.anchor=recomputed", "algorithm.loss.aggregation=seq_mean_token_mean", "warm_start.steps=0")
+PENALTY = ("algorithm.loss.kl_coef=0.1", "warm_start.steps=0")
+REPLAY = ("algorithm.routing_replay=true", "model.recompute_activations=true")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        (
-            "algorithm.loss.divergence=topk_kl",
-            "algorithm.loss.direction=predictive",
-            "algorithm.topk=5",
-            "train.batching=packed",
-            "train.fused_linear=true",
-        ),
-        ("algorithm.loss.divergence=exact_tv", "algorithm.loss.entropy_coef=0.01", "train.batching=packed"),
-        ("algorithm.loss.trust_region=smooth", "algorithm.advantage=rloo"),
-        ("algorithm.anchor=recomputed", "algorithm.loss.aggregation=seq_mean_token_mean", "warm_start.steps=0"),
-        ("algorithm.loss.kl_coef=0.1", "warm_start.steps=0", "algorithm.loss.divergence=binary_kl"),
-        (
-            "algorithm.routing_replay=true",
-            "train.batching=packed",
-            "train.fused_linear=true",
-            "model.recompute_activations=true",
-        ),
+        pytest.param((*TOPK_KL, *PACKED_AND_FUSED, *PENALTY), id="topk_kl and penalty"),
+        pytest.param((*EXACT_TV, "algorithm.advantage=rloo"), id="exact_tv and rloo"),
+        pytest.param((*REPLAY, *PACKED_AND_FUSED, *RECOMPUTED, *SMOOTH[:1]), id="replay, recomputed anchor and smooth"),
+        # Each alone.
+        pytest.param((*TOPK_KL, *PACKED_AND_FUSED), id="topk_kl", marks=pytest.mark.nightly),
+        pytest.param(EXACT_TV, id="exact_tv", marks=pytest.mark.nightly),
+        pytest.param(SMOOTH, id="smooth", marks=pytest.mark.nightly),
+        pytest.param(RECOMPUTED, id="recomputed anchor", marks=pytest.mark.nightly),
+        pytest.param((*PENALTY, "algorithm.loss.divergence=binary_kl"), id="penalty", marks=pytest.mark.nightly),
+        pytest.param((*REPLAY, *PACKED_AND_FUSED), id="replay", marks=pytest.mark.nightly),
     ],
-    ids=lambda overrides: overrides[0].removeprefix("algorithm."),
 )
 def test_every_kind_of_divergence_anchor_and_penalty_trains(policy, tmp_path, overrides):
     records = train(policy, tmp_path, "run", *SMALL, *overrides, "train.steps=2")
@@ -109,12 +108,23 @@ def one_step_of_tp2_ep2(policy, tmp_path_factory):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("parallel.tensor_model_parallel_size=1",),  # DP 2, experts spread over the replicas
-        (*ONE_RANK, "parallel.use_distributed_optimizer=true", "train.batching=packed", "checkpoint.async_save=true"),
-        (*ONE_RANK, "parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=8"),
-        (*ONE_RANK, "parallel.context_parallel_size=2", "train.batching=packed", "algorithm.routing_replay=true"),
+        # Experts spread over the replicas.
+        pytest.param(("parallel.tensor_model_parallel_size=1",), id="dp2_ep2", marks=pytest.mark.nightly),
+        pytest.param(
+            (
+                *ONE_RANK,
+                "parallel.use_distributed_optimizer=true",
+                "train.batching=packed",
+                "checkpoint.async_save=true",
+            ),
+            id="dp2_sharded_optimizer_packed",
+        ),
+        pytest.param((*ONE_RANK, "parallel.pipeline_model_parallel_size=2", "train.micro_batch_size=8"), id="pp2"),
+        pytest.param(
+            (*ONE_RANK, "parallel.context_parallel_size=2", "train.batching=packed", "algorithm.routing_replay=true"),
+            id="cp2_packed",
+        ),
     ],
-    ids=["dp2_ep2", "dp2_sharded_optimizer_packed", "pp2", "cp2_packed"],
 )
 def test_other_layouts_learn_the_same_from_the_same_first_batch(policy, tmp_path, one_step_of_tp2_ep2, overrides):
     """The supervised phase sees the same examples in every layout, so the policies it leaves behind must agree."""

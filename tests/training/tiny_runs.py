@@ -7,16 +7,19 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
 from megatron_dppo.tasks.config import TaskConfig
-from tests.forked_ranks import run_script
+from tests.forked_ranks import free_port, rank_environment, run_script, start_ranks
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_dppo.py"
+QUICK_SCRIPT = Path(__file__).with_name("quick_run_script.py")
 QUICKSTART = ROOT / "examples" / "conf" / "quickstart.yaml"
 # Wall-clock figures differ between runs; everything else is a function of the seed.
 TIMED = ("time/", "throughput/", "memory/")
@@ -39,9 +42,9 @@ def training_arguments(policy: Path, runs: Path, name: str, *overrides: str) -> 
     return ["--config", str(QUICKSTART), *settings, *overrides]
 
 
-def start_training(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
-    """Start the quick start with overrides, by torchrun; the caller waits for it or kills it."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def launch_training(policy: Path, runs: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
+    """Start the quick start with overrides as a user does, by torchrun: each rank imports everything anew."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*launcher, str(SCRIPT), *training_arguments(policy, runs, name, *overrides)],
         cwd=runs,
@@ -53,24 +56,48 @@ def start_training(policy: Path, runs: Path, name: str, *overrides: str, process
     )
 
 
-def kill(launcher: subprocess.Popen[str]) -> None:
-    """SIGKILL torchrun and everything below it: ranks are in sessions of their own and would outlive their launcher."""
-    processes = process_tree(launcher)
-    for process in processes:
-        process.kill()
-    psutil.wait_procs(processes, timeout=60)
-    launcher.wait()
+@dataclass(frozen=True)
+class StartedRun:
+    """A run on forked ranks, whose output goes to ``log``."""
+
+    ranks: list[BaseProcess]
+    log: Path
+
+    def processes(self) -> list[psutil.Process]:
+        """The ranks and everything below them that is there now."""
+        ranks = [psutil.Process(rank.pid) for rank in self.ranks]
+        return [*ranks, *(process for rank in ranks for process in rank.children(recursive=True))]
+
+    def kill(self) -> None:
+        """SIGKILL all of them."""
+        processes = self.processes()
+        for process in processes:
+            process.kill()
+        for rank in self.ranks:
+            rank.join()
+        psutil.wait_procs(processes, timeout=60)
+
+    def ends(self, within_s: float) -> tuple[list[int], str]:
+        """Exit codes and output, when all ranks have ended by themselves."""
+        for rank in self.ranks:
+            wait_until(lambda rank=rank: rank.exitcode is not None, within_s=within_s, what=f"the end of {rank}")
+        return [rank.exitcode for rank in self.ranks], self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def process_tree(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    top = psutil.Process(launcher.pid)
-    return [top, *top.children(recursive=True)]
-
-
-def train(policy: Path, runs: Path, name: str, *overrides: str, processes: int = 2, timeout: float = 280) -> list[dict]:
-    """Run to the end, on forked ranks; returns the records of metrics.jsonl."""
+def start_training(policy: Path, runs: Path, name: str, *overrides: str) -> StartedRun:
+    """Start the quick start with overrides on two forked ranks; the caller waits for its end or kills it."""
+    port, log = free_port(), runs / f"{name}.log"
+    environments = [rank_environment(rank, 2, port) for rank in range(2)]
     arguments = training_arguments(policy, runs, name, *overrides)
-    code, output = run_script(SCRIPT, arguments, ranks=processes, folder=runs, timeout=timeout)
+    return StartedRun(start_ranks(SCRIPT, arguments, environments, folder=runs, log=log), log)
+
+
+def train(
+    policy: Path, runs: Path, name: str, *overrides: str, script: Path = QUICK_SCRIPT, timeout: float = 280
+) -> list[dict]:
+    """Run to the end, on two forked ranks; returns the records of metrics.jsonl."""
+    arguments = training_arguments(policy, runs, name, *overrides)
+    code, output = run_script(script, arguments, ranks=2, folder=runs, timeout=timeout)
     assert code == 0, output[-4000:]
     return read_metrics(runs / name)
 

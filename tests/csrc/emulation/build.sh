@@ -14,11 +14,9 @@ case $kind in
 esac
 compile="${CXX:-g++} -std=c++17 -O1 -g -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas
   -Wno-unused-function -DDPPO_HOST_EMULATION -I$emulation -I$csrc -isystem ${CUDA_HOME:-/usr/local/cuda}/include"
-objects=${4:-}
-if [[ -z $objects ]]; then
-  objects=$(mktemp -d)
-  trap 'rm -rf "$objects"' EXIT
-fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+objects=${4:-$scratch/objects}
 mkdir -p "$objects"
 
 # object_of SOURCE FLAGS...: compiles it, unless that was done, and prints where it is
@@ -35,15 +33,21 @@ object_of() {
 
 scheduler_sanitize=$sanitize
 [[ $kind == tsan ]] && scheduler_sanitize="" # see sanitizers.h
-linked=()
+# As many compilers at a time as there are cores. Each leaves the name of its object in a file.
+compilers=()
 add() {
-  local object
-  object=$(object_of "$@")
-  linked+=("$object")
+  while (($(jobs -rp | wc -l) >= $(nproc))); do
+    wait -n
+  done
+  object_of "$@" >"$scratch/${#compilers[@]}.name" &
+  compilers+=($!)
 }
 add "$emulation/scheduler.cpp" $scheduler_sanitize $define
 add "$emulation/launchers.cpp" $sanitize
 for source in "$csrc"/cuda/*.cu; do
   add "$source" $sanitize
 done
-${CXX:-g++} -shared $sanitize "${linked[@]}" -o "$output" -lpthread
+for compiler in "${compilers[@]}"; do
+  wait "$compiler"
+done
+${CXX:-g++} -shared $sanitize $(cat "$scratch"/*.name) -o "$output" -lpthread
