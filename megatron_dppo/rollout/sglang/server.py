@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,6 +29,11 @@ _HERE = Path(__file__).parent
 _LOG_TAIL_BYTES = 4000
 _HEALTH_TIMEOUT_S = 30.0  # /health generates one token and looks for it once a second
 _TERMINATE_GRACE_S = 3.0
+_PORTS_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT = 10000
+_PORTS_TRIED = 100
+_PORT_IS_TAKEN = "address already in use"  # in the log of a server that ends over it
+_STARTS = 3
 
 # A server is a distributed job of its own: it must not find the trainer's rank or rendezvous in its environment.
 _TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -47,10 +53,20 @@ _CPU_SWITCHES = ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port that was free a moment ago, and that the system gives to nobody who does not ask for it by number.
+
+    A server binds its port when it has loaded the model; by then, one that the system gives away may be the near end of
+    somebody's connection.
+    """
+    first_given_away = 32768
+    with contextlib.suppress(OSError):
+        first_given_away = int(_PORTS_GIVEN_AWAY.read_text().split()[0])
+    ports = range(min(_FIRST_PORT, first_given_away // 2), first_given_away)
+    for port in random.SystemRandom().sample(ports, min(len(ports), _PORTS_TRIED)):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise RolloutError(f"none of {_PORTS_TRIED} ports between {ports.start} and {ports.stop} is free")
 
 
 def prepare_served_folder(model_folder: Path, target: Path) -> Path:
@@ -90,16 +106,24 @@ class SGLangServer:
         self._index = index
         self._return_routed_experts = return_routed_experts
         self._process: subprocess.Popen[bytes] | None = None
-        atexit.register(self.close)
+        self._starts_left = 0
+        self._log_start = 0  # of the present process
 
     def start(self) -> None:
         """Start the process and return at once; ``wait_until_ready`` waits."""
+        self._starts_left = _STARTS
+        self._start()
+
+    def _start(self) -> None:
         self.close()
+        self._starts_left -= 1
         port = free_port()
         self.url = f"http://{self._config.host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._process = self._spawn(self._command(port), log)
+        atexit.register(self.close)
 
     def _spawn(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         guard = [sys.executable, str(_HERE / "server_guard.py"), str(os.getpid())]
@@ -141,6 +165,9 @@ class SGLangServer:
         deadline = time.monotonic() + self._config.startup_timeout_s
         while time.monotonic() < deadline:
             if not self.is_running():
+                if self._starts_left > 0 and _PORT_IS_TAKEN.encode() in self.log_path.read_bytes()[self._log_start :]:
+                    self._start()  # with another one
+                    continue
                 raise RolloutError(f"the SGLang server ended while starting up. {self._log_tail()}")
             try:
                 transport.call(self.url, "/health", None, min(_HEALTH_TIMEOUT_S, self._config.startup_timeout_s))

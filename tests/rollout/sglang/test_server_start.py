@@ -1,0 +1,73 @@
+"""Starting a server process: its port is its own, and one that was taken while it loaded is changed for another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_dppo.errors import RolloutError
+from megatron_dppo.rollout.sglang import SGLangConfig
+from megatron_dppo.rollout.sglang.server import SGLangServer, free_port
+from megatron_dppo.rollout.sglang.transport import Transport
+
+HEALTHY = """
+import http.server, sys
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
+
+
+@pytest.fixture
+def transport() -> Iterator[Transport]:
+    transport = Transport()
+    yield transport
+    transport.close()
+
+
+def _server(folder: Path, failures: int) -> SGLangServer:
+    """What is started ends so often as a server does whose port is taken, and is healthy then."""
+    (folder / "healthy.py").write_text(HEALTHY)
+    interpreter = folder / "python"
+    interpreter.write_text(
+        f"#!/bin/sh\necho start >> {folder}/starts\n"
+        f"[ $(wc -l < {folder}/starts) -le {failures} ] && echo '[Errno 98] address already in use' && exit 1\n"
+        f'exec {sys.executable} {folder}/healthy.py "$@"\n'
+    )
+    interpreter.chmod(0o755)
+    config = SGLangConfig(python=str(interpreter), startup_timeout_s=60.0)
+    return SGLangServer(config, folder, "float32", folder, 0)
+
+
+def test_ports_are_not_among_those_that_the_system_gives_away() -> None:
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert all(1024 < free_port() < first for _ in range(20))
+
+
+def test_a_server_whose_port_was_taken_starts_on_another(tmp_path: Path, transport: Transport) -> None:
+    server = _server(tmp_path, failures=1)
+    try:
+        server.start()
+        url = server.url
+        server.wait_until_ready(transport)
+        assert server.url != url
+        assert server.is_running()
+    finally:
+        server.close()
+
+
+def test_a_server_that_finds_no_port_is_given_up(tmp_path: Path, transport: Transport) -> None:
+    server = _server(tmp_path, failures=9)
+    server.start()
+    with pytest.raises(RolloutError, match="address already in use"):
+        server.wait_until_ready(transport)
+    assert (tmp_path / "starts").read_text().count("start") == 3
+    server.close()
