@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_dppo.errors import ConfigError
+from megatron_dppo.rollout.sglang.keys import ServerKeys
 
 VERIFY_CHOICES = ("checksum", "none")
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
@@ -43,6 +44,9 @@ class SGLangConfig:
             experts packed for one GPU's kernels).
         master_address: address of the trainer's rank 0 as seen from the servers; None: found by asking the routing
             table.
+        api_key_variable: environment variable with the key that servers ask for (SGLang's ``--api-key``); started servers get
+            it. None: they ask for none, and whoever reaches them can use them.
+        admin_api_key_variable: likewise (``--admin-api-key``), for what changes a server: above all its weights.
         extra_args: further arguments for ``python -m sglang.launch_server``, e.g. ``["--mem-fraction-static", "0.8"]``.
     """
 
@@ -66,7 +70,14 @@ class SGLangConfig:
     max_senders: int = 4
     verify: str = "checksum"
     master_address: str | None = None
+    api_key_variable: str | None = None
+    admin_api_key_variable: str | None = None
     extra_args: list[str] = field(default_factory=list)
+
+    @property
+    def keys(self) -> ServerKeys:
+        """Raises ConfigError if they are not where they should be."""
+        return ServerKeys.read(self.api_key_variable, self.admin_api_key_variable)
 
     def check(self) -> None:
         """Raise ConfigError naming the first field whose value cannot work."""
@@ -78,6 +89,7 @@ class SGLangConfig:
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"SGLangConfig.{name} must be positive, not {getattr(self, name)}")
+        _ = self.keys
         if self.request_timeout_s >= self.generate_timeout_s:
             raise ConfigError(
                 f"SGLangConfig.request_timeout_s = {self.request_timeout_s:g} must be below generate_timeout_s = "

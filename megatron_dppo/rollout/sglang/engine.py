@@ -73,7 +73,7 @@ class SGLangEngine:
         self._unusable_because: str | None = "no weights were sent yet: call update_weights before generating"
         self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
         self._is_leader = replica_group is None or dist.get_rank(replica_group) == 0
-        self._transport = Transport()
+        self._transport = Transport(config.keys)
         self._client = RolloutClient(self._transport, config, self._routing)
         self._pool: ServerPool | None = None  # on the owner
         self._sync: WeightSync | None = None

@@ -100,6 +100,7 @@ class SGLangServer:
     ) -> None:
         self.log_path = log_folder / f"sglang_server_{index}.log"
         self.url = ""
+        self._key_file = log_folder / f"sglang_server_{index}_keys.yaml"
         self._config = config
         self._model_folder = model_folder
         self._dtype = dtype
@@ -153,12 +154,24 @@ class SGLangServer:
             "--skip-tokenizer-init",
         ]
         command += [SERVER_FLAG] if self._return_routed_experts else []
+        command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
             command += ["--base-gpu-id", str(first_gpu(config, self._index, torch.cuda.device_count()))]
         else:
             command += [word for flag in _CPU_FLAGS.items() for word in flag] + _CPU_SWITCHES
         return command + list(config.extra_args)
+
+    def _key_arguments(self) -> list[str]:
+        """The keys by way of a file that is nobody else's: arguments are there for all to see, in the log as well."""
+        keys = {"api-key": self._config.keys.api, "admin-api-key": self._config.keys.admin}
+        keys = {name: key for name, key in keys.items() if key is not None}
+        if not keys:
+            return []
+        self._key_file.unlink(missing_ok=True)
+        with os.fdopen(os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(keys, file)  # which is YAML too
+        return ["--config", str(self._key_file)]
 
     def wait_until_ready(self, transport: Transport) -> None:
         """Return when the server has generated a token. Raises RolloutError, with the log's end, if it does not."""
@@ -188,6 +201,7 @@ class SGLangServer:
 
     def close(self) -> None:
         """End the server and every process of its group. Safe to call twice."""
+        self._key_file.unlink(missing_ok=True)
         if self._process is None:
             return
         process, self._process = self._process, None

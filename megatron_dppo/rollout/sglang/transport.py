@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.errors import RefusedRequestError, TransientServerError
+from megatron_dppo.rollout.sglang.keys import ServerKeys
 
 with from_extra("sglang"):
     import aiohttp
@@ -21,7 +22,9 @@ T = TypeVar("T")
 class Transport:
     """Runs coroutines on a background event loop, so that the trainer's thread stays free to broadcast weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: ServerKeys = ServerKeys()) -> None:  # noqa: B008  it cannot be changed
+        """``keys``: for the servers that ask for some."""
+        self._keys = keys
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
@@ -48,7 +51,11 @@ class Transport:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(
-                "GET" if body is None else "POST", url + path, json=body, timeout=timeout
+                "GET" if body is None else "POST",
+                url + path,
+                json=body,
+                timeout=timeout,
+                headers=self._keys.headers(path),
             ) as response:
                 status, text = response.status, await response.text()
         except asyncio.TimeoutError as error:

@@ -13,10 +13,11 @@ import psutil
 import pytest
 import torch
 
-from megatron_dppo.errors import RolloutError
+from megatron_dppo.errors import RefusedRequestError, RolloutError
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
 from megatron_dppo.rollout.sglang import server as server_module
+from megatron_dppo.rollout.sglang.keys import ServerKeys
 from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.whole_weights import WholeWeights
@@ -90,16 +91,33 @@ def test_a_model_folder_without_a_config_is_refused_before_anything_starts(tmp_p
         SGLangEngine(server_config(), tmp_path, vocab_size=250, dtype=torch.float32, log_folder=tmp_path)
 
 
+def _assert_only_who_has_the_keys_is_let_in(url: str, folder: Path) -> None:
+    for keys in (ServerKeys(), ServerKeys(api="of those who generate")):
+        stranger = Transport(keys)
+        with pytest.raises(RefusedRequestError, match="401"):
+            stranger.call(url, "/pause_generation", {}, timeout_s=10)
+        if keys.api is None:
+            with pytest.raises(RefusedRequestError, match="401"):
+                stranger.call(url, "/generate", {"input_ids": [1]}, timeout_s=10)
+        stranger.close()
+    shown = [(folder / "sglang_server_0.log").read_text(), *(" ".join(p.cmdline()) for p in _processes_of(folder))]
+    assert not any("of those who change weights" in text.partition("server_args=")[0] for text in shown)
+
+
 @pytest.mark.timeout(600)
-def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path):
-    """Two servers; one dies mid-generation and is started again by the next update; then both die."""
-    engine = _engine(tmp_path, num_servers=2, generate_timeout_s=100.0)  # also to find out that none is left
+def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, monkeypatch):
+    """Two servers that ask for keys; one dies mid-generation and is started again by the next update; then both die."""
+    monkeypatch.setenv("API_KEY", "of those who generate")
+    monkeypatch.setenv("ADMIN_KEY", "of those who change weights")
+    keys = {"api_key_variable": "API_KEY", "admin_api_key_variable": "ADMIN_KEY"}
+    engine = _engine(tmp_path, num_servers=2, generate_timeout_s=100.0, **keys)  # also to find out that none is left
     try:
         hf_model, tensors = tiny_weights("llama", seed=1)
         subject = EngineUnderTest(engine, hf_model, lambda *_: None)
         # Some 10,000 tokens: seconds of work for two servers, so that they die in the midst of it.
         prompts, long = make_prompts(250, [4] * 12), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
         engine.update_weights(WholeWeights(tensors), version=1)
+        _assert_only_who_has_the_keys_is_let_in(engine._pool.urls[0], tmp_path)
 
         killer = _signal_when_they_work(engine._pool._started[:1])
         samples = engine.generate(prompts, long)
