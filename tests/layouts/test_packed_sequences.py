@@ -48,6 +48,7 @@ FOUR_RANK_LAYOUTS: dict[str, dict[str, Any]] = {
         "moe_token_dispatcher": "allgather",
     },
 }
+# Nightly, what tests/layouts/test_parity_matrix.py packs in the same layout on every push.
 CASES = [
     ("qwen3", "one rank"),
     ("qwen3", "TP2"),

@@ -38,6 +38,7 @@ def _gradients(folder: str, layout: dict[str, Any], recompute: dict[str, Any], p
         ("qwen3", "one rank", "full", True),
         ("qwen3", "one rank", "attention", True),
         ("qwen3", "one rank", "MLP", False),
+        # Nightly, a second layout or granularity of what is here already.
         pytest.param("qwen3_moe", "TP2 EP2", "full", True, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "TP2 EP2", "experts", True, marks=pytest.mark.nightly),
         pytest.param("qwen3_moe", "TP2 EP2 allgather", "experts", False, marks=pytest.mark.slow),
