@@ -48,20 +48,19 @@ FOUR_RANK_LAYOUTS: dict[str, dict[str, Any]] = {
         "moe_token_dispatcher": "allgather",
     },
 }
-# Nightly, what tests/layouts/test_parity_matrix.py packs in the same layout on every push.
 CASES = [
     ("qwen3", "one rank"),
     ("qwen3", "TP2"),
     ("qwen3", "CP2"),
     pytest.param("qwen3_tied", "PP2 VPP2", marks=pytest.mark.slow),
-    pytest.param("qwen3_moe", "TP2 EP2", marks=pytest.mark.nightly),
-    pytest.param("qwen3_moe", "TP2 EP2 allgather", marks=pytest.mark.nightly),
-    pytest.param("qwen3_moe", "TP2 EP2 ETP2", marks=pytest.mark.nightly),
-    pytest.param("qwen3_moe", "TP2 EP2 ETP2 allgather", marks=pytest.mark.nightly),
-    pytest.param("qwen3_moe", "CP2", marks=pytest.mark.nightly),
-    pytest.param("qwen3", "CP2 TP2", marks=pytest.mark.nightly),
+    pytest.param("qwen3_moe", "TP2 EP2", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", "TP2 EP2 allgather", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", "TP2 EP2 ETP2", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", "TP2 EP2 ETP2 allgather", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", "CP2", marks=pytest.mark.slow),
+    pytest.param("qwen3", "CP2 TP2", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "CP2 TP2 EP2", marks=pytest.mark.slow),
-    pytest.param("qwen3", "CP2 PP2 VPP2", marks=pytest.mark.nightly),
+    pytest.param("qwen3", "CP2 PP2 VPP2", marks=pytest.mark.slow),
     pytest.param("qwen3", "CP4", marks=pytest.mark.slow),
 ]
 
