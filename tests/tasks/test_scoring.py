@@ -50,7 +50,7 @@ def test_an_empty_batch_has_no_results(scorer: Scorer) -> None:
         ("raise oh no", "error", "RuntimeError: oh no"),
         ("quit", "error", "SystemExit"),
         ("die", "crash", "exit code 3"),
-        ("hang", "timeout", "no score after 1 s"),
+        pytest.param("hang", "timeout", "no score after 1 s", marks=pytest.mark.slow),
         pytest.param("backtrack", "timeout", "no score after 1 s", marks=pytest.mark.slow),
         ("return nan", "invalid", "nan, not in [0, 1]"),
         ("return 1.5", "invalid", "1.5, not in [0, 1]"),
@@ -142,6 +142,7 @@ def test_workers_end_when_their_trainer_is_killed(tmp_path: Path, order: str) ->
     assert _ends(worker, patience_s=60)
 
 
+@pytest.mark.slow
 def test_a_task_that_workers_cannot_build_is_an_error_and_not_a_zero() -> None:
     scorer = Scorer([TaskConfig(name="chain_sums")])
     with pytest.raises(ScoringError, match="no task 'chain_sums'; did you mean chain_sum"):
