@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,10 +31,18 @@ def forkserver() -> Any:
     return context
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that nobody uses, and that was not given before: its user may not have taken it yet."""
+    while True:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -53,37 +62,43 @@ def run_script(script: Path, arguments: Sequence[str], *, ranks: int, folder: Pa
 
     When a rank fails the others have a little time to end by themselves; then they, or after ``timeout`` all, are killed.
     """
-    codes, output = exit_codes(script, arguments, ranks=ranks, folder=folder, timeout=timeout, grace=_GRACE_S)
+    codes, output = start_script(script, arguments, ranks=ranks, folder=folder, timeout=timeout).ends(_GRACE_S)
     return next((code for code in codes if code > 0), next((code for code in codes if code), 0)), output
 
 
-def exit_codes(
-    script: Path,
-    arguments: Sequence[str],
-    *,
-    ranks: int,
-    folder: Path,
-    timeout: float,
-    grace: float = math.inf,
-) -> tuple[list[int], str]:
-    """The exit code of each rank, minus the signal if one ended it, and all output.
+@dataclass(frozen=True)
+class StartedScript:
+    """A script on ranks that may run until ``deadline``."""
 
-    What runs after ``timeout``, or ``grace`` after the first has failed, is killed.
-    """
+    processes: list[BaseProcess]
+    log: Path
+    deadline: float
+
+    def ends(self, grace: float = math.inf) -> tuple[list[int], str]:
+        """The exit code of each rank, minus the signal if one ended it, and all output.
+
+        What runs after the deadline, or ``grace`` after the first has failed, is killed.
+        """
+        deadline = self.deadline
+        while running := [process for process in self.processes if process.exitcode is None]:
+            wait([process.sentinel for process in running], timeout=max(deadline - time.monotonic(), 0.0))
+            if any(process.exitcode for process in self.processes):
+                deadline = min(deadline, time.monotonic() + grace)
+            if time.monotonic() >= deadline:
+                for process in running:
+                    process.kill()
+                    process.join()
+        codes = [process.exitcode for process in self.processes]
+        return codes, self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def start_script(script: Path, arguments: Sequence[str], *, ranks: int, folder: Path, timeout: float) -> StartedScript:
+    """Start ``script`` on so many ranks, in ``folder``, and return at once."""
     log = folder / f"ranks-{time.monotonic_ns()}.log"
     port = free_port()
     environments = [rank_environment(rank, ranks, port) for rank in range(ranks)]
     processes = start_ranks(script, arguments, environments, folder=folder, log=log)
-    deadline = time.monotonic() + timeout
-    while running := [process for process in processes if process.exitcode is None]:
-        wait([process.sentinel for process in running], timeout=max(deadline - time.monotonic(), 0.0))
-        if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + grace)
-        if time.monotonic() >= deadline:
-            for process in running:
-                process.kill()
-                process.join()
-    return [process.exitcode for process in processes], log.read_text(encoding="utf-8", errors="replace")
+    return StartedScript(processes, log, time.monotonic() + timeout)
 
 
 def start_ranks(

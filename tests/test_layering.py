@@ -6,6 +6,7 @@ Read from the sources, imports inside functions included: a layer that is only r
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import shutil
@@ -36,7 +37,7 @@ WITHOUT_MEGATRON = {"__init__", "errors", "ops", "loss", "integrations"}  # when
 
 def findings(package: Path) -> list[str]:
     """Everything that breaks a rule, one line each."""
-    trees = {_module(path, package): ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")}
+    trees = {_module(path, package): _parsed(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")}
     imports = {module: _imports(tree) for module, tree in trees.items()} | {"megatron_dppo._C": set()}  # compiled
     found = []
     for module, names in sorted(imports.items()):
@@ -58,6 +59,11 @@ def findings(package: Path) -> list[str]:
     return found
 
 
+@functools.cache  # a copy of the package differs in one file
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def _module(path: Path, package: Path) -> str:
     return ".".join(["megatron_dppo", *path.relative_to(package).with_suffix("").parts]).removesuffix(".__init__")
 
@@ -67,6 +73,7 @@ def _layer(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+@functools.cache
 def _imports(tree: ast.Module, at_import: bool = False) -> set[str]:
     """Names that are imported, ``from a import b`` as ``a.b``; ``at_import``: without those inside functions."""
     names: set[str] = set()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email import message_from_string
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -58,7 +59,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("csrc", "megatron_dppo"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
-    done = _python("-c", build, cwd=folder, env={"MEGATRON_DPPO_BUILD_EXT": "0"})
+    environment = {**_environment(), "MEGATRON_DPPO_BUILD_EXT": "0"}
+    command = [sys.executable, "-c", build]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return zipfile.ZipFile(next((folder / "dist").glob("*.whl")))
 
@@ -159,7 +164,45 @@ def _normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# --- imports, each in a fresh interpreter
+# --- imports, each in a fresh interpreter: a fork of one that has imported torch, which takes longest, and nothing else
+
+_FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, log = json.loads(line)
+    if (child := os.fork()) == 0:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 2)
+        try:
+            exec(code, {"__name__": "__main__"})
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+Fresh = Callable[[str], tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    """``fresh(code)`` -> exit code (1 for an exception) and standard error of the code in an interpreter of its own."""
+    log = tmp_path_factory.mktemp("fresh") / "stderr"
+    command = [sys.executable, "-W", "ignore", "-c", _FORKS]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        to_it, from_it = process.stdin, process.stdout
+
+        def run(code: str) -> tuple[int, str]:
+            print(json.dumps([code, str(log)]), file=to_it, flush=True)
+            return int(from_it.readline()), log.read_text(encoding="utf-8")
+
+        yield run
+
 
 _ONLY_TORCH = """
 import importlib.abc, sys
@@ -194,9 +237,9 @@ assert "fused_weight_gradient_mlp_cuda" not in sys.modules
 """
 
 
-def test_the_loss_needs_torch_alone_and_leaves_other_packages_as_they_are() -> None:
-    done = _python("-W", "ignore", "-c", f"import pkgutil, importlib\n{_ONLY_TORCH}{_LOSS}")
-    assert done.returncode == 0, done.stderr
+def test_the_loss_needs_torch_alone_and_leaves_other_packages_as_they_are(fresh: Fresh) -> None:
+    code, said = fresh(f"import pkgutil, importlib\n{_ONLY_TORCH}{_LOSS}")
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(
@@ -209,12 +252,13 @@ def test_the_loss_needs_torch_alone_and_leaves_other_packages_as_they_are() -> N
         "import megatron_dppo.models",
     ],
 )
-def test_the_check_of_the_loss_sees_what_it_must_not_do(statement: str) -> None:
-    done = _python("-W", "ignore", "-c", f"import pkgutil, importlib\n{_ONLY_TORCH}{statement}\n{_LOSS}")
-    assert done.returncode == 1
-    assert re.search("blocked: |AssertionError", done.stderr.strip().splitlines()[-1])
+def test_the_check_of_the_loss_sees_what_it_must_not_do(fresh: Fresh, statement: str) -> None:
+    code, said = fresh(f"import pkgutil, importlib\n{_ONLY_TORCH}{statement}\n{_LOSS}")
+    assert code == 1
+    assert re.search("blocked: |AssertionError", said.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "module", "extra"),
     [
@@ -226,44 +270,46 @@ def test_the_check_of_the_loss_sees_what_it_must_not_do(statement: str) -> None:
         ("megatron", "megatron_dppo.distributed.layout", "train"),
     ],
 )
-def test_an_absent_package_is_one_error_that_names_the_extra(package: str, module: str, extra: str) -> None:
-    done = _python("-W", "ignore", "-c", f"import sys; sys.modules[{package!r}] = None; import {module}")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
+def test_an_absent_package_is_one_error_that_names_the_extra(
+    fresh: Fresh, package: str, module: str, extra: str
+) -> None:
+    code, said = fresh(f"import sys; sys.modules[{package!r}] = None; import {module}")
+    assert code == 1
+    last = said.strip().splitlines()[-1]
     assert package in last
     assert f"pip install 'megatron-dppo[{extra}]'" in last
 
 
-def test_drawing_without_matplotlib_names_the_extra(tmp_path: Path) -> None:
+def test_drawing_without_matplotlib_names_the_extra(fresh: Fresh, tmp_path: Path) -> None:
     statement = f"from tools.plot_run import plot; plot([], pathlib.Path({str(tmp_path)!r}))"
-    done = _python("-W", "ignore", "-c", f"import pathlib, sys; sys.modules['matplotlib'] = None; {statement}")
-    assert done.returncode == 1
-    assert "pip install 'megatron-dppo[plots]'" in done.stderr
+    code, said = fresh(f"import pathlib, sys; sys.modules['matplotlib'] = None; {statement}")
+    assert code == 1
+    assert "pip install 'megatron-dppo[plots]'" in said
 
 
-def test_a_run_with_sglang_is_refused_early_without_its_client() -> None:
+@pytest.mark.slow
+def test_a_run_with_sglang_is_refused_early_without_its_client(fresh: Fresh) -> None:
     from megatron_dppo.training.config.check import _check_extras
     from megatron_dppo.training.config.schema import Config, RolloutConfig
 
     _check_extras(Config(rollout=RolloutConfig(engine="sglang")))
     build = "check._check_extras(schema.Config(rollout=schema.RolloutConfig(engine={engine!r})))"
     block = "import sys; sys.modules['aiohttp'] = None\nfrom megatron_dppo.training.config import check, schema\n"
-    assert _python("-W", "ignore", "-c", block + build.format(engine="embedded")).returncode == 0
-    done = _python("-W", "ignore", "-c", block + build.format(engine="sglang"))
-    assert "ConfigError: rollout.engine=sglang: aiohttp is not installed" in done.stderr
-    assert "megatron-dppo[sglang]" in done.stderr
+    assert fresh(block + build.format(engine="embedded"))[0] == 0
+    _, said = fresh(block + build.format(engine="sglang"))
+    assert "ConfigError: rollout.engine=sglang: aiohttp is not installed" in said
+    assert "megatron-dppo[sglang]" in said
 
 
+@pytest.mark.slow
 def test_the_trainer_needs_the_packages_of_other_extras_only_where_they_are_used(
-    requirements: dict[str, set[str]],
+    fresh: Fresh, requirements: dict[str, set[str]]
 ) -> None:
     others = {"aiohttp", "tenacity", "reasoning_gym", "math_verify", "matplotlib", "gguf", "accelerate", "sglang"}
     assert not {_normalised(name) for name in others} & requirements["train"]
     block = f"import sys; sys.modules.update(dict.fromkeys({sorted(others)!r}))"
-    done = _python(
-        "-W", "ignore", "-c", f"{block}; import megatron_dppo.training.run, megatron_dppo.training.config.load"
-    )
-    assert done.returncode == 0, done.stderr
+    code, said = fresh(f"{block}; import megatron_dppo.training.run, megatron_dppo.training.config.load")
+    assert code == 0, said
 
 
 # --- one set of versions
@@ -276,14 +322,5 @@ def test_pre_commit_and_constraints_name_the_same_versions() -> None:
     assert set(hooks) <= set(tested)
 
 
-def _python(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**environment, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -5,24 +5,44 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_dppo.distributed.lifeline import EXIT_ANOTHER_FAILED
-from tests.forked_ranks import exit_codes, free_port
+from tests.forked_ranks import free_port, start_script
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("lifeline_script.py")
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize(("fault", "code"), [("error", 1), ("SIGKILL", -9), ("exit", 9)])
-def test_all_ranks_end_when_one_has_failed(tmp_path: Path, fault: str, code: int, who: int) -> None:
-    codes, output = exit_codes(SCRIPT, [fault, str(who)], ranks=2, folder=tmp_path, timeout=30)
-    assert codes[who] == code, output
+# Arguments of the script and number of ranks.
+Case = tuple[tuple[str, ...], int]
+ONE_FAILS: list[Case] = [((fault, who), 2) for fault in ("error", "SIGKILL", "exit") for who in ("0", "1")]
+CONNECTION_BREAKS: list[Case] = [((fault, "1", "in a collective"), 3) for fault in ("error", "SIGKILL")]
+ALL_ARE_DONE: list[Case] = [((ending, "0"), 3) for ending in ("none", "stop")]
+CLEAN_UP_HANGS: Case = (("clean-up hangs", "1"), 2)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[int], str]]:
+    """``ends(*case)`` -> exit codes and output. All run at the same time: each of them does little but wait."""
+    cases = [*ONE_FAILS, *CONNECTION_BREAKS, *ALL_ARE_DONE, CLEAN_UP_HANGS]
+    started = {
+        case: start_script(SCRIPT, case[0], ranks=case[1], folder=tmp_path_factory.mktemp("ranks"), timeout=60)
+        for case in cases
+    }
+    return lambda *case: started[case].ends()
+
+
+@pytest.mark.parametrize("case", ONE_FAILS, ids=str)
+def test_all_ranks_end_when_one_has_failed(ends: Callable[..., tuple[list[int], str]], case: Case) -> None:
+    fault, who = case[0][0], int(case[0][1])
+    codes, output = ends(*case)
+    assert codes[who] == {"error": 1, "SIGKILL": -9, "exit": 9}[fault], output
     assert codes[1 - who] == EXIT_ANOTHER_FAILED, output
     if fault == "error":
         assert output.count("\nMemoryError: too much") == 1  # one traceback
@@ -32,32 +52,35 @@ def test_all_ranks_end_when_one_has_failed(tmp_path: Path, fault: str, code: int
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "reason"),
+    ("case", "code", "reason"),
     [
-        ("error", 1, "rank 1 failed with MemoryError: too much"),
-        ("SIGKILL", -9, "rank 1 has given no sign of life for 6 s"),
+        (CONNECTION_BREAKS[0], 1, "rank 1 failed with MemoryError: too much"),
+        (CONNECTION_BREAKS[1], -9, "rank 1 has given no sign of life for 6 s"),
     ],
+    ids=["error", "SIGKILL"],
 )
 def test_a_rank_whose_connection_breaks_names_the_one_that_failed(
-    tmp_path: Path, fault: str, code: int, reason: str
+    ends: Callable[..., tuple[list[int], str]], case: Case, code: int, reason: str
 ) -> None:
-    codes, output = exit_codes(SCRIPT, [fault, "1", "in a collective"], ranks=3, folder=tmp_path, timeout=40)
+    codes, output = ends(*case)
     assert codes == [EXIT_ANOTHER_FAILED, code, EXIT_ANOTHER_FAILED], output
     for rank in (0, 2):
         assert f"rank {rank} ends: {reason}" in output
     assert "gloo" not in output  # which would be a traceback of a rank that did nothing wrong
 
 
-@pytest.mark.parametrize(("ending", "code"), [("none", 0), ("stop", 1)])
-def test_ranks_that_are_done_at_different_times_end_well(tmp_path: Path, ending: str, code: int) -> None:
-    codes, output = exit_codes(SCRIPT, [ending, "0"], ranks=3, folder=tmp_path, timeout=60)
+@pytest.mark.parametrize(("case", "code"), [(ALL_ARE_DONE[0], 0), (ALL_ARE_DONE[1], 1)], ids=["none", "stop"])
+def test_ranks_that_are_done_at_different_times_end_well(
+    ends: Callable[..., tuple[list[int], str]], case: Case, code: int
+) -> None:
+    codes, output = ends(*case)
     assert codes == [code] * 3, output
     assert "ends:" not in output
-    assert output.count("StopRequested: asked to") == (3 if ending == "stop" else 0)
+    assert output.count("StopRequested: asked to") == (3 if code else 0)
 
 
-def test_a_rank_whose_clean_up_hangs_is_ended_too(tmp_path: Path) -> None:
-    codes, output = exit_codes(SCRIPT, ["clean-up hangs", "1"], ranks=2, folder=tmp_path, timeout=30)
+def test_a_rank_whose_clean_up_hangs_is_ended_too(ends: Callable[..., tuple[list[int], str]]) -> None:
+    codes, output = ends(*CLEAN_UP_HANGS)
     assert codes == [EXIT_ANOTHER_FAILED, 1], output
     assert "error: rank 1 failed with MemoryError: too much (its clean-up did not end)" in output
     assert "rank 0 ends: rank 1 failed with MemoryError: too much" in output
@@ -68,6 +91,7 @@ def test_a_rank_whose_clean_up_hangs_is_ended_too(tmp_path: Path) -> None:
     [
         ("error", 1),
         ("SIGKILL", 0),
+        # Each fault and each rank has been there.
         pytest.param("error", 0, marks=pytest.mark.nightly),
         pytest.param("SIGKILL", 1, marks=pytest.mark.nightly),
     ],

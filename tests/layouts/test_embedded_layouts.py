@@ -124,8 +124,10 @@ def _tokens_per_layout(kind: str, parallel: ParallelConfig) -> list[tuple]:
     ("world_size", "layout"),
     [
         (2, "tp2_ep2"),
-        (2, "tp2_etp2"),
-        *(pytest.param(2, name, marks=pytest.mark.slow) for name in ("tp2_without_sequence_parallel", "pp2_tied")),
+        *(
+            pytest.param(2, name, marks=pytest.mark.slow)
+            for name in ("tp2_etp2", "tp2_without_sequence_parallel", "pp2_tied")
+        ),
         *(pytest.param(4, name, marks=pytest.mark.slow) for name in ("tp2_pp2", "tp2_ep4")),
     ],
 )

@@ -72,18 +72,17 @@ def _gradients(folder: str, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
     [
         ("qwen3", "TP2"),
         ("qwen3_moe", "TP2 EP2"),
-        # Kinds that are no policy of tests/layouts/test_parity_matrix.py; the others, nightly, are in its layouts.
-        pytest.param("qwen2", "TP2", marks=pytest.mark.slow),
+        pytest.param("qwen3_tied", "PP2", marks=pytest.mark.slow),
         pytest.param("llama_tied", "PP2 VPP2", marks=pytest.mark.slow),
-        pytest.param("qwen3_tied", "PP2", marks=pytest.mark.nightly),
-        pytest.param("qwen3", "CP2", marks=pytest.mark.nightly),
-        pytest.param("qwen3", "TP2 without sequence parallelism", marks=pytest.mark.nightly),
-        pytest.param("qwen3_moe", "EP2", marks=pytest.mark.nightly),
-        pytest.param("qwen3_moe", "TP2", marks=pytest.mark.nightly),
-        pytest.param("qwen3_moe", "TP2 EP2 allgather", marks=pytest.mark.nightly),
-        pytest.param("qwen3_moe", "EP2 allgather", marks=pytest.mark.nightly),
-        pytest.param("qwen3_moe", "TP2 allgather", marks=pytest.mark.nightly),  # experts split over TP
-        pytest.param("llama", "DP2", marks=pytest.mark.nightly),
+        pytest.param("qwen3", "CP2", marks=pytest.mark.slow),
+        pytest.param("qwen3", "TP2 without sequence parallelism", marks=pytest.mark.slow),
+        pytest.param("qwen2", "TP2", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "EP2", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "TP2", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "TP2 EP2 allgather", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "EP2 allgather", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "TP2 allgather", marks=pytest.mark.slow),  # experts split over TP
+        pytest.param("llama", "DP2", marks=pytest.mark.slow),
     ],
 )
 def test_gradients_are_those_of_the_hugging_face_model(

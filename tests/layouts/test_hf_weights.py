@@ -28,16 +28,10 @@ from tests.models.tiny_policies import KINDS, tiny_hf_model, write_tiny_hf_model
 from tests.rank_pool import RankPools
 
 FAST_LAYOUTS = [("qwen3_moe", "TP2 EP2"), ("qwen3_tied", "PP2 VPP2"), ("qwen2", "TP2")]
-# Each way to cut a tensor. That a layout computes the same is tests/layouts/test_parity_matrix.py.
 SLOW_LAYOUTS = [
-    ("llama_tied", "TP2"),
-    ("llama", "PP2"),
-    ("qwen3_moe", "PP2 VPP2"),
-    ("qwen3_moe", "TP2"),
-    ("qwen3_moe", "EP2"),
-]
-NIGHTLY_LAYOUTS = [
     ("llama", "TP2"),
+    ("llama", "PP2"),
+    ("llama_tied", "TP2"),
     ("llama_tied", "PP2"),
     ("qwen3", "TP2"),
     ("qwen3", "PP2"),
@@ -45,7 +39,10 @@ NIGHTLY_LAYOUTS = [
     ("qwen3", "DP2"),
     ("qwen3", "CP2"),
     ("qwen3_tied", "PP2"),
+    ("qwen3_moe", "PP2 VPP2"),
+    ("qwen3_moe", "TP2"),
     ("qwen3_moe", "PP2"),
+    ("qwen3_moe", "EP2"),
     ("qwen3_moe", "EP2 allgather"),
     ("qwen3_moe", "TP2 EP2 allgather"),
     ("qwen3_moe", "TP2 allgather"),
@@ -96,9 +93,7 @@ def test_two_ranks_have_the_logits_and_weights_of_the_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "layout"), [*SLOW_LAYOUTS, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY_LAYOUTS)]
-)
+@pytest.mark.parametrize(("kind", "layout"), SLOW_LAYOUTS)
 def test_other_layouts_have_the_logits_and_weights_of_the_checkpoint(
     kind: str, layout: str, ranks: RankPools, tmp_path: Path
 ) -> None:
@@ -109,39 +104,22 @@ def test_other_layouts_have_the_logits_and_weights_of_the_checkpoint(
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(
-            {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
-            id="PP2 TP2 EP2",
-        ),
-        pytest.param(
-            {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
-            id="TP2 EP2 ETP2",
-        ),
-        pytest.param(
-            {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
-            id="PP2 EP2",
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-                "tensor_model_parallel_size": 2,
-            },
-            id="PP2 VPP2 TP2",
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            {
-                "tensor_model_parallel_size": 2,
-                "expert_model_parallel_size": 2,
-                "expert_tensor_parallel_size": 2,
-                "moe_token_dispatcher": "allgather",
-            },
-            id="TP2 EP2 ETP2 allgather",
-            marks=pytest.mark.nightly,
-        ),
+        {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "tensor_model_parallel_size": 2,
+        },
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+        {
+            "tensor_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 2,
+            "moe_token_dispatcher": "allgather",
+        },
     ],
+    ids=["PP2 TP2 EP2", "PP2 EP2", "PP2 VPP2 TP2", "TP2 EP2 ETP2", "TP2 EP2 ETP2 allgather"],
 )
 def test_four_ranks_have_the_logits_and_weights_of_the_checkpoint(
     layout: dict[str, int], ranks: RankPools, tmp_path: Path

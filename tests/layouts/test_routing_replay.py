@@ -132,22 +132,16 @@ def _reference(batching: str, folder: Path) -> tuple[float, dict[str, torch.Tens
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("TP2", "packed", "full recompute"),
                 ("TP2 EP2 allgather", "packed", "MoE recompute"),
                 ("EP2", "packed", "full recompute"),
-                ("PP2", "padded", "full recompute, outputs freed once sent"),
-                ("PP2 VPP2", "padded", "full recompute"),
-                ("CP2", "packed", "full recompute"),
-            )
-        ),
-        # Without recomputation, or in another layout: the replay of tests/layouts/test_parity_matrix.py.
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in (
-                ("TP2", "packed", "full recompute"),
                 ("EP2 allgather", "padded", "full recompute"),
+                ("PP2", "padded", "full recompute, outputs freed once sent"),
                 ("PP2", "packed", "MoE recompute"),
+                ("PP2 VPP2", "padded", "full recompute"),
                 ("PP2 VPP2", "packed", "no recompute"),
                 ("CP2", "padded", "no recompute"),
+                ("CP2", "packed", "full recompute"),
             )
         ),
     ],

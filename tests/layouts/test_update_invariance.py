@@ -102,6 +102,7 @@ BATCHINGS = (
     ("aggregation", "batchings"),
     [
         ("token_mean", BATCHINGS),
+        # In these layouts they are columns of the matrix.
         pytest.param("seq_mean_token_mean", BATCHINGS[:2], marks=pytest.mark.nightly),
         pytest.param("seq_mean_token_sum_norm", BATCHINGS[:2], marks=pytest.mark.nightly),
     ],

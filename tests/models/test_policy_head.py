@@ -93,12 +93,12 @@ def test_one_rank(ranks: RankPools, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "layout", "overrides"),
     [
-        pytest.param("qwen3", "TP2", {}, marks=pytest.mark.nightly),
-        pytest.param("qwen3_tied", "TP2", {}, marks=pytest.mark.nightly),
-        pytest.param("qwen3", "TP2 without sequence parallelism", {}, marks=pytest.mark.nightly),
+        ("qwen3", "TP2", {}),
+        ("qwen3_tied", "TP2", {}),
+        ("qwen3", "TP2 without sequence parallelism", {}),
         ("qwen3_tied", "TP2 without sequence parallelism", {}),
         ("qwen3_tied", "PP2", {}),  # two copies of the tied weight, whose gradients Megatron adds up
-        pytest.param("llama", "PP2", {}, marks=pytest.mark.nightly),
+        ("llama", "PP2", {}),
         (
             "qwen3_tied",
             "TP2",

@@ -48,6 +48,7 @@ def test_extraction(extraction: str, response: str, answer: str | None) -> None:
     assert extract_answer(response, extraction) == answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extraction", [name for name in ANSWER_EXTRACTIONS if name != "none"])
 @pytest.mark.parametrize(
     "piece", ["\\boxed{", "\\boxed{\\frac{1", "}", "{", "\\", "<answer>", "</answer>", "*", "`", "\n", "```\n", "$$\n"]

@@ -153,6 +153,7 @@ def test_a_number_has_no_exponent_and_all_its_digits(number: Decimal | float, pl
     assert plain_decimal(number) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece", ["1", ",", "1,", ",111", " 111", "1e", "1.", "-", "- ", "\\,", "1 x 10", "(", "\u22121"]
 )

@@ -50,8 +50,8 @@ def test_an_empty_batch_has_no_results(scorer: Scorer) -> None:
         ("raise oh no", "error", "RuntimeError: oh no"),
         ("quit", "error", "SystemExit"),
         ("die", "crash", "exit code 3"),
-        ("hang", "timeout", "no score after 1 s"),
-        ("backtrack", "timeout", "no score after 1 s"),
+        pytest.param("hang", "timeout", "no score after 1 s", marks=pytest.mark.slow),
+        pytest.param("backtrack", "timeout", "no score after 1 s", marks=pytest.mark.slow),
         ("return nan", "invalid", "nan, not in [0, 1]"),
         ("return 1.5", "invalid", "1.5, not in [0, 1]"),
         ("text good", "invalid", "'good', not a number"),
@@ -83,12 +83,14 @@ def test_a_problem_of_an_unknown_task_is_an_error_that_names_it(scorer: Scorer) 
     assert "elsewhere/0" in str(result.detail)
 
 
+@pytest.mark.slow
 def test_processes_that_a_hanging_scorer_started_are_ended_with_it(scorer: Scorer, tmp_path: Path) -> None:
     (result,) = scorer.score(orders(f"spawn {tmp_path / 'pid'}"))
     assert result.failure == "timeout"
     assert _ends(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.slow
 def test_a_scorer_that_hangs_is_not_waited_for(scorer: Scorer) -> None:
     """It never ends by itself."""
     scorer.start()
@@ -96,6 +98,7 @@ def test_a_scorer_that_hangs_is_not_waited_for(scorer: Scorer) -> None:
     assert result.failure == "timeout"
 
 
+@pytest.mark.slow
 def test_close_ends_the_workers_and_a_later_batch_starts_new_ones() -> None:
     scorer = Scorer([ORDERS], timeout_s=TIMEOUT_S)
     scorer.start()
@@ -139,6 +142,7 @@ def test_workers_end_when_their_trainer_is_killed(tmp_path: Path, order: str) ->
     assert _ends(worker, patience_s=60)
 
 
+@pytest.mark.slow
 def test_a_task_that_workers_cannot_build_is_an_error_and_not_a_zero() -> None:
     scorer = Scorer([TaskConfig(name="chain_sums")])
     with pytest.raises(ScoringError, match="no task 'chain_sums'; did you mean chain_sum"):

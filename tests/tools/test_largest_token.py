@@ -14,6 +14,7 @@ from megatron_dppo.training.config.schema import Config
 ROOT = Path(__file__).parents[2]
 largest_token = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "bench" / "largest_token.py")))
 
+pytestmark = pytest.mark.slow
 SIGNS = pytest.mark.parametrize("advantage", [1.0, -1.0])
 EVERY_DIVERGENCE = pytest.mark.parametrize("divergence", largest_token.DIVERGENCES)
 

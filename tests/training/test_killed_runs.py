@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from megatron_dppo.training.checkpoint.load import last_checkpoint
-from tests.forked_ranks import run_script
+from tests.forked_ranks import StartedScript, run_script
 from tests.training.tiny_runs import (
     QUICK_SCRIPT,
-    StartedRun,
     deterministic_part,
+    kill,
     launch_training,
+    processes_of,
     read_metrics,
     start_training,
     train,
@@ -59,7 +60,7 @@ def killed_in_a_step(policy, tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("killed")
     run = start_training(policy, runs, "run", *SMALL)
     wait_for_step(runs / "run", 4)
-    run.kill()
+    kill(run)
     assert last_checkpoint(runs / "run" / "checkpoints").name == "step_00000003"
     return runs
 
@@ -76,7 +77,7 @@ def test_a_run_that_is_killed_in_a_step_resumes_with_the_same_numbers(policy, wh
         pytest.param(
             ("parallel.expert_model_parallel_size=1", "parallel.use_distributed_optimizer=true"),
             id="TP2 distributed",
-            marks=pytest.mark.nightly,
+            marks=pytest.mark.nightly,  # tests/layouts/test_checkpoint_layouts.py resumes there
         ),
         pytest.param(
             (
@@ -151,6 +152,7 @@ def test_a_run_whose_gradients_stay_nan_stops_with_good_weights_and_evidence(pol
     assert kept["inputs"].rollout_log_probs.isfinite().all()
 
 
+# What a synchronous save leaves when it is killed: on every push in test_checkpoints.py.
 @pytest.mark.parametrize("async_save", [pytest.param("false", marks=pytest.mark.nightly), "true"])
 def test_a_run_that_is_killed_in_a_save_resumes_with_the_same_numbers(policy, whole, tmp_path, async_save):
     settings = (*SMALL, "checkpoint.every=1", f"checkpoint.async_save={async_save}")
@@ -164,9 +166,9 @@ def test_a_run_that_is_killed_in_a_save_resumes_with_the_same_numbers(policy, wh
     assert not list(checkpoints.glob("*.incomplete"))
 
 
-def kill_in_a_save(run: StartedRun, checkpoints: Path) -> Path:
+def kill_in_a_save(run: StartedScript, checkpoints: Path) -> Path:
     """Kill the run while a checkpoint is being written; returns what it leaves behind."""
-    processes = run.processes()
+    processes = processes_of(run)
 
     def suspended_in_a_save() -> Path | None:
         if not (torn := next(checkpoints.glob("step_*.incomplete"), None)):
@@ -180,5 +182,5 @@ def kill_in_a_save(run: StartedRun, checkpoints: Path) -> Path:
         return None
 
     torn = wait_until(suspended_in_a_save, within_s=240, every_s=0.0005, what=f"a save in {checkpoints}")
-    run.kill()
+    kill(run)
     return torn

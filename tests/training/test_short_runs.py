@@ -108,7 +108,7 @@ def one_step_of_tp2_ep2(policy, tmp_path_factory):
 @pytest.mark.parametrize(
     "overrides",
     [
-        # Experts spread over the replicas.
+        # Experts spread over the replicas: on every push in tests/layouts (parity, and the embedded engine).
         pytest.param(("parallel.tensor_model_parallel_size=1",), id="dp2_ep2", marks=pytest.mark.nightly),
         pytest.param(
             (

@@ -7,14 +7,12 @@ import os
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
 from megatron_dppo.tasks.config import TaskConfig
-from tests.forked_ranks import free_port, rank_environment, run_script, start_ranks
+from tests.forked_ranks import StartedScript, run_script, start_script
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -56,40 +54,25 @@ def launch_training(policy: Path, runs: Path, name: str, *overrides: str) -> sub
     )
 
 
-@dataclass(frozen=True)
-class StartedRun:
-    """A run on forked ranks, whose output goes to ``log``."""
-
-    ranks: list[BaseProcess]
-    log: Path
-
-    def processes(self) -> list[psutil.Process]:
-        """The ranks and everything below them that is there now."""
-        ranks = [psutil.Process(rank.pid) for rank in self.ranks]
-        return [*ranks, *(process for rank in ranks for process in rank.children(recursive=True))]
-
-    def kill(self) -> None:
-        """SIGKILL all of them."""
-        processes = self.processes()
-        for process in processes:
-            process.kill()
-        for rank in self.ranks:
-            rank.join()
-        psutil.wait_procs(processes, timeout=60)
-
-    def ends(self, within_s: float) -> tuple[list[int], str]:
-        """Exit codes and output, when all ranks have ended by themselves."""
-        for rank in self.ranks:
-            wait_until(lambda rank=rank: rank.exitcode is not None, within_s=within_s, what=f"the end of {rank}")
-        return [rank.exitcode for rank in self.ranks], self.log.read_text(encoding="utf-8", errors="replace")
-
-
-def start_training(policy: Path, runs: Path, name: str, *overrides: str) -> StartedRun:
+def start_training(policy: Path, runs: Path, name: str, *overrides: str) -> StartedScript:
     """Start the quick start with overrides on two forked ranks; the caller waits for its end or kills it."""
-    port, log = free_port(), runs / f"{name}.log"
-    environments = [rank_environment(rank, 2, port) for rank in range(2)]
     arguments = training_arguments(policy, runs, name, *overrides)
-    return StartedRun(start_ranks(SCRIPT, arguments, environments, folder=runs, log=log), log)
+    return start_script(SCRIPT, arguments, ranks=2, folder=runs, timeout=500)
+
+
+def processes_of(run: StartedScript) -> list[psutil.Process]:
+    """The ranks and everything below them that is there now."""
+    ranks = [psutil.Process(rank.pid) for rank in run.processes]
+    return [*ranks, *(process for rank in ranks for process in rank.children(recursive=True))]
+
+
+def kill(run: StartedScript) -> None:
+    """SIGKILL all of them."""
+    processes = processes_of(run)
+    for process in processes:
+        process.kill()
+    run.ends()
+    psutil.wait_procs(processes, timeout=60)
 
 
 def train(
