@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Install everything, the real SGLang server for CPU included, then lint, type-check and run every test.
 #
-#   tools/run_tests.sh                   all but the nightly tier (under an hour on 2 CPU cores, installation aside)
+#   tools/run_tests.sh                   all but the nightly tier (a quarter of an hour on 2 CPU cores, installation aside)
 #   tools/run_tests.sh --nightly         the tests marked nightly as well
-#   tools/run_tests.sh -m 'not slow'     the fast tier (under 3 minutes); any other pytest arguments work as well
+#   tools/run_tests.sh -m 'not slow'     the fast tier (2 minutes); any other pytest arguments work as well
 #   tools/run_tests.sh --coverage        measures lines and branches too, in every process of the tests; half as slow again
 #   tools/run_tests.sh --megatron-core 0.19.2 [pytest arguments]
 #                                        with another megatron-core; without arguments the tests that depend on it most:
-#                                        models, layouts, one short training run (under 20 minutes)
+#                                        models, layouts, one short training run (5 minutes)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 core_version=
