@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.models.build import build_policy, initialize_randomly
 from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
+from megatron_dppo.training.data.batcher import ReplicaBatch
+from megatron_dppo.training.data.schedule import PlannedMicroBatch, Scheduler
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
 from tests.example_sequences import examples, replica_batch
@@ -35,7 +39,11 @@ def packed(tokens: int) -> dict[str, Any]:
 
 
 def _update(
-    layout: dict[str, Any], train: dict[str, Any], loss: dict[str, Any], anchor: str = "rollout"
+    layout: dict[str, Any],
+    train: dict[str, Any],
+    loss: dict[str, Any],
+    anchor: str = "rollout",
+    batch: Callable[[DPPOStep], ReplicaBatch] | None = None,
 ) -> tuple[dict, dict]:
     """On a rank: metrics of one optimizer step and the weights after it."""
     parallel = ParallelConfig(**layout)
@@ -51,7 +59,7 @@ def _update(
     )
     optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)
     step = DPPOStep(config, policy, optimizer_state)
-    metrics = step.run(replica_batch(step, examples(), 1))
+    metrics = step.run(replica_batch(step, examples(), 1) if batch is None else batch(step))
     return {name: metrics[name] for name in METRICS}, {n: t.clone() for n, t in export_hf_weights(policy.chunks)}
 
 
@@ -120,6 +128,41 @@ def test_a_step_does_not_depend_on_micro_batches_ranks_or_layout(ranks, aggregat
     for layout, train in batchings:
         for result in ranks(2).run(_update, layout, train, loss):
             assert_same_step(result, reference, start)
+
+
+def _each_its_own(step: DPPOStep) -> ReplicaBatch:
+    """Every replica keeps two examples, one to a micro-batch; the last one has the longest."""
+    balanced = replica_batch(step, examples(), 1)
+    replica = parallel_state.get_data_parallel_rank()
+    mine = [
+        PlannedMicroBatch((number,), len(balanced.examples[number].token_ids))
+        for number in (2 * replica, 2 * replica + 1)
+    ]
+    return dataclasses.replace(balanced, steps=[mine])
+
+
+def _tokens_of_replicas(unbalanced: bool) -> int:
+    """Of this one's examples."""
+    initialize_model_parallel(ParallelConfig(), seed=3)
+    scheduler = Scheduler(TrainConfig(**packed(30)), ParallelConfig(), 4, float)
+    lengths = {number: len(example.token_ids) for number, example in enumerate(examples())}
+    owners = scheduler.schedules(lengths, 1)[0].owners()
+    replica = parallel_state.get_data_parallel_rank()
+    return sum(length for n, length in lengths.items() if (n // 2 if unbalanced else owners[n]) == replica)
+
+
+@pytest.mark.slow
+def test_four_replicas_learn_the_same_however_evenly_the_work_is_dealt(ranks):
+    """Loss to 1e-6, every parameter's movement to 1e-5 of its largest."""
+    even, uneven = (ranks(4).run(_tokens_of_replicas, unbalanced) for unbalanced in (False, True))
+    assert max(even) <= 1.2 * sum(even) / 4
+    assert max(uneven) >= 1.4 * sum(uneven) / 4
+    (start,) = ranks(1).run(_initial_weights)
+    loss = {"aggregation": "token_mean"}
+    balanced = ranks(4).run(_update, _layout(), packed(30), loss)[0]
+    for result in ranks(4).run(_update, _layout(), packed(30), loss, "rollout", _each_its_own):
+        assert_same_step(result, balanced, start)
+        assert result[0]["loss"] == pytest.approx(balanced[0]["loss"], rel=0, abs=1e-6)
 
 
 @pytest.mark.slow

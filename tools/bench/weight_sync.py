@@ -3,13 +3,15 @@
 
     python tools/bench/weight_sync.py --server-python .venv-sglang/bin/python
 
-Prints the medians, and what of an update was spent on verifying it. The plain broadcast goes through a gloo group with one
+Prints the medians, what of an update was spent on verifying it, and what tools/plan_sync.py says of it with the rates of this
+machine. The plain broadcast goes through a gloo group with one
 other process on this machine, into memory that is there already. Fp32 weights of 135M parameters (SmolLM2's shapes).
 """
 
 from __future__ import annotations
 
 import argparse
+import runpy
 import statistics
 import tempfile
 import time
@@ -25,7 +27,9 @@ from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
-from megatron_dppo.rollout.sglang.weight_sync import WeightSync
+from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
+from megatron_dppo.rollout.sglang.tile_hash import Piece, hash_pieces
+from megatron_dppo.rollout.sglang.weight_sync import WeightSync, flatten
 from megatron_dppo.rollout.whole_weights import WholeWeights
 
 SMOLLM2 = {
@@ -80,9 +84,54 @@ def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: C
         broadcast()
         plain.append(time.perf_counter() - began)
     update, alone, verify = (statistics.median(seconds[1:]) for seconds in (updates, plain, verifying))
-    print("| update | plain broadcast | ratio | verification, label, continue | of the update |")
-    print("|---|---|---|---|---|")
-    print(f"| {update:.3f} s | {alone:.3f} s | {update / alone:.2f} | {verify:.3f} s | {verify / update:.1%} |")
+    expected = _forecast(engine, tensors, alone)
+    print(
+        "| update | plain broadcast | ratio | verification, label, continue | of the update | planned | planned / update |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    print(
+        f"| {update:.3f} s | {alone:.3f} s | {update / alone:.2f} | {verify:.3f} s | {verify / update:.1%} |"
+        f" {expected:.3f} s | {expected / update:.2f} |"
+    )
+
+
+def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_s: float) -> float:
+    """What tools/plan_sync.py makes of rates that are measured here, none of them in an update."""
+    plan = runpy.run_path(str(Path(__file__).resolve().parents[1] / "plan_sync.py"))
+    config, url = engine._config, engine._sync.urls[0]
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    buckets = WholeWeights(tensors).buckets(dtype=torch.float32, bucket_bytes=config.bucket_bytes, max_senders=1)
+    parts = [tensors[name] for bucket in buckets[:4] for name, _ in bucket.tensors]
+    flat, layout = flatten(parts), engine._sync._servers[0].layout
+    whole = ExpectedChecksums([t for b in buckets for t in b.tensors], engine._sync._shape, layout, torch.float32)
+    named = [(name, tensors[name]) for bucket in buckets[:4] for name, _ in bucket.tensors]
+    hash_s = _seconds(
+        lambda: hash_pieces({key: value for item in named for key, value in _pieces(whole, item).items()})
+    )
+    rates = plan["Rates"](
+        network=num_bytes / broadcast_s,
+        copy=flat.nbytes / _seconds(lambda: flatten(parts)),
+        hash=flat.nbytes / hash_s,
+        call=_seconds(lambda: engine._transport.call(url, "/model_info", None, 60.0)),
+        load=flat.nbytes / _seconds(lambda: flat.clone()),
+        tensor=1e-4,
+        checksum=flat.nbytes / hash_s,
+    )
+    return plan["forecast"](buckets, [(0, 0)] * len(buckets), 4, 1, rates).total
+
+
+def _pieces(expected: ExpectedChecksums, item: tuple[str, torch.Tensor]) -> dict[object, tuple[int, list[Piece]]]:
+    return {(item[0], held): (words, [piece]) for held, (words, piece) in expected.pieces(*item).items()}
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """The median of some."""
+    measured = []
+    for _ in range(7):
+        began = time.perf_counter()
+        action()
+        measured.append(time.perf_counter() - began)
+    return statistics.median(measured)
 
 
 @contextmanager

@@ -147,10 +147,14 @@ class PolicyWeights:
             )
         )
         self._plan = ExportPlan(self._hf_config, places)
+        self._buckets: dict[tuple[torch.dtype, int, int], list[Bucket]] = {}
 
     def buckets(self, *, dtype: torch.dtype, bucket_bytes: int, max_senders: int) -> list[Bucket]:
-        """See ``ExportPlan.buckets``."""
-        return self._plan.buckets(dtype=dtype, bucket_bytes=bucket_bytes, max_senders=max_senders)
+        """See ``ExportPlan.buckets``. The same list for every update: making it takes a second for 235B."""
+        key = (dtype, bucket_bytes, max_senders)
+        if key not in self._buckets:
+            self._buckets[key] = self._plan.buckets(dtype=dtype, bucket_bytes=bucket_bytes, max_senders=max_senders)
+        return self._buckets[key]
 
     @torch.no_grad()
     def fetch(

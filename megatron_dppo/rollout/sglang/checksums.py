@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,12 @@ class ExpectedChecksums:
         self._num_words: dict[_Held, int] = {}
         self._sums: dict[_Held, TileSums] = {}
         self._lay_out(tensors, dtype.itemsize)
+
+    def emptied(self) -> ExpectedChecksums:
+        """The same, of which nothing was hashed yet: what is where is worked out once for all updates."""
+        copied = copy(self)
+        copied._sums = {}
+        return copied
 
     def _lay_out(self, tensors: Iterable[NamedShape], itemsize: int) -> None:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -32,7 +32,7 @@ from megatron_dppo.distributed.collectives import first_error, gather_objects, o
 from megatron_dppo.distributed.point_to_point import Parcel, deliver
 from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import dtype_name
-from megatron_dppo.models.hf.export import Bucket
+from megatron_dppo.models.hf.export import Bucket, NamedShape
 from megatron_dppo.rollout.engine import WeightSource
 from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums, hash_tensors
@@ -79,6 +79,8 @@ class WeightSync:
         self._store: TCPStore | None = None
         self._id = ""
         self._updates = 0
+        self._laid_out: list[NamedShape] = []  # for which the expectations are
+        self._expectations: dict[ServerLayout, ExpectedChecksums] = {}
         self._deadline = 0.0
         self._driver: Future[None] | None = None
 
@@ -108,8 +110,9 @@ class WeightSync:
             expected = self._attempted(lambda: self._expected(buckets))
             self._meet(buckets)
             self._attempted(lambda: self._send(weights, buckets, list(expected.values())))
-            for kind in expected.values():
-                _add_up(kind, sorted({bucket.sender for bucket in buckets}))
+            if self._shape is not None:
+                for layout in dict.fromkeys(server.layout for server in self._servers):
+                    _add_up(expected.get(layout), sorted({bucket.sender for bucket in buckets}))
             on_one_rank(lambda: self._conclude(expected, version))
         except WeightSyncError:
             raise
@@ -129,12 +132,17 @@ class WeightSync:
         return result
 
     def _expected(self, buckets: Sequence[Bucket]) -> dict[ServerLayout, ExpectedChecksums]:
-        """What each kind of server has to hold afterwards; nothing if that is not asked."""
-        if self._shape is None:
+        """What each kind of server has to hold afterwards; nothing if that is not asked, or not for this rank to say."""
+        if self._shape is None or not (self._is_owner or any(self._rank == bucket.sender for bucket in buckets)):
             return {}
         tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
-        layouts = dict.fromkeys(server.layout for server in self._servers)
-        return {layout: ExpectedChecksums(tensors, self._shape, layout, self._dtype) for layout in layouts}
+        if tensors != self._laid_out:
+            layouts = dict.fromkeys(server.layout for server in self._servers)
+            self._expectations = {
+                layout: ExpectedChecksums(tensors, self._shape, layout, self._dtype) for layout in layouts
+            }
+            self._laid_out = tensors
+        return {layout: expected.emptied() for layout, expected in self._expectations.items()}
 
     def _meet(self, buckets: Sequence[Bucket]) -> None:
         """Open a store where senders and servers find each other, and where a rank that fails tells the others."""
@@ -388,17 +396,18 @@ def in_background(action: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _add_up(kind: ExpectedChecksums, senders: Sequence[int]) -> None:
-    """Give rank 0 what all senders have hashed."""
+def _add_up(kind: ExpectedChecksums | None, senders: Sequence[int]) -> None:
+    """Give rank 0 what all senders have hashed. Collective; ``kind`` is None on ranks that are neither."""
     others = [sender for sender in senders if sender != 0]
     if not others:
         return
     rank = dist.get_rank()
-    mine = kind.to_tensor().view(torch.uint8) if rank in others else torch.empty(0, dtype=torch.uint8)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    mine = nothing if kind is None or rank == 0 else kind.to_tensor().view(torch.uint8)
     sizes = gather_objects(len(mine))
     parcels = [Parcel(sender, (0,), sizes[sender]) for sender in others]
     arrived = deliver(parcels, {i: mine for i, sender in enumerate(others) if sender == rank})
-    if rank == 0:
+    if kind is not None and rank == 0:
         for content in arrived.values():
             kind.add_tensor(content.view(torch.int64))
 
