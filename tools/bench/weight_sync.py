@@ -102,7 +102,8 @@ def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     buckets = WholeWeights(tensors).buckets(dtype=torch.float32, bucket_bytes=config.bucket_bytes, max_senders=1)
     parts = [tensors[name] for bucket in buckets[:4] for name, _ in bucket.tensors]
-    flat, layout = flatten(parts), engine._sync._servers[0].layout
+    buffer = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
+    flat, layout = flatten(parts, buffer), engine._sync._servers[0].layout
     whole = ExpectedChecksums([t for b in buckets for t in b.tensors], engine._sync._shape, layout, torch.float32)
     named = [(name, tensors[name]) for bucket in buckets[:4] for name, _ in bucket.tensors]
     hash_s = _seconds(
@@ -110,7 +111,7 @@ def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_
     )
     rates = plan["Rates"](
         network=num_bytes / broadcast_s,
-        copy=flat.nbytes / _seconds(lambda: flatten(parts)),
+        copy=flat.nbytes / _seconds(lambda: flatten(parts, buffer)),
         hash=flat.nbytes / hash_s,
         call=_seconds(lambda: engine._transport.call(url, "/model_info", None, 60.0)),
         load=flat.nbytes / _seconds(lambda: flat.clone()),

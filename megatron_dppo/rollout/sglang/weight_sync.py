@@ -2,9 +2,9 @@
 
     pause -> flush the KV cache -> begin -> buckets (HTTP names, broadcast bytes) -> end -> verify -> label -> continue
 
-Some ranks of the trainer send. Each has a process group with every rank of every server, and broadcasts its buckets there as
-soon as it has them; rank 0 tells the servers bucket by bucket which sender's comes next, the same order to all of them, when
-that sender has it. So while one bucket is on its way and is loaded, the next ones are put together.
+Some ranks of the trainer send. Each has a process group with every rank of every server. Rank 0 tells the servers bucket by
+bucket which sender's comes next, the same order to all of them, when that sender has it; then it is broadcast. So while one
+bucket is on its way and is loaded, the next ones are put together.
 
 SGLang reports success for a tensor whose name it does not know, so nothing it says is believed: the checksums of all its
 parameters are compared with those of what was sent before generation continues.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -199,11 +201,17 @@ class WeightSync:
 
     def _send_mine(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
         on_its_way: dist.Work | None = None
+        # One is filled while the other is on its way. Memory that is new for every bucket costs a CPU more than filling it.
+        size = max((_num_bytes(b, self._dtype) for b in buckets if b.sender == self._rank), default=0)
+        free, in_use = (torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2))
         for index, tensors in weights.fetch(buckets, dtype=self._dtype, wait=self._wait):
-            flat = flatten([tensor.to(self._device) for tensor in tensors])
-            self._ready(index)
+            flat = flatten(tensors, free)
+            free, in_use = in_use, free
+            self._set("ready", index)
             if on_its_way is not None:
                 self._wait(on_its_way)
+            # Bytes that nobody waits for yet keep a server's gloo busy with looking at them.
+            self._until(partial(self._take, "told", index))
             on_its_way = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
             names = [name for name, _ in buckets[index].tensors]
             # What was put together is hashed, not what was made of it to be sent.
@@ -211,14 +219,15 @@ class WeightSync:
         if on_its_way is not None:
             self._wait(on_its_way)
 
-    def _ready(self, index: int) -> None:
-        """Tell rank 0 that the servers can be told of a bucket."""
+    def _set(self, what: str, index: int) -> None:
+        """Say of a bucket that its sender has it (ready), or that the servers were told of it (told)."""
         assert self._store is not None
-        self._store.set(f"{self._updates}/{index}", "ready")
+        self._store.set(f"{self._updates}/{what}/{index}", "")
 
-    def _is_ready(self, index: int) -> bool:
+    def _take(self, what: str, index: int) -> bool:
+        """Whether that was said; to be asked by one rank, once it is."""
         assert self._store is not None
-        key = f"{self._updates}/{index}"
+        key = f"{self._updates}/{what}/{index}"
         return bool(self._store.check([key]) and self._store.delete_key(key))
 
     def _wait(self, work: dist.Work) -> None:
@@ -263,8 +272,9 @@ class WeightSync:
         await asyncio.gather(*(self._begin(url) for url in self.urls))
         for index, bucket in enumerate(buckets):
             # A server waits for the bytes of what it was told of, whatever becomes of their sender.
-            while not self._is_ready(index):
+            while not self._take("ready", index):
                 await asyncio.sleep(_LOOK_FOR_BUCKET_S)
+            self._set("told", index)
             # One bucket at a time: servers that took those of two senders in different orders would wait for each other.
             body = {
                 "names": [name for name, _ in bucket.tensors],
@@ -374,9 +384,17 @@ class WeightSync:
         self._store = None
 
 
-def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The bytes of the tensors one after the other: what a server's ``flattened_bucket`` expects."""
-    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+def flatten(tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+    """The bytes of the tensors one after the other, in ``buffer``: what a server's ``flattened_bucket`` expects."""
+    sizes = [tensor.nbytes for tensor in tensors]
+    flat = buffer[: sum(sizes)]
+    for part, tensor in zip(flat.split(sizes), tensors, strict=True):
+        part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return flat
+
+
+def _num_bytes(bucket: Bucket, dtype: torch.dtype) -> int:
+    return dtype.itemsize * sum(math.prod(shape) for _, shape in bucket.tensors)
 
 
 def in_background(action: Callable[[], T]) -> Future[T]:

@@ -87,8 +87,8 @@ def _update_wrongly(
     engine = server.attach(bucket_bytes=BUCKET_BYTES, max_senders=4, replica_group=dist.group.WORLD)
     intact = weight_sync.flatten
 
-    def flatten(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        flat = intact(parts)
+    def flatten(parts: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+        flat = intact(parts, buffer)
         corrupt(flat, parts)
         return flat
 

@@ -59,8 +59,8 @@ def test_new_weights_are_served_and_a_wrong_one_is_found(
 
         intact = weight_sync.flatten
 
-        def flip_one_bit(parts):
-            flat, offset = intact(parts), 0
+        def flip_one_bit(parts, buffer):
+            flat, offset = intact(parts, buffer), 0
             for part in parts:
                 if part.shape == tensors[EXPERT].shape and torch.equal(part, tensors[EXPERT]):
                     flat[offset] ^= 1

@@ -63,8 +63,8 @@ def test_a_corrupted_tensor_is_detected_and_named(server, monkeypatch):
     intact = weight_sync.flatten
     for victim in _victims(server.kind):
 
-        def flip_one_bit(parts, victim=victim):
-            flat, offset = intact(parts), 0
+        def flip_one_bit(parts, buffer, victim=victim):
+            flat, offset = intact(parts, buffer), 0
             for part in parts:
                 if part.shape == tensors[victim].shape and torch.equal(part, tensors[victim]):
                     flat[offset + part.nbytes // 2] ^= 1
