@@ -49,6 +49,7 @@ T = TypeVar("T")
 _POLL_S = 0.002
 _LOOK_FOR_BUCKET_S = 0.001
 _LOOK_FOR_FAILURES_S = 0.2
+_TAKEN, _WITHDRAWN = "taken", "withdrawn"
 _FAILURE = "failure"  # key in the store of an update: what the first rank that failed says
 
 
@@ -207,11 +208,15 @@ class WeightSync:
         for index, tensors in weights.fetch(buckets, dtype=self._dtype, wait=self._wait):
             flat = flatten(tensors, free)
             free, in_use = in_use, free
-            self._set("ready", index)
-            if on_its_way is not None:
-                self._wait(on_its_way)
-            # Bytes that nobody waits for yet keep a server's gloo busy with looking at them.
-            self._until(partial(self._take, "told", index))
+            self._offer(index)
+            try:
+                if on_its_way is not None:
+                    self._wait(on_its_way)
+                self._until(partial(self._is_wanted, index))
+            except WeightSyncError:
+                if not self._withdraw(index):  # servers were told meanwhile, and wait for the bytes
+                    dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
+                raise
             on_its_way = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
             names = [name for name, _ in buckets[index].tensors]
             # What was put together is hashed, not what was made of it to be sent.
@@ -219,15 +224,34 @@ class WeightSync:
         if on_its_way is not None:
             self._wait(on_its_way)
 
-    def _set(self, what: str, index: int) -> None:
-        """Say of a bucket that its sender has it (ready), or that the servers were told of it (told)."""
-        assert self._store is not None
-        self._store.set(f"{self._updates}/{what}/{index}", "")
+    # A server that is told of a bucket waits for its bytes, whatever becomes of their sender. So a bucket is offered by its
+    # sender first, and then either rank 0 takes it or the sender withdraws it: whoever is first in the store.
 
-    def _take(self, what: str, index: int) -> bool:
-        """Whether that was said; to be asked by one rank, once it is."""
+    def _offer(self, index: int) -> None:
         assert self._store is not None
-        key = f"{self._updates}/{what}/{index}"
+        self._store.set(f"{self._updates}/offered/{index}", "")
+
+    def _is_offered(self, index: int) -> bool:
+        assert self._store is not None
+        key = f"{self._updates}/offered/{index}"
+        return bool(self._store.check([key]) and self._store.delete_key(key))
+
+    def _take(self, index: int) -> bool:
+        """Whether the servers can be told."""
+        return self._settle(index, _TAKEN)
+
+    def _withdraw(self, index: int) -> bool:
+        """Whether the servers will not be told."""
+        return self._settle(index, _WITHDRAWN)
+
+    def _settle(self, index: int, outcome: str) -> bool:
+        assert self._store is not None
+        return bool(self._store.compare_set(f"{self._updates}/settled/{index}", "", outcome) == outcome.encode())
+
+    def _is_wanted(self, index: int) -> bool:
+        """Asked by its sender until it is so."""
+        assert self._store is not None
+        key = f"{self._updates}/settled/{index}"
         return bool(self._store.check([key]) and self._store.delete_key(key))
 
     def _wait(self, work: dist.Work) -> None:
@@ -271,10 +295,10 @@ class WeightSync:
         await self._post_all("/flush_cache", {})
         await asyncio.gather(*(self._begin(url) for url in self.urls))
         for index, bucket in enumerate(buckets):
-            # A server waits for the bytes of what it was told of, whatever becomes of their sender.
-            while not self._take("ready", index):
+            while not self._is_offered(index):
                 await asyncio.sleep(_LOOK_FOR_BUCKET_S)
-            self._set("told", index)
+            if not self._take(index):
+                raise WeightSyncError(f"rank {bucket.sender} has given up sending")
             # One bucket at a time: servers that took those of two senders in different orders would wait for each other.
             body = {
                 "names": [name for name, _ in bucket.tensors],
