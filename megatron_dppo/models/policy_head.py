@@ -82,7 +82,7 @@ class PolicyHead:
         self._gradient_accumulation_fusion = layer.gradient_accumulation_fusion
 
     def response_hidden(self, output: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Select the hidden states of the tokens that count. The only place where rows are left out; who made the batch chose them.
+        """Select the hidden states of the tokens that count; who made the batch chose them. Rows are left out here alone.
 
         The backward sums the incoming gradient over the tensor-parallel ranks: each rank gives the part that comes from its
         own rows of ``weight`` (``fused_linear_policy_stats(..., reduce_hidden_grad=False)`` does).
