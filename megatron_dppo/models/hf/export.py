@@ -96,16 +96,14 @@ class ExportPlan:
             max_senders: how many ranks send, at most.
         """
         senders = _Senders(self._shards, self._stage_of_rank, max_senders)
-        of_sender: dict[int, list[str]] = {}
+        of_sender: dict[int, dict[str, int]] = {}  # sender -> parameter -> bytes
         for name, shards in self._shards.items():
-            size = sum(math.prod(shape) for shape in hf_shapes(name, self._hf_config))
-            of_sender.setdefault(senders.sender_of([shard.holder for shard in shards], size), []).append(name)
-        rows = []
-        for sender, names in sorted(of_sender.items()):
-            sizes = [
-                dtype.itemsize * sum(math.prod(shape) for shape in hf_shapes(name, self._hf_config)) for name in names
-            ]
-            rows.append([self._bucket(sender, group) for group in group_by_size(names, sizes, bucket_bytes)])
+            size = dtype.itemsize * sum(math.prod(shape) for shape in hf_shapes(name, self._hf_config))
+            of_sender.setdefault(senders.sender_of([shard.holder for shard in shards], size), {})[name] = size
+        rows = [
+            [self._bucket(sender, group) for group in group_by_size(list(sizes), list(sizes.values()), bucket_bytes)]
+            for sender, sizes in sorted(of_sender.items())
+        ]
         return [bucket for turn in zip_longest(*rows) for bucket in turn if bucket is not None]
 
     def _bucket(self, sender: int, parameters: Sequence[str]) -> Bucket:

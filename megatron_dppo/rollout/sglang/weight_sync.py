@@ -213,7 +213,7 @@ class WeightSync:
                 if on_its_way is not None:
                     self._wait(on_its_way)
                 self._until(partial(self._is_wanted, index))
-            except WeightSyncError:
+            except Exception:  # also a server's refusal, of which rank 0 hears first
                 if not self._withdraw(index):  # servers were told meanwhile, and wait for the bytes
                     dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
                 raise
