@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from megatron_dppo.compat.megatron_on_cpu import enable_megatron_on_cpu
 from megatron_dppo.compat.optional_dependencies import define_names_core_lacks_without_transformer_engine
-from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.models.hf.config import check_policy_fits, rotary_arguments, to_transformer_config
 from megatron_dppo.models.hf.names import EMBEDDING, OUTPUT_LAYER, from_hf, hf_shapes
 from megatron_dppo.models.layer_spec import decoder_spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import fmean
@@ -147,7 +148,14 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
         log_folder=folder.logs,
         replica_group=replica_group(),
         return_routed_experts=config.algorithm.routing_replay,
+        serve_command=serve_command(folder),
     )
+
+
+def serve_command(folder: RunFolder) -> list[str]:
+    """Serves a run's policy on another host, until its standard input ends; the host sees the same files."""
+    config = ["--config", str(folder.config_path.absolute())]
+    return [sys.executable, "-m", "megatron_dppo.serve", "--directory", str(Path.cwd()), *config, "--until-eof"]
 
 
 def environment_report() -> str:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine, probe_weight_gradient_fusion
-from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config_json import (
     fields_for_every_reader,
@@ -102,11 +102,6 @@ def rewrite_for_every_reader(folder: str | Path) -> None:
     """Give the renamed fields of a config.json that transformers 5 wrote their old names as well."""
     written = fields_for_every_reader(load_hf_config(folder), read_config_json(folder)["dtype"])
     (Path(folder) / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``: the name that config.json, checkpoints and servers use."""
-    return str(dtype).removeprefix("torch.")
 
 
 def is_moe(hf_config: PretrainedConfig) -> bool:

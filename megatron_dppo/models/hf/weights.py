@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from megatron_dppo.distributed.collectives import gather_objects, on_one_rank
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.build import padded_vocab_size, set_from_whole
-from megatron_dppo.models.hf.config import dtype_name
 from megatron_dppo.models.hf.config_json import fields_for_every_reader, read_json_object
+from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.models.hf.names import (
     EMBEDDING,
     OUTPUT_LAYER,

@@ -18,12 +18,20 @@ class SGLangConfig:
     Attributes:
         python: interpreter that has SGLang installed; None: the trainer's own. The trainer itself never imports SGLang.
         urls: attach to these running servers instead of starting any, e.g. ``["http://10.0.0.5:30000"]``.
-        num_servers: servers to start; each holds a full copy of the policy.
-        min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start all of ``urls``
-            have to be there.
+        registry: attach to the servers that are registered in this folder, which all hosts share (``python -m
+            megatron_dppo.serve`` registers those that it starts), or stand in this text file, one address a line. Read again
+            before every update: whoever has joined takes part from then on.
+        launch: shell command that starts the servers of a host, where the trainer runs beside no GPU of theirs:
+            ``srun --nodes 1 --ntasks 1 --nodelist {host} {serve}`` or ``ssh {host} "{serve}"``. It is run for each of
+            ``launch_hosts``, started again if it ends, and ended with the run. ``{serve}`` becomes ``python -m
+            megatron_dppo.serve ...``; its servers register in ``registry``, by default a folder of the run's.
+        launch_hosts: for ``{host}``. Empty: the command is run once, without one.
+        num_servers: servers in all, each with a full copy of the policy: that are started, or have to be there at the start.
+        min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start all have to be
+            there.
         tensor_model_parallel_size: GPUs (or processes, on a CPU) per server.
         dtype: dtype the servers compute in: float32 | bfloat16 | float16; None: the trainer's.
-        host: address that started servers listen on and that every trainer rank reaches them by.
+        host: address that servers started by the trainer listen on and that every trainer rank reaches them by.
         base_gpu_id: first GPU of the first server; None: the one after the trainer's own on this machine.
         deterministic: honour ``SamplingParams.seed`` (SGLang's batch-invariant mode, which is slower on a GPU).
             Otherwise responses differ from run to run.
@@ -52,6 +60,9 @@ class SGLangConfig:
 
     python: str | None = None
     urls: list[str] = field(default_factory=list)
+    registry: str | None = None
+    launch: str | None = None
+    launch_hosts: list[str] = field(default_factory=list)
     num_servers: int = 1
     min_servers: int = 1
     tensor_model_parallel_size: int = 1
@@ -96,6 +107,7 @@ class SGLangConfig:
                 f"{self.generate_timeout_s:g}: the requests on a server that hangs would never be taken elsewhere. Lower "
                 "request_timeout_s or raise generate_timeout_s"
             )
+        self._check_source()
         servers = len(self.urls) or self.num_servers
         if self.min_servers > servers:
             raise ConfigError(
@@ -105,12 +117,35 @@ class SGLangConfig:
             raise ConfigError(f"SGLangConfig.verify must be one of {', '.join(VERIFY_CHOICES)}, not {self.verify!r}")
         if self.dtype is not None and self.dtype not in SERVED_DTYPES:
             raise ConfigError(f"SGLangConfig.dtype must be one of {', '.join(SERVED_DTYPES)}, not {self.dtype!r}")
+        if self.base_gpu_id is not None and self.base_gpu_id < 0:
+            raise ConfigError(f"SGLangConfig.base_gpu_id must be at least 0, not {self.base_gpu_id}")
+        if not self.host:
+            raise ConfigError("SGLangConfig.host is empty: give the address that started servers listen on")
+
+    def _check_source(self) -> None:
+        if self.urls and (self.registry is not None or self.launch is not None):
+            other = "registry" if self.registry is not None else "launch"
+            raise ConfigError(f"SGLangConfig: urls and {other} both say where servers are: leave one of them out")
+        if self.launch is not None:
+            self._check_launch(self.launch)
+        elif self.launch_hosts:
+            raise ConfigError("SGLangConfig.launch_hosts names hosts, but launch has no command to run on them")
+        for host in self.launch_hosts:
+            if self.launch_hosts.count(host) > 1:
+                raise ConfigError(f"SGLangConfig.launch_hosts: {host!r} is listed twice")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")
             if self.urls.count(url) > 1:
                 raise ConfigError(f"SGLangConfig.urls: {url!r} is listed twice: each server takes part in a sync once")
-        if self.base_gpu_id is not None and self.base_gpu_id < 0:
-            raise ConfigError(f"SGLangConfig.base_gpu_id must be at least 0, not {self.base_gpu_id}")
-        if not self.host:
-            raise ConfigError("SGLangConfig.host is empty: give the address that started servers listen on")
+
+    def _check_launch(self, template: str) -> None:
+        fault = None
+        if "{serve}" not in template:
+            fault = "has no {serve}: the command that is to run on a host"
+        elif self.launch_hosts and "{host}" not in template:
+            fault = "has no {host}, but launch_hosts names some"
+        elif "{host}" in template and not self.launch_hosts:
+            fault = "speaks of a {host}: name them in launch_hosts"
+        if fault is not None:
+            raise ConfigError(f"SGLangConfig.launch = {template!r} {fault}")

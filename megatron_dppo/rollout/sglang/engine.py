@@ -15,16 +15,18 @@ import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import on_one_rank
 from megatron_dppo.errors import RolloutError, WeightSyncError
-from megatron_dppo.models.hf.config import dtype_name, load_hf_config
+from megatron_dppo.models.hf.config import load_hf_config
+from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
-from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
-from megatron_dppo.rollout.sglang.server_pool import ServerPool
+from megatron_dppo.rollout.sglang.servers.choose import choose_source
+from megatron_dppo.rollout.sglang.servers.pool import ServerPool
+from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.weight_sync import WeightSync
 
@@ -49,6 +51,7 @@ class SGLangEngine:
         log_folder: str | Path,
         replica_group: dist.ProcessGroup | None = None,
         return_routed_experts: bool = False,
+        serve_command: Sequence[str] = (),
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
 
@@ -61,6 +64,7 @@ class SGLangEngine:
             replica_group: the ranks that share one copy of the policy and its prompts; None: this rank alone.
             return_routed_experts: start servers that can return expert choices, for
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
+            serve_command: what ``config.launch`` runs on other hosts: ``python -m megatron_dppo.serve`` with all it needs.
         """
         config.check()
         self._hf_config = load_hf_config(model_folder)
@@ -77,7 +81,9 @@ class SGLangEngine:
         self._client = RolloutClient(self._transport, config, self._routing)
         self._pool: ServerPool | None = None  # on the owner
         self._sync: WeightSync | None = None
-        self._model_folder, self._log_folder = Path(model_folder), Path(log_folder)
+        self._served = ServedPolicy(Path(model_folder), dtype_name(self._dtype), return_routed_experts)
+        self._log_folder = Path(log_folder)
+        self._serve_command = serve_command
         try:
             self._on_owner(self._prepare_servers)
         except BaseException:
@@ -113,8 +119,8 @@ class SGLangEngine:
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
 
-        Servers of this engine that have died are started again first. Others that do not answer are left out, and taken back
-        by the first update that finds them again.
+        Servers that do not answer are left out, and taken back by the first update that finds them again; those that this
+        engine started and that have ended are started again for that.
         """
         if self._failed:
             self._require_usable()
@@ -158,21 +164,9 @@ class SGLangEngine:
     def _on_owner(self, action: Callable[[], T]) -> T:
         return on_one_rank(action, failure=_shared_error)
 
-    def _make_server(self, index: int) -> SGLangServer:
-        folder = self._log_folder / "served_model"
-        if index == 0:
-            prepare_served_folder(self._model_folder, folder)
-        return SGLangServer(
-            self._config,
-            folder,
-            dtype_name(self._dtype),
-            self._log_folder,
-            index,
-            return_routed_experts=self._routing is not None,
-        )
-
     def _prepare_servers(self) -> None:
-        self._pool = ServerPool(self._config, self._transport, self._make_server)
+        source = choose_source(self._config, self._served, self._transport, self._log_folder, self._serve_command)
+        self._pool = ServerPool(self._config, self._transport, source)
         self._pool.prepare()
 
     def _join_servers(self) -> None:

@@ -18,9 +18,7 @@ from transformers import PretrainedConfig
 from megatron_dppo.errors import ConfigError, RolloutError
 from megatron_dppo.models.hf.config import is_moe
 from megatron_dppo.rollout.sample import Prompt
-
-# SGLang ends at start-up for a dense model with this flag, and ignores requests for choices without it.
-SERVER_FLAG = "--enable-return-routed-experts"
+from megatron_dppo.rollout.sglang.servers.server import EXPERT_CHOICES_FLAG
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def parse_routed_experts(
     if not encoded:
         raise RolloutError(
             f"sample of {prompt.prompt_id}: the server returned no expert choices. A server that was not started by this "
-            f"engine has to be started with {SERVER_FLAG}, and be of a version that has this flag"
+            f"engine has to be started with {EXPERT_CHOICES_FLAG}, and be of a version that has this flag"
         )
     try:
         data = bytearray(base64.b64decode(encoded, validate=True))

@@ -33,7 +33,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from megatron_dppo.distributed.collectives import first_error, gather_objects, on_one_rank
 from megatron_dppo.distributed.point_to_point import Parcel, deliver
 from megatron_dppo.errors import RefusedRequestError, RolloutError, WeightSyncError
-from megatron_dppo.models.hf.config import dtype_name
+from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.models.hf.export import Bucket, NamedShape
 from megatron_dppo.rollout.engine import WeightSource
 from megatron_dppo.rollout.sglang.answers import reading

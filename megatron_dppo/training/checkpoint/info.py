@@ -16,8 +16,9 @@ from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
 from megatron_dppo.errors import CheckpointError, ConfigError
-from megatron_dppo.models.hf.config import architecture, dtype_name, load_hf_config
+from megatron_dppo.models.hf.config import architecture, load_hf_config
 from megatron_dppo.models.hf.config_json import read_json_object
+from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_steps
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.tasks.config import TaskConfig

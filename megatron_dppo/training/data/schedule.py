@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.training.config.schema import TrainConfig
 from megatron_dppo.training.data.partition import balanced_groups, fewest_groups
 from megatron_dppo.training.data.token_layout import round_up

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
-from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
 from tests.models.tiny_policies import tiny_hf_model, write_tiny_hf_model
 

@@ -16,8 +16,8 @@ from megatron_dppo.rollout.sample import Prompt, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.engine import SGLangEngine
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
-from megatron_dppo.rollout.sglang.server import first_gpu
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
+from megatron_dppo.rollout.sglang.servers.server import first_gpu
 from megatron_dppo.rollout.sglang.wire_format import build_request, parse_response, request_seed, was_aborted
 from tests.models.tiny_policies import tiny_hf_config
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -16,9 +17,10 @@ import torch
 from megatron_dppo.errors import RefusedRequestError, RolloutError
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine
-from megatron_dppo.rollout.sglang import server as server_module
 from megatron_dppo.rollout.sglang.keys import ServerKeys
-from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.servers import server as server_module
+from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.tiny_policies import write_tiny_hf_model
@@ -34,6 +36,10 @@ BATCH_STARTED = "Prefill batch"  # in a server's log
 def _engine(folder: Path, **options: object) -> SGLangEngine:
     model_folder = write_tiny_hf_model("llama", folder / "model", seed=0)
     return SGLangEngine(server_config(**options), model_folder, vocab_size=250, dtype=torch.float32, log_folder=folder)
+
+
+def _servers_of(engine: SGLangEngine) -> list[SGLangServer]:
+    return engine._pool._source.servers
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
@@ -117,9 +123,9 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
         # Some 10,000 tokens: seconds of work for two servers, so that they die in the midst of it.
         prompts, long = make_prompts(250, [4] * 12), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
         engine.update_weights(WholeWeights(tensors), version=1)
-        _assert_only_who_has_the_keys_is_let_in(engine._pool.urls[0], tmp_path)
+        _assert_only_who_has_the_keys_is_let_in(_servers_of(engine)[0].url, tmp_path)
 
-        killer = _signal_when_they_work(engine._pool._started[:1])
+        killer = _signal_when_they_work(_servers_of(engine)[:1])
         samples = engine.generate(prompts, long)
         killer.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 96
@@ -127,13 +133,13 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
         with pytest.raises(RolloutError, match="cannot be reached"):
             engine.health()
 
-        engine.update_weights(WholeWeights(tensors), version=2)
+        version = _update_until_all_serve(engine, WholeWeights(tensors))
         engine.health()
         samples = engine.generate(prompts, SamplingParams(max_new_tokens=4))
-        assert {sample.weight_versions[0] for sample in samples} == {(2, 4)}
+        assert {sample.weight_versions[0] for sample in samples} == {(version, 4)}
         assert_log_probs_match(subject, samples, 1.0)
 
-        killer = _signal_when_they_work(engine._pool._started)
+        killer = _signal_when_they_work(_servers_of(engine))
         samples = engine.generate(prompts, long)
         killer.join()
         assert len(samples) == 96
@@ -143,6 +149,18 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
     finally:
         engine.close()
     _assert_all_end(_processes_of(tmp_path), timeout_s=5)
+
+
+def _update_until_all_serve(engine: SGLangEngine, weights: WholeWeights) -> int:
+    """Version after version, as a trainer does, that nobody waits with for a server that loads; the last one."""
+    deadline = time.monotonic() + 120
+    while True:
+        version = engine.weight_version + 1
+        engine.update_weights(weights, version)
+        if len(engine._sync.urls) == len(_servers_of(engine)):
+            return version
+        assert time.monotonic() < deadline, "the server that was killed did not come back"
+        time.sleep(1)
 
 
 _TRAINER = """

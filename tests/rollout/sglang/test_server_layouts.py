@@ -14,7 +14,8 @@ from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.models.hf.export import PolicyWeights
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.rollout.sglang import SGLangEngine, weight_sync
-from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.policy_runs import loaded_policy

@@ -6,6 +6,7 @@ The servers here only say which version they serve; test_failures.py does the sa
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,8 @@ import pytest
 
 from megatron_dppo.errors import ConfigError, RolloutError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.server import SGLangServer
-from megatron_dppo.rollout.sglang.server_pool import Fit, ServerPool
+from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
+from megatron_dppo.rollout.sglang.servers.source import Found, NamedServers
 from megatron_dppo.rollout.sglang.transport import Transport
 
 
@@ -71,13 +72,9 @@ def transport() -> Iterator[Transport]:
     transport.close()
 
 
-def none_to_start(index: int) -> SGLangServer:
-    raise AssertionError("the servers are there already")
-
-
 def pool_of(servers: list[Server], transport: Transport, **options: object) -> ServerPool:
-    config = SGLangConfig(urls=[server.url for server in servers], control_timeout_s=10.0, **options)
-    return ServerPool(config, transport, none_to_start)
+    urls = [server.url for server in servers]
+    return ServerPool(SGLangConfig(urls=urls, control_timeout_s=10.0, **options), transport, NamedServers(urls))
 
 
 def test_a_server_that_does_not_answer_is_left_out_until_it_is_found_again(servers, transport):
@@ -120,11 +117,77 @@ def test_found_servers_are_waited_for(servers, transport):
 def test_servers_that_are_not_ready_in_time_are_named(servers, transport):
     servers[1].version = ""
     with pytest.raises(
-        RolloutError, match=r"1 of 3 SGLang servers were not ready after startup_timeout_s = 0.1 s"
+        RolloutError, match=r"2 of 3 SGLang servers were ready after startup_timeout_s = 0.1 s"
     ) as raised:
         pool_of(servers, transport, startup_timeout_s=0.1).prepare()
     assert servers[1].url in str(raised.value)
     assert servers[0].url not in str(raised.value)
+
+
+class Joining:
+    """A source of servers of which more may come."""
+
+    def __init__(self, servers: list[Server], awaited: tuple[str, ...] = (), failures: tuple[str, ...] = ()) -> None:
+        self.servers, self.awaited, self.failures = servers, awaited, failures
+        self.starts = 0
+
+    expected = 2
+
+    def start(self) -> None:
+        self.starts += 1
+
+    def find(self) -> Found:
+        return Found(tuple(server.url for server in self.servers), self.awaited, self.failures)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_server_that_joins_late_takes_part_from_the_next_update_on(servers, transport):
+    source = Joining(servers[:2])
+    pool = ServerPool(SGLangConfig(), transport, source)
+    pool.prepare()
+    for server in servers[:2]:
+        server.version = "1"
+    source.servers = servers
+    assert pool.fit(1) == Fit(tuple(server.url for server in servers), frozenset({servers[2].url}))
+    source.servers = servers[1:]
+    assert pool.fit(1).urls == tuple(server.url for server in servers[1:])
+
+
+def test_an_update_waits_for_a_server_that_is_on_its_way_only_if_it_is_needed(servers, transport):
+    source = Joining(servers[:2], awaited=("one more",))
+    assert len(ServerPool(SGLangConfig(min_servers=2), transport, source).fit(0).urls) == 2
+    pool = ServerPool(SGLangConfig(num_servers=3, min_servers=3, startup_timeout_s=60.0), transport, source)
+    threading.Timer(0.3, lambda: setattr(source, "servers", servers)).start()
+    assert len(pool.fit(0).urls) == 3
+
+
+def test_a_server_that_does_not_come_in_time_is_too_few(servers, transport):
+    config = SGLangConfig(num_servers=3, min_servers=3, startup_timeout_s=0.1)
+    with pytest.raises(
+        RolloutError, match=r"2 of 2 SGLang servers answer, fewer than min_servers = 3; missing: one more"
+    ):
+        ServerPool(config, transport, Joining(servers[:2], awaited=("one more",))).fit(0)
+
+
+def test_a_server_that_fails_to_start_ends_the_start_of_a_run_but_no_run(servers, transport):
+    source = Joining(servers[:2], failures=("its log says why",))
+    pool = ServerPool(SGLangConfig(), transport, source)
+    with pytest.raises(RolloutError, match="its log says why"):
+        pool.prepare()
+    assert len(pool.fit(0).urls) == 2
+    assert source.starts == 2, "it is started again"
+
+
+def test_a_host_that_is_gone_is_waited_for_once(transport):
+    """It answers nothing, not even that nobody listens: later updates give it less time."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        pool = ServerPool(SGLangConfig(control_timeout_s=4.0), transport, NamedServers([url]))
+        for limit in (4, 2, 2):
+            with pytest.raises(RolloutError, match=rf"did not answer within {limit} s"):
+                pool.fit(0)
 
 
 def test_too_few_servers_are_an_error_that_names_those_that_do_not_answer(servers, transport):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,20 +9,9 @@ import pytest
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang import SGLangConfig
-from megatron_dppo.rollout.sglang.server import SGLangServer, free_port
+from megatron_dppo.rollout.sglang.servers.server import SGLangServer, free_port
 from megatron_dppo.rollout.sglang.transport import Transport
-
-HEALTHY = """
-import http.server, sys
-
-class Healthy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
-"""
+from tests.rollout.sglang.stand_in_server import stand_in_interpreter
 
 
 @pytest.fixture
@@ -35,14 +23,11 @@ def transport() -> Iterator[Transport]:
 
 def _server(folder: Path, failures: int) -> SGLangServer:
     """What is started ends so often as a server does whose port is taken, and is healthy then."""
-    (folder / "healthy.py").write_text(HEALTHY)
-    interpreter = folder / "python"
-    interpreter.write_text(
-        f"#!/bin/sh\necho start >> {folder}/starts\n"
-        f"[ $(wc -l < {folder}/starts) -le {failures} ] && echo '[Errno 98] address already in use' && exit 1\n"
-        f'exec {sys.executable} {folder}/healthy.py "$@"\n'
+    interpreter = stand_in_interpreter(
+        folder,
+        f"echo start >> {folder}/starts\n"
+        f"[ $(wc -l < {folder}/starts) -le {failures} ] && echo '[Errno 98] address already in use' && exit 1",
     )
-    interpreter.chmod(0o755)
     config = SGLangConfig(python=str(interpreter), startup_timeout_s=60.0)
     return SGLangServer(config, folder, "float32", folder, 0)
 

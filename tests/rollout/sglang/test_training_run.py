@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dppo.rollout.sglang.server import SGLangServer, prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
+from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
 from tests.rollout.engine_contract import LOG_PROB_TOLERANCE
 from tests.rollout.sglang.conftest import server_config
@@ -56,7 +57,7 @@ def test_server_and_policy_agree_before_the_first_update_of_every_batch(tmp_path
 def test_training_without_a_server_left_stops_with_a_checkpoint_and_resumes(tmp_path):
     """An attached server is not the trainer's to restart: when it dies, what was trained must not be lost.
 
-    The run goes on with a server of its own. Both times server and policy agree.
+    The run goes on with a server that a command starts for it, as on another host. Both times server and policy agree.
     """
     policy = write_tiny_policy(tmp_path / "policy")
     config = server_config()
@@ -75,7 +76,8 @@ def test_training_without_a_server_left_stops_with_a_checkpoint_and_resumes(tmp_
     assert codes == [3, 3], output[-4000:]
     saved = int(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1].name.removeprefix("step_"))
     assert f"step {saved} is saved in" in output
-    records = train(policy, tmp_path, "run", *SMALL, *TOPK_KL, f"train.steps={saved + 2}", timeout=400)
+    launched = (*SMALL, *TOPK_KL, "rollout.sglang.launch={serve}")
+    records = train(policy, tmp_path, "run", *launched, f"train.steps={saved + 2}", timeout=400)
     steps = [record["step"] for record in records]
     assert steps == sorted(set(steps))
     # A step whose weights no server could be given any more is in the checkpoint, but was not logged.

@@ -1,39 +1,35 @@
-"""One SGLang server process: started, waited for, watched, and always ended together with everything it started."""
+"""One SGLang server process: its command and environment, how it is started, and whether it is ready."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib.util
 import json
 import os
 import random
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from megatron_dppo.errors import ConfigError, RolloutError, TransientServerError
-from megatron_dppo.models.hf.config_json import read_config_json
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.routed_experts import SERVER_FLAG
+from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 from megatron_dppo.rollout.sglang.transport import Transport
 
-_HERE = Path(__file__).parent
-_LOG_TAIL_BYTES = 4000
+_CPU_SHIM = Path(__file__).parents[1] / "cpu_shim"
 _HEALTH_TIMEOUT_S = 30.0  # /health generates one token and looks for it once a second
-_TERMINATE_GRACE_S = 3.0
 _PORTS_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FIRST_PORT = 10000
 _PORTS_TRIED = 100
-_PORT_IS_TAKEN = "address already in use"  # in the log of a server that ends over it
+_PORT_IS_TAKEN = b"address already in use"  # in the log of a server that ends over it
 _STARTS = 3
+_ASK_AGAIN_S = 0.5
+
+# SGLang ends at start-up for a dense model with this flag, and ignores requests for choices without it.
+EXPERT_CHOICES_FLAG = "--enable-return-routed-experts"
 
 # A server is a distributed job of its own: it must not find the trainer's rank or rendezvous in its environment.
 _TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -69,23 +65,6 @@ def free_port() -> int:
     raise RolloutError(f"none of {_PORTS_TRIED} ports between {ports.start} and {ports.stop} is free")
 
 
-def prepare_served_folder(model_folder: Path, target: Path) -> Path:
-    """Make ``target`` a view of ``model_folder`` (links) in which no end-of-sequence token is configured.
-
-    SGLang always stops at the model's own eos_token_id, whereas a rollout ends at SamplingParams.stop_token_ids and
-    nowhere else. The generation config, which could also switch on top-p sampling, is left out altogether.
-    """
-    config = read_config_json(model_folder)
-    shutil.rmtree(target, ignore_errors=True)  # links that an earlier run made, maybe to another model
-    target.mkdir(parents=True)
-    for source in model_folder.iterdir():
-        if source.name not in ("config.json", "generation_config.json"):
-            (target / source.name).symlink_to(source.resolve())
-    config["eos_token_id"] = None
-    (target / "config.json").write_text(json.dumps(config, indent=1))
-    return target
-
-
 class SGLangServer:
     """A server process that this process owns."""
 
@@ -98,6 +77,7 @@ class SGLangServer:
         index: int,
         return_routed_experts: bool = False,
     ) -> None:
+        """``index``: of this server among those on this machine."""
         self.log_path = log_folder / f"sglang_server_{index}.log"
         self.url = ""
         self._key_file = log_folder / f"sglang_server_{index}_keys.yaml"
@@ -106,13 +86,14 @@ class SGLangServer:
         self._dtype = dtype
         self._index = index
         self._return_routed_experts = return_routed_experts
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: GuardedProcess | None = None
         self._starts_left = 0
-        self._log_start = 0  # of the present process
+        self._ready_by = 0.0
 
     def start(self) -> None:
-        """Start the process and return at once; ``wait_until_ready`` waits."""
+        """Start the process and return at once."""
         self._starts_left = _STARTS
+        self._ready_by = time.monotonic() + self._config.startup_timeout_s
         self._start()
 
     def _start(self) -> None:
@@ -121,26 +102,7 @@ class SGLangServer:
         port = free_port()
         self.url = f"http://{self._config.host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = self._spawn(self._command(port), log)
-        atexit.register(self.close)
-
-    def _spawn(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        guard = [sys.executable, str(_HERE / "server_guard.py"), str(os.getpid())]
-        log.write(f"$ {' '.join(command)}\n".encode())
-        log.flush()
-        try:
-            return subprocess.Popen(
-                guard + command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=server_environment(self._config),
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise RolloutError(f"the SGLang server cannot be started: {error}") from error
+        self._process = GuardedProcess(self._command(port), self.log_path, server_environment(self._config))
 
     def _command(self, port: int) -> list[str]:
         config = self._config
@@ -153,7 +115,7 @@ class SGLangServer:
             "--skip-server-warmup",
             "--skip-tokenizer-init",
         ]
-        command += [SERVER_FLAG] if self._return_routed_experts else []
+        command += [EXPERT_CHOICES_FLAG] if self._return_routed_experts else []
         command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
@@ -173,57 +135,45 @@ class SGLangServer:
             json.dump(keys, file)  # which is YAML too
         return ["--config", str(self._key_file)]
 
-    def wait_until_ready(self, transport: Transport) -> None:
-        """Return when the server has generated a token. Raises RolloutError, with the log's end, if it does not."""
-        deadline = time.monotonic() + self._config.startup_timeout_s
-        while time.monotonic() < deadline:
-            if not self.is_running():
-                if self._starts_left > 0 and _PORT_IS_TAKEN.encode() in self.log_path.read_bytes()[self._log_start :]:
-                    self._start()  # with another one
-                    continue
-                raise RolloutError(f"the SGLang server ended while starting up. {self._log_tail()}")
-            try:
-                transport.call(self.url, "/health", None, min(_HEALTH_TIMEOUT_S, self._config.startup_timeout_s))
-                return
-            except TransientServerError:
-                time.sleep(0.5)
+    def is_ready(self, transport: Transport) -> bool:
+        """Whether it generates tokens by now. Raises RolloutError, with the log's end, if it never will."""
+        assert self._process is not None, "start it first"
+        if not self._process.is_running():
+            if self._starts_left > 0 and _PORT_IS_TAKEN in self._process.output():
+                self._start()  # with another one
+                return False
+            raise RolloutError(f"the SGLang server ended while starting up. {self._process.log_tail()}")
+        try:
+            transport.call(self.url, "/health", None, min(_HEALTH_TIMEOUT_S, self._config.startup_timeout_s))
+            return True
+        except TransientServerError:
+            if time.monotonic() < self._ready_by:
+                return False
+        tail = self._process.log_tail()
         self.close()
         limit = self._config.startup_timeout_s
-        raise RolloutError(f"the SGLang server was not ready after startup_timeout_s = {limit:g} s. {self._log_tail()}")
+        raise RolloutError(f"the SGLang server was not ready after startup_timeout_s = {limit:g} s. {tail}")
+
+    def wait_until_ready(self, transport: Transport) -> None:
+        """Return when it generates tokens. Raises RolloutError if it never will."""
+        while not self.is_ready(transport):
+            time.sleep(_ASK_AGAIN_S)
 
     def is_running(self) -> bool:
         """Whether the process that was started has not ended."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_running()
 
-    def _log_tail(self) -> str:
-        tail = self.log_path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
-        return f"The end of {self.log_path}:\n{tail}"
+    @property
+    def pid(self) -> int | None:
+        """Of the process group of the server and all that it started; None: it was not started."""
+        return None if self._process is None else self._process.pid
 
     def close(self) -> None:
         """End the server and every process of its group. Safe to call twice."""
         self._key_file.unlink(missing_ok=True)
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        group = process.pid  # the guard leads the session that it was started in
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
-        deadline = time.monotonic() + _TERMINATE_GRACE_S
-        while _group_exists(group) and time.monotonic() < deadline:
-            process.poll()  # reap it: a zombie would keep the group alive
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        process.wait()
-        atexit.unregister(self.close)
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        if self._process is not None:
+            self._process.end()
+            self._process = None
 
 
 def server_environment(config: SGLangConfig) -> dict[str, str]:
@@ -238,7 +188,7 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
     environment.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local folder
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
-        environment["PYTHONPATH"] = str(_HERE / "cpu_shim")
+        environment["PYTHONPATH"] = str(_CPU_SHIM)
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         library = importlib.util.find_spec("megatron_dppo._tile_hash")  # without it the shim hashes in torch
         if library is not None and library.origin is not None:

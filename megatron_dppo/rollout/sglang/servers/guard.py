@@ -1,7 +1,7 @@
 """Runs a command as the leader of its own process group and ends the whole group when the process that asked is gone.
 
 A trainer that is killed with SIGKILL cannot clean up, and a server's worker processes can outlive the server. So the
-trainer starts ``python server_guard.py <trainer's pid> <command...>`` in a new session: this process only waits, and
+trainer starts ``python guard.py <trainer's pid> <command...>`` in a new session: this process only waits, and
 takes the group down when its parent changes. Standard library only; never imported.
 """
 

@@ -1,0 +1,115 @@
+"""A folder in which servers register themselves, so that a trainer finds them wherever they run.
+
+One small JSON file a server, on a file system that all hosts share. A file appears when its server is ready and goes when it
+ends; the file of a host that died stays, and its server is one that does not answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_dppo.errors import RolloutError
+from megatron_dppo.rollout.sglang.servers.source import Found
+
+_SUFFIX = ".server.json"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a server says of itself.
+
+    Attributes:
+        url: where it is reached.
+        host: where it runs, for people.
+        pid: of the process that runs it there, for people.
+    """
+
+    url: str
+    host: str
+    pid: int
+
+
+class Registry:
+    """The folder, as those who serve see it."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is made if it is not there."""
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def enter(self, name: str, registration: Registration) -> None:
+        """Register under a name, in place of what was registered under it. Readers see all of it or nothing."""
+        partial = self._folder / f".{name}.{os.getpid()}"
+        partial.write_text(json.dumps(asdict(registration)) + "\n", encoding="utf-8")
+        os.replace(partial, self._path(name))
+
+    def leave(self, name: str) -> None:
+        """Nothing happens if nobody is registered under the name."""
+        self._path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Nobody is registered any more."""
+        for file in self._folder.glob(f"*{_SUFFIX}"):
+            file.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}{_SUFFIX}"
+
+
+def read_registry(path: Path) -> list[str]:
+    """Addresses, in the order of their names: of a registry's servers, or of the lines of a text file.
+
+    Empty if there is nothing at ``path`` yet. Raises RolloutError, naming the place, for what is no registration and no
+    address.
+    """
+    if path.is_file():
+        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        return _distinct([_checked(line, path) for line in lines if line])
+    found = []
+    for file in sorted(path.glob(f"*{_SUFFIX}")):
+        try:
+            found.append(_checked(json.loads(file.read_text(encoding="utf-8"))["url"], file))
+        except FileNotFoundError:  # it has left since it was listed
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise RolloutError(f"{file} is no registration of a server ({error}): remove it") from error
+    return _distinct(found)
+
+
+def _checked(url: object, place: Path) -> str:
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        raise RolloutError(f"{place}: {url!r} does not start with http:// or https://")
+    return url.rstrip("/")
+
+
+def _distinct(urls: list[str]) -> list[str]:
+    return list(dict.fromkeys(urls))
+
+
+class RegisteredServers:
+    """A ``ServerSource``: whoever has registered."""
+
+    def __init__(self, path: Path, expected: int) -> None:
+        """``path``: of the registry, or of a file with one address a line. ``expected``: servers at the start."""
+        self._path = path
+        self._expected = expected
+
+    @property
+    def expected(self) -> int:
+        """As it was given; more are welcome."""
+        return self._expected
+
+    def start(self) -> None:
+        """They start themselves."""
+
+    def find(self) -> Found:
+        """See ``ServerSource.find``."""
+        urls = tuple(read_registry(self._path))
+        missing = self._expected - len(urls)
+        return Found(urls, awaited=(f"{missing} more to register in {self._path}",) if missing > 0 else ())
+
+    def close(self) -> None:
+        """They are not this process's to end."""

@@ -1,0 +1,82 @@
+"""Serve a run's policy on this host: ``python -m megatron_dppo.serve --config examples/conf/NAME.yaml key.sub=value ...``.
+
+Starts one SGLang server for every ``rollout.sglang.tensor_model_parallel_size`` GPUs of the host, registers those that are
+ready in ``rollout.sglang.registry``, where the trainer finds them, and starts again those that end. Until the trainer has
+sent weights they serve the folder ``model.path``. Ends, with all its servers, on SIGTERM or Ctrl-C. Exit code 2: the input
+cannot work; 3: servers keep failing to start; one message says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+
+from megatron_dppo.errors import BAD_INPUT, RolloutError
+from megatron_dppo.training.config.load import load_config
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """What was asked for on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_dppo.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="the run's YAML file")
+    parser.add_argument("--registry", help="folder to register in; default: rollout.sglang.registry")
+    parser.add_argument(
+        "--servers", type=int, help="how many to start; default: as many as the GPUs of this host allow"
+    )
+    parser.add_argument("--host", help="address to listen on; default: the one that other hosts reach this one by")
+    parser.add_argument("--directory", help="where to run: what relative paths in the configuration are relative to")
+    parser.add_argument("--until-eof", action="store_true", help="end when standard input is closed")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
+    return parser.parse_intermixed_args(arguments)
+
+
+def serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    """Run servers until ``stop`` is set."""
+    if options.directory:
+        os.chdir(options.directory)
+    config = load_config(options.config, options.overrides)
+    from megatron_dppo.training.serving import serve_policy  # its HTTP client is an extra
+
+    serve_policy(config, stop, registry=options.registry, servers=options.servers, address=options.host)
+
+
+def _set_at_eof(stop: threading.Event) -> None:
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        stop.set()
+
+    threading.Thread(target=wait, name="until-eof", daemon=True).start()
+
+
+def main() -> int:
+    """Returns the exit code."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    options = parse_arguments(sys.argv[1:])
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if options.until_eof:
+        _set_at_eof(stop)
+    try:
+        serve(options, stop)
+    except (*BAD_INPUT, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RolloutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
