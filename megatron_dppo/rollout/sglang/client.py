@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from megatron_dppo.compat.extras import from_extra
+from megatron_dppo.distributed.open_files import make_room_for_requests
 from megatron_dppo.errors import InvalidSampleError, RolloutError, TransientServerError
 from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.dispatch import Dispatch
 from megatron_dppo.rollout.sglang.progress import ProgressWatch
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -32,11 +34,15 @@ class RolloutClient:
     """One replica's view of the servers: which are alive, and how much it has asked of each."""
 
     def __init__(self, transport: Transport, config: SGLangConfig, routing: RoutingShape | None = None) -> None:
-        """``routing``: the shape of the policy's expert choices, if they can be asked for."""
+        """``routing``: the shape of the policy's expert choices, if they can be asked for.
+
+        Raises ConfigError if the system does not allow so many connections at once as ``config`` does.
+        """
+        make_room_for_requests(config.max_concurrent_requests)
         self._transport = transport
         self._config = config
         self._routing = routing
-        self._in_flight: dict[str, int] = {}
+        self._dispatch = Dispatch()
         self._health_checks: dict[str, asyncio.Future[None]] = {}
         self._last_failure = "no server was ever started"
         self._last_loads: Mapping[str, ServerLoad] = {}
@@ -48,7 +54,7 @@ class RolloutClient:
 
     def set_servers(self, urls: Sequence[str]) -> None:
         """Use these servers from now on; all of them are taken to be alive."""
-        self._in_flight = dict.fromkeys(urls, 0)
+        self._dispatch.set_servers(urls)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
@@ -64,7 +70,7 @@ class RolloutClient:
             return []
         watch = ProgressWatch(
             self._transport,
-            self._in_flight,
+            self._dispatch.urls,
             timeout_s=self._config.request_timeout_s,
             control_timeout_s=self._config.control_timeout_s,
         )
@@ -77,6 +83,7 @@ class RolloutClient:
     async def _generate_watched(
         self, watch: ProgressWatch, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
     ) -> list[Sample | FailedSample]:
+        self._dispatch.begin(sampling.samples_per_prompt)
         gate = asyncio.Semaphore(self._config.max_concurrent_requests)
         tasks = [
             asyncio.ensure_future(
@@ -121,40 +128,39 @@ class RolloutClient:
         sampling: SamplingParams,
         weight_version: int,
     ) -> Sample:
-        seed = request_seed(prompt, prompt_index, sample_index, sampling)
-        body = build_request(prompt, sampling, seed)
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(TransientServerError),
             stop=stop_after_attempt(self._config.max_attempts),
             wait=_RETRY_WAIT_S,
         )
         async with gate:
+            seed = request_seed(prompt, prompt_index, sample_index, sampling)
+            body = build_request(prompt, sampling, seed)
             try:
-                response: dict[str, Any] = await retrying(self._ask_some_server, watch, body)
+                response: dict[str, Any] = await retrying(self._ask_some_server, watch, prompt_index, body)
             except RetryError as error:
                 raise RolloutError(
                     f"prompt {prompt.prompt_id} failed {self._config.max_attempts} times; last: {self._last_failure}"
                 ) from error
-        routing = self._routing if sampling.return_routed_experts else None
-        return parse_response(response, prompt, prompt_index, sampling, weight_version, routing)
-
-    async def _ask_some_server(self, watch: ProgressWatch, body: dict[str, Any]) -> dict[str, Any]:
-        """One try, on the server that this replica has asked the least of, for as long as that makes progress."""
-        if not self._in_flight:
-            raise RolloutError(f"no SGLang server is left; the last one failed with: {self._last_failure}")
-        url = min(self._in_flight, key=lambda url: self._in_flight[url])
-        self._in_flight[url] += 1
-        try:
-            response: dict[str, Any] = await watch.answer(
-                url, self._transport.request(url, "/generate", body, self._config.generate_timeout_s)
+            routing = self._routing if sampling.return_routed_experts else None
+            # Thousands of tokens each: the event loop would be late for everybody else's.
+            return await self._transport.in_thread(
+                lambda: parse_response(response, prompt, prompt_index, sampling, weight_version, routing)
             )
-        except TransientServerError as error:
-            self._last_failure = str(error)
-            await self._drop_if_dead(url)
-            raise
-        finally:
-            if url in self._in_flight:
-                self._in_flight[url] -= 1
+
+    async def _ask_some_server(self, watch: ProgressWatch, prompt_index: int, body: dict[str, Any]) -> dict[str, Any]:
+        """One try, for as long as the server that is chosen makes progress."""
+        if not self._dispatch.urls:
+            raise RolloutError(f"no SGLang server is left; the last one failed with: {self._last_failure}")
+        with self._dispatch.server_for(prompt_index) as url:
+            try:
+                response: dict[str, Any] = await watch.answer(
+                    url, self._transport.request(url, "/generate", body, self._config.generate_timeout_s)
+                )
+            except TransientServerError as error:
+                self._last_failure = str(error)
+                await self._drop_if_dead(url)
+                raise
         if was_aborted(response):
             self._last_failure = f"{url} aborted the request: {response['meta_info']['finish_reason']}"
             raise TransientServerError(self._last_failure)
@@ -163,7 +169,7 @@ class RolloutClient:
 
     async def _drop_if_dead(self, url: str) -> None:
         """Wait for one health check of the server, shared by all requests that failed on it together."""
-        if url not in self._in_flight:
+        if url not in self._dispatch.urls:
             return
         check = self._health_checks.get(url)
         if check is None or check.done():
@@ -175,4 +181,4 @@ class RolloutClient:
         try:
             await self._transport.request(url, "/health", None, self._config.control_timeout_s)
         except RolloutError:
-            self._in_flight.pop(url, None)
+            self._dispatch.drop(url)

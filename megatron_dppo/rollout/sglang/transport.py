@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from megatron_dppo.compat.extras import from_extra
@@ -17,6 +17,8 @@ with from_extra("sglang"):
     import aiohttp
 
 T = TypeVar("T")
+
+_LONG_ANSWER = 64 * 1024  # characters
 
 
 class Transport:
@@ -29,6 +31,8 @@ class Transport:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
+        # One at a time: what many answers at once would take in memory while they are read.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-reader")
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start ``coroutine`` on the event loop; its result, or exception, arrives in the future."""
@@ -66,10 +70,11 @@ class Transport:
             raise RefusedRequestError(f"{url}{path} refused the request ({status}): {text[:1000]}")
         if status != 200:
             raise TransientServerError(f"{url}{path} failed ({status}): {text[:1000]}")
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text  # /health and /flush_cache answer with plain text
+        return await self.in_thread(lambda: _decoded(text)) if len(text) > _LONG_ANSWER else _decoded(text)
+
+    async def in_thread(self, action: Callable[[], T]) -> T:
+        """Its result, from a thread that does one thing at a time, while the event loop goes on."""
+        return await self._loop.run_in_executor(self._reader, action)
 
     def close(self) -> None:
         """Close the session and end the thread. Safe to call twice."""
@@ -80,3 +85,11 @@ class Transport:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # /health and /flush_cache answer with plain text

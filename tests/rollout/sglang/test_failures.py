@@ -275,3 +275,29 @@ def test_a_found_server_that_was_lost_is_taken_back_by_the_next_update(found, mo
     finally:
         engine.close()
         transport.close()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_two_thousand_requests_at_once_are_all_answered_in_bounded_memory(found):
+    servers, folder = found
+    engine = _attach(servers, folder, max_concurrent_requests=2000, request_timeout_s=120.0, generate_timeout_s=500.0)
+    try:
+        _, tensors = tiny_weights("llama", seed=1)
+        engine.update_weights(WholeWeights(tensors), version=1)
+        prompts = make_prompts(250, [4, 9, 2, 7] * 50)
+        engine.generate(prompts, SamplingParams(max_new_tokens=8, samples_per_prompt=2))
+        before = psutil.Process().memory_info().rss
+        samples = engine.generate(prompts, SamplingParams(max_new_tokens=8, samples_per_prompt=10))
+        growth = psutil.Process().memory_info().rss - before
+        assert [sample.group_id for sample in samples] == [prompt for prompt in range(200) for _ in range(10)]
+        assert all(len(sample.response_ids) == 8 for sample in samples)
+        loads = engine.server_loads()
+        assert min(load.tokens_per_s for load in loads.values()) > 0.3 * max(
+            load.tokens_per_s for load in loads.values()
+        )
+        print(f"2000 requests: {growth / 2**20:.1f} MiB")
+        # A task, a connection with its buffers and a request of 200 bytes each: some 40 KiB.
+        assert growth < 2000 * 64 * 1024
+    finally:
+        engine.close()

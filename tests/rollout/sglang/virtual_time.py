@@ -105,5 +105,8 @@ class VirtualTimeTransport:
         except asyncio.TimeoutError as error:
             raise TransientServerError(f"{url}{path} did not answer within {timeout_s:g} s") from error
 
+    async def in_thread(self, action: Callable[[], Any]) -> Any:
+        return action()
+
     def close(self) -> None:
         self.loop.close()
