@@ -8,7 +8,10 @@ One process per GPU (or CPU core), started by torchrun:
         examples/pretrain_dppo.py --config examples/conf/qwen3_30b_a3b.yaml run.name=my-run rollout.prompts_per_step=256
 
 Any key of the configuration can be overridden by key.sub=value. --check reads and checks everything a run reads
-(configuration, model folder, tokenizer, tasks) without starting it. Exit code 2: the input cannot work, one message says why;
+(configuration, model folder, tokenizer, tasks) without starting it; --check --connect also starts or finds the run's servers
+and asks them all that would go wrong later: run it once on every host of the trainer's.
+
+Exit code 2: the input cannot work, one message says why;
 3: the run was stopped by what the message names (if no more rollouts could be had, what was trained is in a checkpoint);
 4: another rank has failed, and says why;
 75: it was asked to stop (SIGTERM, SIGUSR1, Ctrl-C, run.max_seconds), is saved, and goes on when it is started again.
@@ -44,9 +47,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file; see examples/conf")
     parser.add_argument("--check", action="store_true", help="check the configuration and its inputs, then stop")
+    parser.add_argument("--connect", action="store_true", help="with --check: check the run's servers, too")
     parser.add_argument("--world-size", type=int, help="with --check: how many processes the run will have")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.connect and not arguments.check:
+        parser.error("--connect goes with --check")
+    return arguments
 
 
 def read_input(arguments: argparse.Namespace) -> tuple[Config, RunInputs]:
@@ -57,6 +64,20 @@ def read_input(arguments: argparse.Namespace) -> tuple[Config, RunInputs]:
     inputs = read_run_inputs(config, arguments.world_size or world_size())
     check_run_folder(config, inputs.hf_config)
     return config, inputs
+
+
+def connect(config: Config) -> int:
+    """Report on the run's servers."""
+    from megatron_dppo.training.server_check import check_servers  # its HTTP client is an extra
+
+    try:
+        reports = check_servers(config)
+    except BAD_INPUT as error:
+        return fail(error, EXIT_BAD_INPUT)
+    except STOPPED as error:
+        return fail(error, EXIT_STOPPED)
+    print(*reports, sep="\n")
+    return EXIT_BAD_INPUT if any(report.is_fatal for report in reports) else 0
 
 
 def fail(error: Exception, exit_code: int) -> int:
@@ -79,7 +100,7 @@ def main() -> int:
         return fail(error, EXIT_STOPPED)
     if arguments.check:
         print(f"{arguments.config}: fine ({inputs.hf_config.model_type}, {len(inputs.eval_prompts)} held-out prompts)")
-        return 0
+        return connect(config) if arguments.connect else 0
     try:
         run_training(config, inputs, device)
     except BAD_INPUT as error:

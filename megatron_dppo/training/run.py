@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +34,7 @@ from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
 from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
+from megatron_dppo.training.served_policy import serve_command
 from megatron_dppo.training.stop_requests import StopRequests
 from megatron_dppo.training.trainer import Trainer
 
@@ -148,14 +148,8 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
         log_folder=folder.logs,
         replica_group=replica_group(),
         return_routed_experts=config.algorithm.routing_replay,
-        serve_command=serve_command(folder),
+        serve_command=serve_command(folder.config_path),
     )
-
-
-def serve_command(folder: RunFolder) -> list[str]:
-    """Serves a run's policy on another host, until its standard input ends; the host sees the same files."""
-    config = ["--config", str(folder.config_path.absolute())]
-    return [sys.executable, "-m", "megatron_dppo.serve", "--directory", str(Path.cwd()), *config, "--until-eof"]
 
 
 def environment_report() -> str:

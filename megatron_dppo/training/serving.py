@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from megatron_dppo.errors import ConfigError
-from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.rollout.sglang.servers.local import LocalServers
 from megatron_dppo.rollout.sglang.servers.registry import Registry
-from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.servers.serving import ServingHost, address_of_this_host
 from megatron_dppo.rollout.sglang.transport import Transport
-from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
+from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.served_policy import served_policy
 
 
 def serve_policy(
@@ -47,11 +46,7 @@ def serve_policy(
     here = dataclasses.replace(
         sglang, host=address or address_of_this_host(), base_gpu_id=sglang.base_gpu_id or 0, num_servers=count
     )
-    policy = ServedPolicy(
-        Path(config.model.path),
-        sglang.dtype or dtype_name(MODEL_DTYPES[config.model.dtype]),
-        config.algorithm.routing_replay,
-    )
+    policy = served_policy(config)
     if not (policy.model_folder / "config.json").is_file():
         raise ConfigError(f"model.path: there is no {policy.model_folder / 'config.json'} on this host")
     transport = Transport(sglang.keys)

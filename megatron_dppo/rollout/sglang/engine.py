@@ -6,6 +6,7 @@ that replica's responses. Whatever goes wrong in a weight update is raised on al
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -19,18 +20,22 @@ from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
+from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
+from megatron_dppo.rollout.sglang.server_settings import examine_settings
 from megatron_dppo.rollout.sglang.servers.choose import choose_source
-from megatron_dppo.rollout.sglang.servers.pool import ServerPool
+from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.weight_sync import WeightSync
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class SGLangEngine:
@@ -182,9 +187,40 @@ class SGLangEngine:
     def _facts_if_changed(self) -> list[ServerFacts] | None:
         assert self._pool is not None
         fit = self._pool.fit(self._weight_version)
-        if self._sync is not None and set(fit.urls) == set(self._sync.urls) and not fit.newcomers:
+        admitted = self._admitted(fit)
+        urls = {server.url for server in admitted}
+        if self._sync is not None and urls == set(self._sync.urls) and not urls & fit.newcomers:
             return None
-        return [ServerFacts.ask(self._transport, url, self._config) for url in fit.urls]
+        return admitted
+
+    def _admitted(self, fit: Fit) -> list[ServerFacts]:
+        """At the start all have to be of use; later one that is not is left out like one that does not answer."""
+        known = {server.url: server for server in self._sync.servers} if self._sync is not None else {}
+        admitted, refused = [], []
+        for url in fit.urls:
+            try:
+                admitted.append(known[url] if url in known.keys() - fit.newcomers else self._facts_of(url))
+            except RolloutError as error:
+                if self._sync is None:
+                    raise
+                refused.append(str(error))
+                _log.warning("left out of this update: %s", error)
+        if len(admitted) < self._config.min_servers:
+            raise RolloutError(
+                f"{len(admitted)} SGLang servers can be used, fewer than min_servers = {self._config.min_servers}: "
+                + "; ".join(refused)
+            )
+        return admitted
+
+    def _facts_of(self, url: str) -> ServerFacts:
+        info = self._transport.call(url, "/server_info", None, self._config.control_timeout_s)
+        with reading(f"{url}/server_info"):
+            findings = examine_settings(info, self._served)
+        for finding in findings:
+            if finding.is_fatal:
+                raise RolloutError(f"{url} cannot be used: {finding}")
+            _log.warning("%s: %s", url, finding)
+        return ServerFacts.of(url, info)
 
     def _check_servers(self) -> None:
         assert self._sync is not None

@@ -7,9 +7,7 @@ from typing import Any
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang.answers import reading
-from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ServerLayout
-from megatron_dppo.rollout.sglang.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,8 @@ class ServerFacts:
     layout: ServerLayout
 
     @classmethod
-    def ask(cls, transport: Transport, url: str, config: SGLangConfig) -> ServerFacts:
-        """Read ``/server_info``. Raises RolloutError for a layout that cannot be updated by broadcast."""
-        info = transport.call(url, "/server_info", None, config.control_timeout_s)
+    def of(cls, url: str, info: dict[str, Any]) -> ServerFacts:
+        """From an answer to ``/server_info``. Raises RolloutError for a layout that cannot be updated by broadcast."""
         with reading(f"{url}/server_info"):
             for size in ("pp_size", "nnodes"):
                 if info.get(size, 1) != 1:

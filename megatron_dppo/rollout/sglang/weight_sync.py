@@ -15,10 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import socket
 import threading
 import time
-import urllib.parse
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -42,7 +40,7 @@ from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerLayout, placement
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.transport import Transport
-from megatron_dppo.rollout.sglang.update_group import join_update_group
+from megatron_dppo.rollout.sglang.update_group import address_seen_from, join_update_group, open_store
 
 T = TypeVar("T")
 
@@ -88,8 +86,13 @@ class WeightSync:
         self._driver: Future[None] | None = None
 
     @property
+    def servers(self) -> list[ServerFacts]:
+        """Those that are updated."""
+        return list(self._servers)
+
+    @property
     def urls(self) -> list[str]:
-        """The servers that are updated."""
+        """Their addresses."""
         return [server.url for server in self._servers]
 
     def update(self, weights: WeightSource, version: int) -> None:
@@ -158,9 +161,8 @@ class WeightSync:
             self._store = TCPStore(address, port, is_master=False, timeout=self._timeout())
 
     def _open_store(self) -> tuple[str, int, str]:
-        address = self._config.master_address or _address_seen_from(self._servers[0].url)
-        # Port 0: the system picks one, so two runs on a machine cannot collide.
-        self._store = TCPStore(address, 0, is_master=True, timeout=self._timeout(), wait_for_workers=False)
+        address = self._config.master_address or address_seen_from(self._servers[0].url)
+        self._store = open_store(address, self._timeout())
         return address, self._store.port, uuid.uuid4().hex
 
     def _world_size(self) -> int:
@@ -452,11 +454,3 @@ def _add_up(kind: ExpectedChecksums | None, senders: Sequence[int]) -> None:
     if kind is not None and rank == 0:
         for content in arrived.values():
             kind.add_tensor(content.view(torch.int64))
-
-
-def _address_seen_from(url: str) -> str:
-    """This machine's address on the route to a server. Nothing is sent: connecting a UDP socket only picks a route."""
-    parts = urllib.parse.urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
-        return str(probe.getsockname()[0])

@@ -146,12 +146,8 @@ def test_what_is_no_generation_at_all_is_no_type_error(answer):
 
 @pytest.mark.parametrize("info", [None, "a text", {"device": "cpu"}, {"tp_size": None, "device": "cpu"}])
 def test_server_info_of_another_form_is_an_error_that_names_the_server(info):
-    class Answers:
-        def call(self, *_request):
-            return info
-
     with pytest.raises(RolloutError, match="http://a:1/server_info: the server's answer"):
-        ServerFacts.ask(Answers(), "http://a:1", SGLangConfig())
+        ServerFacts.of("http://a:1", info)
 
 
 ROUTING = RoutingShape(layers=2, experts=4, experts_per_token=2)

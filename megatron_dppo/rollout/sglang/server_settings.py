@@ -1,0 +1,75 @@
+"""Whether a server computes what the policy computes, as far as its settings say, and what to do where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
+from megatron_dppo.rollout.sglang.servers.server import EXPERT_CHOICES_FLAG
+
+# What every statement about SGLang in this package was tried with.
+TESTED_VERSION = "0.5.23"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a server that needs attention.
+
+    Attributes:
+        fault: what is wrong.
+        remedy: what to do.
+        is_fatal: whether rollouts of this server cannot be used. If not, they may be.
+    """
+
+    fault: str
+    remedy: str
+    is_fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.fault}: {self.remedy}"
+
+
+def examine_settings(info: dict[str, Any], policy: ServedPolicy) -> list[Finding]:
+    """Compare a server's ``/server_info`` with the policy that it is to serve."""
+    return [*_other_numbers(info, policy), *_other_software(info)]
+
+
+def _other_numbers(info: dict[str, Any], policy: ServedPolicy) -> Iterator[Finding]:
+    dtype = info.get("dtype")
+    if dtype not in (policy.dtype, None, "auto"):
+        yield Finding(
+            f"it computes in {dtype}, and is to compute in {policy.dtype}",
+            f"start it with --dtype {policy.dtype}, or set rollout.sglang.dtype={dtype}",
+        )
+    if info.get("quantization"):
+        yield Finding(
+            f"its weights are quantised ({info['quantization']})",
+            "start it without --quantization: it gets whole weights",
+        )
+    if info.get("kv_cache_dtype") not in (None, "auto", policy.dtype):
+        yield Finding(
+            f"its key-value cache is in {info['kv_cache_dtype']}: log-probs will differ from the policy's",
+            "start it with --kv-cache-dtype auto",
+            is_fatal=False,
+        )
+    if info.get("ep_num_redundant_experts"):
+        yield Finding(
+            "it keeps some experts twice (ep_num_redundant_experts), which no checksum foresees",
+            "start it without --ep-num-redundant-experts",
+        )
+    if policy.return_routed_experts and not info.get("enable_return_routed_experts"):
+        yield Finding(
+            "it does not keep expert choices, which routing replay needs", f"start it with {EXPERT_CHOICES_FLAG}"
+        )
+
+
+def _other_software(info: dict[str, Any]) -> Iterator[Finding]:
+    version = info.get("version")
+    if version != TESTED_VERSION:
+        yield Finding(
+            f"it is SGLang {version}, and nothing was tried with that",
+            f"install sglang=={TESTED_VERSION}, or look closely at the first updates",
+            is_fatal=False,
+        )
