@@ -125,19 +125,24 @@ class SGLangEngine:
         """See ``RolloutEngine.update_weights``.
 
         Servers that do not answer are left out, and taken back by the first update that finds them again; those that this
-        engine started and that have ended are started again for that.
+        engine started and that have ended are started again for that. If one is lost amid the update, the others get all
+        weights anew.
         """
         if self._failed:
             self._require_usable()
         self._join_servers()
         self._unusable_because = f"the weight update to version {version} did not complete"
-        assert self._sync is not None
-        try:
-            self._sync.update(weights, version)
-        except WeightSyncError as error:
-            self._failed = True
-            self._unusable_because = f"the weight update to version {version} failed: {error}"
-            raise
+        while True:
+            assert self._sync is not None
+            try:
+                self._sync.update(weights, version)
+                break
+            except WeightSyncError as error:
+                if not self._on_owner(self._lost_servers):
+                    self._failed = True
+                    self._unusable_because = f"the weight update to version {version} failed: {error}"
+                    raise
+            self._join_servers(anew=True)
         self._client.set_servers(self._sync.urls)
         self._weight_version = version
         self._unusable_because = None
@@ -174,9 +179,17 @@ class SGLangEngine:
         self._pool = ServerPool(self._config, self._transport, source)
         self._pool.prepare()
 
-    def _join_servers(self) -> None:
-        """Find a way to the servers that answer, unless it is the one that there is. Collective."""
-        facts = self._on_owner(self._facts_if_changed)
+    def _lost_servers(self) -> list[str]:
+        assert self._pool is not None
+        assert self._sync is not None
+        lost = self._pool.silent(self._sync.urls)
+        for url, reason in lost.items():
+            _log.warning("%s was lost amid a weight update (%s): it begins anew without it", url, reason)
+        return list(lost)
+
+    def _join_servers(self, *, anew: bool = False) -> None:
+        """Find a way to the servers that answer. Collective. ``anew``: even if it is the one that there is."""
+        facts = self._on_owner(lambda: self._facts_if_changed(anew))
         if facts is None:
             return
         if self._sync is not None:
@@ -184,12 +197,12 @@ class SGLangEngine:
         shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
         self._sync = WeightSync(facts, self._config, shape, self._dtype, self._transport)
 
-    def _facts_if_changed(self) -> list[ServerFacts] | None:
+    def _facts_if_changed(self, anew: bool) -> list[ServerFacts] | None:
         assert self._pool is not None
         fit = self._pool.fit(self._weight_version)
         admitted = self._admitted(fit)
         urls = {server.url for server in admitted}
-        if self._sync is not None and urls == set(self._sync.urls) and not urls & fit.newcomers:
+        if not anew and self._sync is not None and urls == set(self._sync.urls) and not urls & fit.newcomers:
             return None
         return admitted
 

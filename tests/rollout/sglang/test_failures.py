@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -26,11 +24,9 @@ from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import SERVER_PYTHON, server_config, tiny_weights
-from tests.waiting import wait_until
+from tests.rollout.sglang.server_faults import signal_when_they_work
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
-
-BATCH_STARTED = "Prefill batch"  # in a server's log
 
 
 def _engine(folder: Path, **options: object) -> SGLangEngine:
@@ -54,24 +50,6 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
 def _assert_all_end(processes: list[psutil.Process], timeout_s: float) -> None:
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-
-
-def _signal_when_they_work(servers: list[SGLangServer], number: signal.Signals = signal.SIGKILL) -> threading.Thread:
-    """From another thread, while ``generate`` runs: send it to these servers' process groups once they all have begun."""
-    logs = [server.log_path for server in servers]
-    before = [log.read_text().count(BATCH_STARTED) for log in logs]
-
-    def all_work() -> bool:
-        return all(log.read_text().count(BATCH_STARTED) > count for log, count in zip(logs, before, strict=True))
-
-    def send() -> None:
-        wait_until(all_work, within_s=60, what=f"{logs} begin")
-        for server in servers:
-            os.killpg(server._process.pid, number)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
@@ -112,7 +90,7 @@ def _assert_only_who_has_the_keys_is_let_in(url: str, folder: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, monkeypatch):
-    """Two servers that ask for keys; one dies mid-generation and is started again by the next update; then both die."""
+    """Two servers that ask for keys; one dies mid-generation and is started again; then both die."""
     monkeypatch.setenv("API_KEY", "of those who generate")
     monkeypatch.setenv("ADMIN_KEY", "of those who change weights")
     keys = {"api_key_variable": "API_KEY", "admin_api_key_variable": "ADMIN_KEY"}
@@ -125,7 +103,7 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
         engine.update_weights(WholeWeights(tensors), version=1)
         _assert_only_who_has_the_keys_is_let_in(_servers_of(engine)[0].url, tmp_path)
 
-        killer = _signal_when_they_work(_servers_of(engine)[:1])
+        killer = signal_when_they_work(_servers_of(engine)[:1])
         samples = engine.generate(prompts, long)
         killer.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 96
@@ -133,13 +111,16 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
         with pytest.raises(RolloutError, match="cannot be reached"):
             engine.health()
 
-        version = _update_until_all_serve(engine, WholeWeights(tensors))
+        engine.update_weights(WholeWeights(tensors), version=2)  # nobody waits for the server that loads
+        assert engine._sync.urls == [_servers_of(engine)[1].url]
+        engine._config.min_servers = 2
+        engine.update_weights(WholeWeights(tensors), version=3)  # but if it is needed
         engine.health()
         samples = engine.generate(prompts, SamplingParams(max_new_tokens=4))
-        assert {sample.weight_versions[0] for sample in samples} == {(version, 4)}
+        assert {sample.weight_versions[0] for sample in samples} == {(3, 4)}
         assert_log_probs_match(subject, samples, 1.0)
 
-        killer = _signal_when_they_work(_servers_of(engine))
+        killer = signal_when_they_work(_servers_of(engine))
         samples = engine.generate(prompts, long)
         killer.join()
         assert len(samples) == 96
@@ -149,18 +130,6 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
     finally:
         engine.close()
     _assert_all_end(_processes_of(tmp_path), timeout_s=5)
-
-
-def _update_until_all_serve(engine: SGLangEngine, weights: WholeWeights) -> int:
-    """Version after version, as a trainer does, that nobody waits with for a server that loads; the last one."""
-    deadline = time.monotonic() + 120
-    while True:
-        version = engine.weight_version + 1
-        engine.update_weights(weights, version)
-        if len(engine._sync.urls) == len(_servers_of(engine)):
-            return version
-        assert time.monotonic() < deadline, "the server that was killed did not come back"
-        time.sleep(1)
 
 
 _TRAINER = """
@@ -180,6 +149,7 @@ class Well(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        self.wfile.write(b'{"weight_version": "default"}')
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.Popen(["sleep", "1000"])
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Well).serve_forever()
@@ -238,7 +208,7 @@ def test_requests_of_a_server_that_hangs_go_to_the_others(found):
         engine.generate(prompts, SamplingParams(max_new_tokens=4))  # a server's first batch takes seconds
 
         engine._config.request_timeout_s = 15.0
-        stopper = _signal_when_they_work(servers[:1], signal.SIGSTOP)
+        stopper = signal_when_they_work(servers[:1], signal.SIGSTOP)
         samples = engine.generate(prompts, SamplingParams(max_new_tokens=100, samples_per_prompt=16))
         stopper.join()
         assert [len(sample.response_ids) for sample in samples] == [100] * 128

@@ -101,6 +101,10 @@ class ServerPool:
             _log.warning("left out of this update: %s", reason)
         return Fit(tuple(look.labels), frozenset(url for url, label in look.labels.items() if label != str(version)))
 
+    def silent(self, urls: Iterable[str]) -> dict[str, str]:
+        """Those that do not answer now, and why."""
+        return self._labels(urls)[1]
+
     def close(self) -> None:
         """End the servers that were started. Safe to call twice."""
         self._source.close()
