@@ -46,6 +46,10 @@ class WeightSyncError(RolloutError):
     """The engine does not serve the weights that it was sent; the message names the tensor."""
 
 
+class MismatchError(RolloutError):
+    """The engine's log-probs are not the policy's; the message says how far they are apart, and nothing was learned."""
+
+
 class TransientServerError(RolloutError):
     """The server could not be reached, was too slow, or failed on its side: another try may work."""
 

@@ -22,6 +22,7 @@ _AT_LEAST = {
     "run.seed": 0,
     "run.max_seconds": 0,
     "algorithm.topk": 1,
+    "algorithm.max_mismatch": 0,
     "rollout.max_prompt_tokens": 1,
     "rollout.max_response_tokens": 1,
     "rollout.max_batch_size": 1,

@@ -76,6 +76,9 @@ class AlgorithmConfig:
         anchor: what the ratio and the divergence are measured against: rollout | recomputed. The latter, the policy's own
             log-probs before the first optimizer step, is the ablation that the paper shows to collapse; it also costs one
             more forward pass.
+        max_mismatch: largest mean |log pi - log mu| between policy and engine before the first optimizer step of a batch, as
+            a seam that does not fit shows in it: other weights, another temperature or tokenizer. Above it nothing is learned
+            and the run stops, with a checkpoint. 0: no limit.
         routing_replay: MoE policies: route every token in training as the engine routed it, so that a router that rounds
             differently does not show up as a policy that has moved.
     """
@@ -84,6 +87,7 @@ class AlgorithmConfig:
     advantage: str = "mean_baseline"
     topk: int = 20
     anchor: str = "rollout"
+    max_mismatch: float = 0.5
     routing_replay: bool = False
 
 

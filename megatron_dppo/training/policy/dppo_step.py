@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 
+from megatron_dppo.errors import MismatchError
 from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead
 from megatron_dppo.loss.metrics import MetricSums
 from megatron_dppo.models.policy_head import PolicyHead
@@ -92,11 +93,13 @@ class DPPOStep:
 
         They are numbers but for ``backend``, which names the kernels that ran. An optimizer step whose gradients are not
         finite, on any rank, is skipped on all; the metrics are those of the others.
+
+        Raises MismatchError, on every rank and before anything was learned, if the rollouts are not the policy's own.
         """
         if self._rollout_weights is not None:
             self._rollout_weights.refresh()  # the engine samples with the weights as they are before the first step
         batch = self._with_extra_log_probs(batch)
-        first: MetricSums | None = None
+        on_policy: dict[str, float] | None = None  # of the first optimizer step that is applied
         every: MetricSums | None = None
         batches = BatchMetrics()
         outcome = StepOutcome(grad_norm=math.nan, lr=self._optimizer_state.lr)
@@ -105,6 +108,12 @@ class DPPOStep:
             micro_batches = self._batcher.micro_batches(batch, step)
             batches.add(micro_batches)
             parts: list[MetricSums] = []
+
+            def check(parts: list[MetricSums] = parts) -> None:
+                nonlocal on_policy
+                if on_policy is None:
+                    on_policy = self._checked_mismatch(parts)
+
             try:
                 outcome = optimizer_step(
                     self._policy,
@@ -113,6 +122,7 @@ class DPPOStep:
                     partial(self._loss_of, parts),
                     self._rollout_weights,
                     self._replay,
+                    check,
                 )
             except SkippedStepError as error:
                 skipped += 1
@@ -122,13 +132,11 @@ class DPPOStep:
             self.skipped_in_a_row = 0
             if parts:  # on the last pipeline stage
                 step_metrics = MetricSums.total(parts)
-                first = first or step_metrics
                 every = step_metrics if every is None else every + step_metrics
-        on_policy = {name: value for name, value in global_metrics(first).items() if name.startswith("mismatch/")}
         replayed = {} if self._replay is None else {"mismatch/rerouted_share": self._replay.replayed_differently()}
         return {
             **global_metrics(every),
-            **on_policy,
+            **(on_policy or {}),
             **replayed,
             **batches.reduce(),
             "backend": self._backend,
@@ -136,6 +144,18 @@ class DPPOStep:
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
         }
+
+    def _checked_mismatch(self, parts: Sequence[MetricSums]) -> dict[str, float]:
+        """How far policy and engine are apart. ``parts``: of one optimizer step; empty but on the last pipeline stage."""
+        metrics = global_metrics(MetricSums.total(parts) if parts else None)
+        mismatch, limit = metrics.get("mismatch/abs_log_ratio", 0.0), self._config.algorithm.max_mismatch
+        if mismatch > limit > 0:
+            raise MismatchError(
+                f"the mean |log pi - log mu| of these rollouts is {mismatch:.3g}, more than algorithm.max_mismatch ="
+                f" {limit:g}: engine and policy do not compute the same (weights, temperature, tokenizer; for MoE policies"
+                " routing, which algorithm.routing_replay makes the same). Nothing was learned from them"
+            )
+        return {name: value for name, value in metrics.items() if name.startswith("mismatch/")}
 
     def _loss_of(
         self, parts: list[MetricSums], batch: MicroBatch, hidden: torch.Tensor, rollout_logits: torch.Tensor | None

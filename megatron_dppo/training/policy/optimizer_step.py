@@ -78,6 +78,7 @@ def optimizer_step(
     loss_of: LossOf,
     rollout_weights: FrozenWeights | None = None,
     replay: RoutingReplay | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> StepOutcome:
     """Update the policy once from this replica's micro-batches (the same number on every replica).
 
@@ -88,6 +89,7 @@ def optimizer_step(
         loss_of: the loss of a micro-batch, from the last pipeline stage's hidden states.
         rollout_weights: given for an exact divergence: the rollout policy's logits are recomputed with them.
         replay: given to route tokens as the micro-batches say.
+        check: called on every rank when all losses are known; what it raises ends the step.
 
     Raises:
         LossInputError, SkippedStepError: on every rank; the weights are left as they were.
@@ -122,6 +124,7 @@ def optimizer_step(
     policy.forward_backward.start()
     _run_schedule(policy, micro_batches, forward_step, forward_only=False)
     _refuse_a_wrong_step(policy, found, losses)
+    check()
     lr = optimizer_state.lr
     _, grad_norm, _ = optimizer_state.optimizer.step()
     optimizer_state.scheduler.step(increment=1)
