@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core"
 
 from megatron_dppo.distributed.ranks import choose_device, world_size
 from megatron_dppo.distributed.said_once import is_first_to_say
-from megatron_dppo.errors import BAD_INPUT, STOPPED, CheckpointError, StopRequested
+from megatron_dppo.errors import ASKED_TO_STOP, BAD_INPUT, STOPPED, CheckpointError
 from megatron_dppo.training.config.load import load_config
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.inputs import RunInputs, read_run_inputs
@@ -105,12 +105,12 @@ def main() -> int:
         run_training(config, inputs, device)
     except BAD_INPUT as error:
         return fail(error, EXIT_BAD_INPUT)
-    except STOPPED as error:
-        return fail(error, EXIT_STOPPED)
-    except StopRequested as request:
+    except ASKED_TO_STOP as request:
         if is_first_to_say(str(request)):
             print(request, flush=True)
         return EXIT_START_AGAIN
+    except STOPPED as error:
+        return fail(error, EXIT_STOPPED)
     return 0
 
 

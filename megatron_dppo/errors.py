@@ -46,6 +46,10 @@ class WeightSyncError(RolloutError):
     """The engine does not serve the weights that it was sent; the message names the tensor."""
 
 
+class StoppedWaitingError(RolloutError):
+    """The run was asked to stop while it waited for servers; it goes on when it is started again."""
+
+
 class MismatchError(RolloutError):
     """The engine's log-probs are not the policy's; the message says how far they are apart, and nothing was learned."""
 
@@ -70,6 +74,8 @@ class NonFiniteGradientError(RuntimeError):
     """Too many optimizer steps in a row had gradients that are NaN or infinite; none of them was applied."""
 
 
+# What ends a run that goes on when it is started again.
+ASKED_TO_STOP = (StopRequested, StoppedWaitingError)
 # What the person who started a run can mend: the input.
 BAD_INPUT = (ConfigError, BackendUnavailableError, MissingDependencyError, TaskError)
 # What ended a run whose input was fine.

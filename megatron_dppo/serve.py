@@ -16,6 +16,7 @@ import sys
 import threading
 
 from megatron_dppo.errors import BAD_INPUT, RolloutError
+from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.training.config.load import load_config
 
 EXIT_BAD_INPUT = 2
@@ -33,6 +34,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--servers", type=int, help="how many to start; default: as many as the GPUs of this host allow"
     )
     parser.add_argument("--host", help="address to listen on; default: the one that other hosts reach this one by")
+    parser.add_argument(
+        "--nnodes", type=int, default=1, help="hosts that share one server; then each runs this command"
+    )
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is; 0 is the one that is asked")
+    parser.add_argument("--head", metavar="HOST:PORT", help="where they meet: an address of node 0, and a free port")
     parser.add_argument("--directory", help="where to run: what relative paths in the configuration are relative to")
     parser.add_argument("--until-eof", action="store_true", help="end when standard input is closed")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
@@ -46,7 +52,8 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
     config = load_config(options.config, options.overrides)
     from megatron_dppo.training.serving import serve_policy  # its HTTP client is an extra
 
-    serve_policy(config, stop, registry=options.registry, servers=options.servers, address=options.host)
+    nodes = Nodes(options.nnodes, options.node_rank, options.head)
+    serve_policy(config, stop, registry=options.registry, servers=options.servers, address=options.host, nodes=nodes)
 
 
 def _set_at_eof(stop: threading.Event) -> None:

@@ -84,7 +84,7 @@ def _train(
     log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
     log.say(environment_report())
     policy = build_trainable_policy(config, inputs, device)
-    engine = stack.enter_context(closing(build_engine(config, policy, folder)))
+    engine = stack.enter_context(closing(build_engine(config, policy, folder, stop_requests)))
     scorer = stack.enter_context(
         Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
     )
@@ -134,7 +134,9 @@ def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.devi
     return wrap_for_training(chunks, inputs.hf_config, dtype, config.parallel.use_distributed_optimizer)
 
 
-def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> RolloutEngine:
+def build_engine(
+    config: Config, policy: TrainablePolicy, folder: RunFolder, stop_requests: StopRequests
+) -> RolloutEngine:
     """The rollout engine that the configuration names."""
     if config.rollout.engine == "embedded":
         return EmbeddedEngine(policy.chunks, policy.vocab_size, config.rollout.max_batch_size)
@@ -149,6 +151,7 @@ def build_engine(config: Config, policy: TrainablePolicy, folder: RunFolder) -> 
         replica_group=replica_group(),
         return_routed_experts=config.algorithm.routing_replay,
         serve_command=serve_command(folder.config_path),
+        stop=lambda: stop_requests.reason,
     )
 
 

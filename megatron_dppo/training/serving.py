@@ -11,6 +11,7 @@ import torch
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.rollout.sglang.servers.local import LocalServers
+from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.rollout.sglang.servers.registry import Registry
 from megatron_dppo.rollout.sglang.servers.serving import ServingHost, address_of_this_host
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -25,6 +26,7 @@ def serve_policy(
     registry: str | None = None,
     servers: int | None = None,
     address: str | None = None,
+    nodes: Nodes = Nodes(),  # noqa: B008  it cannot be changed
 ) -> None:
     """Run servers, registered while they are ready, until ``stop`` is set.
 
@@ -34,6 +36,7 @@ def serve_policy(
         registry: folder to register in; None: ``rollout.sglang.registry``.
         servers: how many; None: as many as the GPUs of this host allow, one where there are none.
         address: to listen on; None: the one that other hosts reach this one by.
+        nodes: that share one server with this host.
 
     Raises:
         ConfigError: the configuration cannot work on this host.
@@ -42,9 +45,13 @@ def serve_policy(
     sglang = config.rollout.sglang
     sglang.check()
     folder = _registry_folder(registry or sglang.registry)
-    count = servers or servers_that_fit(sglang.tensor_model_parallel_size)
+    nodes.check(sglang.tensor_model_parallel_size)
+    count = servers or _servers_that_fit(sglang.tensor_model_parallel_size, nodes.count)
     here = dataclasses.replace(
-        sglang, host=address or address_of_this_host(), base_gpu_id=sglang.base_gpu_id or 0, num_servers=count
+        sglang,
+        host=address or address_of_this_host(),
+        base_gpu_id=sglang.base_gpu_id or 0,
+        num_servers=count,
     )
     policy = served_policy(config)
     if not (policy.model_folder / "config.json").is_file():
@@ -52,7 +59,8 @@ def serve_policy(
     transport = Transport(sglang.keys)
     try:
         logs = folder / "logs" / socket.gethostname()
-        ServingHost(LocalServers.of(policy, count, here, transport, logs), Registry(folder)).serve(stop)
+        local = LocalServers.of(policy, count, here, transport, logs, nodes)
+        ServingHost(local, Registry(folder) if nodes.rank == 0 else None).serve(stop)
     finally:
         transport.close()
 
@@ -65,13 +73,14 @@ def _registry_folder(path: str | None) -> Path:
     return Path(path)
 
 
-def servers_that_fit(gpus_of_one: int) -> int:
-    """On this host; one where there are no GPUs. Raises ConfigError if not even one fits."""
-    if not torch.cuda.is_available():
+def _servers_that_fit(gpus_of_one: int, nodes: int) -> int:
+    """On this host; one where there are no GPUs. Raises ConfigError if not even this host's share of one fits."""
+    if nodes > 1 or not torch.cuda.is_available():
         return 1
     gpus = torch.cuda.device_count()
     if gpus < gpus_of_one:
         raise ConfigError(
-            f"rollout.sglang.tensor_model_parallel_size = {gpus_of_one}, but this host has {gpus} GPUs: lower it"
+            f"rollout.sglang.tensor_model_parallel_size = {gpus_of_one}, but this host has {gpus} GPUs: lower it, or share a"
+            " server between hosts with --nnodes"
         )
     return gpus // gpus_of_one

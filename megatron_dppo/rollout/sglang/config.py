@@ -90,6 +90,11 @@ class SGLangConfig:
         """Raises ConfigError if they are not where they should be."""
         return ServerKeys.read(self.api_key_variable, self.admin_api_key_variable)
 
+    @property
+    def starts_servers_here(self) -> bool:
+        """Whether the trainer's rank 0 starts them, as its own processes."""
+        return not self.urls and self.registry is None and self.launch is None
+
     def check(self) -> None:
         """Raise ConfigError naming the first field whose value cannot work."""
         positive = (

@@ -57,6 +57,7 @@ class SGLangEngine:
         replica_group: dist.ProcessGroup | None = None,
         return_routed_experts: bool = False,
         serve_command: Sequence[str] = (),
+        stop: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
 
@@ -69,6 +70,7 @@ class SGLangEngine:
             replica_group: the ranks that share one copy of the policy and its prompts; None: this rank alone.
             return_routed_experts: start servers that can return expert choices, for
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
+            stop: asked while servers are waited for: why the run is to stop, or None.
             serve_command: what ``config.launch`` runs on other hosts: ``python -m megatron_dppo.serve`` with all it needs.
         """
         config.check()
@@ -89,6 +91,7 @@ class SGLangEngine:
         self._served = ServedPolicy(Path(model_folder), dtype_name(self._dtype), return_routed_experts)
         self._log_folder = Path(log_folder)
         self._serve_command = serve_command
+        self._stop = stop
         try:
             self._on_owner(self._prepare_servers)
         except BaseException:
@@ -176,7 +179,7 @@ class SGLangEngine:
 
     def _prepare_servers(self) -> None:
         source = choose_source(self._config, self._served, self._transport, self._log_folder, self._serve_command)
-        self._pool = ServerPool(self._config, self._transport, source)
+        self._pool = ServerPool(self._config, self._transport, source, self._stop)
         self._pool.prepare()
 
     def _lost_servers(self) -> list[str]:

@@ -28,9 +28,12 @@ class ServerFacts:
     def of(cls, url: str, info: dict[str, Any]) -> ServerFacts:
         """From an answer to ``/server_info``. Raises RolloutError for a layout that cannot be updated by broadcast."""
         with reading(f"{url}/server_info"):
-            for size in ("pp_size", "nnodes"):
-                if info.get(size, 1) != 1:
-                    raise RolloutError(f"{url} runs with {size} = {info[size]}: such servers cannot be updated yet")
+            if info.get("pp_size", 1) != 1:
+                # SGLang gives all stages the same rank in the update group (model_runner_components/weight_updater.py).
+                raise RolloutError(
+                    f"{url} runs with pp_size = {info['pp_size']}: SGLang cannot update such servers. Use tensor and expert"
+                    " parallelism, over several nodes if need be"
+                )
             tp_size = int(info["tp_size"])
             attention_groups = _attention_groups(url, info)
             attention_tp_size = tp_size // attention_groups

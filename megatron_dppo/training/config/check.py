@@ -209,7 +209,7 @@ def _check_token_budget(config: Config) -> None:
 def _check_extras(config: Config) -> None:
     if config.rollout.engine == "sglang":
         python = config.rollout.sglang.python
-        if python is not None and not config.rollout.sglang.urls and shutil.which(python) is None:
+        if python is not None and config.rollout.sglang.starts_servers_here and shutil.which(python) is None:
             raise ConfigError(f"rollout.sglang.python={python} is no program that can be run")
         try:
             import megatron_dppo.rollout.sglang.engine  # noqa: F401  here, not on every rank when the run is built

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron_dppo.errors import ConfigError, RolloutError
+from megatron_dppo.errors import ConfigError, RolloutError, StoppedWaitingError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
 from megatron_dppo.rollout.sglang.servers.source import Found, NamedServers
@@ -169,6 +169,15 @@ def test_a_server_that_does_not_come_in_time_is_too_few(servers, transport):
         RolloutError, match=r"2 of 2 SGLang servers answer, fewer than min_servers = 3; missing: one more"
     ):
         ServerPool(config, transport, Joining(servers[:2], awaited=("one more",))).fit(0)
+
+
+def test_a_run_that_is_asked_to_stop_waits_no_longer(servers, transport):
+    source = Joining(servers[:1], awaited=("one more",))
+    config, reasons = SGLangConfig(num_servers=2, min_servers=2, startup_timeout_s=60.0), [None, "SIGTERM"]
+    for wait in (ServerPool.prepare, lambda pool: pool.fit(0)):
+        pool = ServerPool(config, transport, source, iter(reasons).__next__)
+        with pytest.raises(StoppedWaitingError, match=r"\(SIGTERM\); missing: one more"):
+            wait(pool)
 
 
 def test_a_server_that_fails_to_start_ends_the_start_of_a_run_but_no_run(servers, transport):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy, prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.servers.source import Found
@@ -26,9 +27,18 @@ class LocalServers:
 
     @classmethod
     def of(
-        cls, policy: ServedPolicy, count: int, config: SGLangConfig, transport: Transport, log_folder: Path
+        cls,
+        policy: ServedPolicy,
+        count: int,
+        config: SGLangConfig,
+        transport: Transport,
+        log_folder: Path,
+        nodes: Nodes = Nodes(),  # noqa: B008  it cannot be changed
     ) -> LocalServers:
-        """``count`` servers of a policy, with their logs and the folder that they load in ``log_folder``."""
+        """``count`` servers of a policy, with their logs and the folder that they load in ``log_folder``.
+
+        ``nodes``: that share each of them with this host.
+        """
         served = prepare_served_folder(policy.model_folder, log_folder / "served_model")
         return cls(
             [
@@ -39,6 +49,7 @@ class LocalServers:
                     log_folder,
                     index,
                     return_routed_experts=policy.return_routed_experts,
+                    nodes=nodes,
                 )
                 for index in range(count)
             ],

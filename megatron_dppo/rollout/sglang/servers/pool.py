@@ -10,10 +10,10 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megatron_dppo.errors import RolloutError
+from megatron_dppo.errors import RolloutError, StoppedWaitingError
 from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.source import Found, ServerSource
@@ -55,15 +55,28 @@ class _Look:
 class ServerPool:
     """Used by the one rank that owns the servers."""
 
-    def __init__(self, config: SGLangConfig, transport: Transport, source: ServerSource) -> None:
-        """``source`` says which servers there are; it is closed with the pool."""
+    def __init__(
+        self,
+        config: SGLangConfig,
+        transport: Transport,
+        source: ServerSource,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """``source`` says which servers there are; it is closed with the pool.
+
+        ``stop`` is asked while servers are waited for: why the run is to stop, or None.
+        """
+        self._stop = stop
         self._config = config
         self._transport = transport
         self._source = source
         self._silent: frozenset[str] = frozenset()  # when last asked
 
     def prepare(self) -> None:
-        """Start the servers, or wait for those that others start. Raises RolloutError if one is not ready in time."""
+        """Start the servers, or wait for those that others start.
+
+        Raises RolloutError if one is not ready in time, StoppedWaitingError if the run is to stop meanwhile.
+        """
         self._source.start()
         deadline, said = self._deadline(), time.monotonic()
         while True:
@@ -77,8 +90,7 @@ class ServerPool:
                 raise RolloutError(
                     f"{self._count(look)} were ready after startup_timeout_s = {limit:g} s; missing: {look.missing()}"
                 )
-            said = self._say(look, said)
-            time.sleep(_ASK_AGAIN_S)
+            said = self._wait(look, said)
 
     def fit(self, version: int) -> Fit:
         """Find out who can be updated, after ``version`` was the last update. Started servers that ended start again.
@@ -86,6 +98,7 @@ class ServerPool:
         Raises:
             RolloutError: they are fewer than ``config.min_servers``, and no more have come within ``startup_timeout_s``, or
                 none will; those that are missing are named.
+            StoppedWaitingError: the run is to stop meanwhile.
         """
         self._source.start()
         deadline, said = self._deadline(), time.monotonic()
@@ -95,8 +108,7 @@ class ServerPool:
                     f"{self._count(look)} answer, fewer than min_servers = {self._config.min_servers}; missing: "
                     f"{look.missing()}"
                 )
-            said = self._say(look, said)
-            time.sleep(_ASK_AGAIN_S)
+            said = self._wait(look, said)
         for reason in [*look.silent.values(), *look.found.awaited, *look.found.failures]:
             _log.warning("left out of this update: %s", reason)
         return Fit(tuple(look.labels), frozenset(url for url, label in look.labels.items() if label != str(version)))
@@ -112,8 +124,11 @@ class ServerPool:
     def _deadline(self) -> float:
         return time.monotonic() + self._config.startup_timeout_s
 
-    def _say(self, look: _Look, said: float) -> float:
-        """Report what is waited for, now and then; returns when that was last done."""
+    def _wait(self, look: _Look, said: float) -> float:
+        """A little, and report what for, now and then; returns when that was last done."""
+        if (reason := self._stop()) is not None:
+            raise StoppedWaitingError(f"stopped while waiting for servers ({reason}); missing: {look.missing()}")
+        time.sleep(_ASK_AGAIN_S)
         if time.monotonic() - said < _SAY_SO_EVERY_S:
             return said
         _log.warning("%s are ready; waiting for %s", self._count(look), look.missing())

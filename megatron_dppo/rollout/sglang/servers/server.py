@@ -17,6 +17,7 @@ import torch
 from megatron_dppo.errors import ConfigError, RolloutError, TransientServerError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
+from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.rollout.sglang.transport import Transport
 
 _CPU_SHIM = Path(__file__).parents[1] / "cpu_shim"
@@ -76,8 +77,10 @@ class SGLangServer:
         log_folder: Path,
         index: int,
         return_routed_experts: bool = False,
+        nodes: Nodes = Nodes(),  # noqa: B008  it cannot be changed
     ) -> None:
-        """``index``: of this server among those on this machine."""
+        """``index``: of this server among those on this machine. ``nodes``: that share it with this machine."""
+        self._nodes = nodes
         self.log_path = log_folder / f"sglang_server_{index}.log"
         self.url = ""
         self._key_file = log_folder / f"sglang_server_{index}_keys.yaml"
@@ -116,10 +119,14 @@ class SGLangServer:
             "--skip-tokenizer-init",
         ]
         command += [EXPERT_CHOICES_FLAG] if self._return_routed_experts else []
+        command += self._nodes.arguments()
         command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
-            command += ["--base-gpu-id", str(first_gpu(config, self._index, torch.cuda.device_count()))]
+            command += [
+                "--base-gpu-id",
+                str(first_gpu(config, self._index, torch.cuda.device_count(), self._nodes.count)),
+            ]
         else:
             command += [word for flag in _CPU_FLAGS.items() for word in flag] + _CPU_SWITCHES
         return command + list(config.extra_args)
@@ -207,15 +214,19 @@ def _cpu_binding(tp_size: int) -> str:
     return "|".join(",".join(str(core) for core in cores[start : start + per_rank]) for start in starts)
 
 
-def first_gpu(config: SGLangConfig, server_index: int, gpu_count: int) -> int:
-    """The first GPU of a server; by default the servers follow the trainer's ranks on this machine."""
+def first_gpu(config: SGLangConfig, server_index: int, gpu_count: int, hosts: int = 1) -> int:
+    """The first GPU of a server; by default the servers follow the trainer's ranks on this machine.
+
+    ``hosts`` share the server's GPUs evenly.
+    """
     trainer_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     base = trainer_gpus if config.base_gpu_id is None else config.base_gpu_id
-    first = base + server_index * config.tensor_model_parallel_size
-    last = first + config.tensor_model_parallel_size - 1
+    gpus = config.tensor_model_parallel_size // hosts
+    first = base + server_index * gpus
+    last = first + gpus - 1
     if last >= gpu_count:
         raise ConfigError(
-            f"SGLang server {server_index} needs GPUs {first} to {last}, but this machine has {gpu_count}. Lower "
-            "num_servers or tensor_model_parallel_size, set base_gpu_id, or start servers elsewhere and name them in urls"
+            f"SGLang server {server_index} needs GPUs {first} to {last}, but this machine has {gpu_count}. Lower num_servers"
+            " or tensor_model_parallel_size, set base_gpu_id, or start servers elsewhere (docs/servers.md)"
         )
     return first

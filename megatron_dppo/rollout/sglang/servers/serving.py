@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 class ServingHost:
     """Keeps servers running and registered until it is told to stop."""
 
-    def __init__(self, servers: LocalServers, registry: Registry) -> None:
-        """``servers``: not started yet; they end with ``serve``."""
+    def __init__(self, servers: LocalServers, registry: Registry | None) -> None:
+        """``servers``: not started yet; they end with ``serve``. ``registry``: None where others speak for them."""
         self._servers = servers
         self._registry = registry
         self._host = socket.gethostname()
@@ -42,20 +42,28 @@ class ServingHost:
                 stop.wait(_LOOK_EVERY_S)
         finally:
             for name in self._registered:
-                self._registry.leave(name)
+                self._leave(name)
             self._servers.close()
 
     def _register(self, urls: tuple[str, ...], seconds: float) -> None:
         running = {self._name(index): url for index, url in enumerate(self._servers.running(urls)) if url is not None}
         for name in self._registered.keys() - running.keys():
             _log.warning("%s has ended: %s", name, self._registered[name])
-            self._registry.leave(name)
+            self._leave(name)
         for name, url in running.items():
             if self._registered.get(name) != url:
-                self._registry.enter(name, Registration(url, self._host, os.getpid()))
+                self._enter(name, url)
                 _log.warning("%s is ready after %.0f s: %s", name, seconds, url)
                 self._failures = 0
         self._registered = running
+
+    def _enter(self, name: str, url: str) -> None:
+        if self._registry is not None:
+            self._registry.enter(name, Registration(url, self._host, os.getpid()))
+
+    def _leave(self, name: str) -> None:
+        if self._registry is not None:
+            self._registry.leave(name)
 
     def _name(self, index: int) -> str:
         return f"{self._host}-{index}"
