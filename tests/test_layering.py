@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "rollout": MODEL_LAYERS,
     "tasks": {"errors", "compat"},
     "training": MODEL_LAYERS | {"rollout", "tasks"},
-    "serve": {"errors", "training"},
+    "serve": {"errors", "rollout", "training"},
     "integrations": LOSS_LAYERS,
 }
 WITHOUT_MEGATRON = {"__init__", "errors", "ops", "loss", "integrations"}  # when imported

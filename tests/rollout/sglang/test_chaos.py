@@ -29,7 +29,7 @@ from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_matc
 from tests.rollout.sglang.conftest import server_config, tiny_weights
 from tests.rollout.sglang.server_faults import signal_when_they_work
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 PROMPTS, SAMPLES, TOKENS = 12, 8, 100
 
