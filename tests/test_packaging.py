@@ -44,6 +44,13 @@ ABSENT_AT_TIMES = {"bochscpu": "bochscpu-python"}
 NOT_OURS = {
     "setuptools",  # torch brings it
     "sgl_kernel",  # cpu_shim stands in for it in the server's process
+    # tools/integrations records the calls of these beside their sources; what comes with them is theirs.
+    "hydra",
+    "open_instruct",
+    "skyrl",
+    "tensordict",
+    "typing_extensions",
+    "verl",
 }
 
 

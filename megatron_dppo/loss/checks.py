@@ -7,6 +7,7 @@ a whole optimizer step and look once, before it applies the step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class InputChecks:
 
     Attributes:
         messages: what each check asks for.
-        record: [checks, 3] fp64: position of the first bad token in the flattened tokens (-1: none), its value, its target.
+        record: [checks, 3] fp64: position of the first bad token in the flattened tokens (-1: none), its value, its target
+            (NaN: not known).
         shape: [...] of the tokens.
     """
 
@@ -50,7 +52,8 @@ class InputChecks:
         for message, (position, value, target) in zip(self.messages, self.record.tolist(), strict=True):
             if position >= 0:
                 place = (describe or self._place)(int(position))
-                raise LossInputError(f"{message}: {value:g} at {place} (token id {int(target)})")
+                token = "" if math.isnan(target) else f" (token id {int(target)})"
+                raise LossInputError(f"{message}: {value:g} at {place}{token}")
 
     def _place(self, position: int) -> str:
         place = [int(i) for i in torch.unravel_index(torch.tensor(position), self.shape)]
@@ -104,19 +107,10 @@ def check_values(
         sequence_lengths: [N] masked-in tokens of each token's sequence on this rank, if the aggregation counted them.
     """
     checker, n = _Checker(tokens.mask), tokens.target.shape[0]
-    if inputs.loss_mask is not None and inputs.loss_mask.dtype != torch.bool:
-        loss_mask = inputs.loss_mask.reshape(-1)
-        checker.require("loss_mask must be 0 or 1", loss_mask, (loss_mask == 0) | (loss_mask == 1), everywhere=True)
+    _require_mask(checker, inputs.loss_mask)
     target = inputs.target.reshape(-1)
     checker.require(f"target must lie in [0, {vocab_size})", target, (target >= 0) & (target < vocab_size))
-    advantages = inputs.advantages.reshape(-1)
-    checker.require("advantages must be finite", advantages, advantages.isfinite())
-    log_mu = inputs.rollout_log_probs.reshape(-1)
-    checker.require(
-        "rollout_log_probs must be finite and, but for rounding, not above 0",
-        log_mu,
-        log_mu.isfinite() & (log_mu <= LOG_PROB_TOLERANCE),
-    )
+    _require_advantages_and_anchor(checker, inputs.advantages, inputs.rollout_log_probs)
     if tokens.topk_ids is not None and inputs.rollout_topk is not None:
         ids, log_probs = (x.reshape(n, x.shape[-1]) for x in (inputs.rollout_topk.ids, inputs.rollout_topk.log_probs))
         checker.require(f"rollout_topk.ids must lie in [0, {vocab_size})", ids, (ids >= 0) & (ids < vocab_size))
@@ -147,3 +141,34 @@ def check_values(
                 lengths <= sequence_lengths,
             )
     return InputChecks(tuple(checker.messages), checker.record(target), inputs.target.shape)
+
+
+def check_sampled_values(
+    log_probs: torch.Tensor, advantages: torch.Tensor, rollout_log_probs: torch.Tensor, loss_mask: torch.Tensor | None
+) -> InputChecks:
+    """The same where only the sampled tokens' log-probs are known, and not which tokens they are."""
+    checker = _Checker(None if loss_mask is None else loss_mask.reshape(-1).bool())
+    _require_mask(checker, loss_mask)
+    _require_advantages_and_anchor(checker, advantages, rollout_log_probs)
+    log_pi = log_probs.reshape(-1)
+    checker.require("log_probs must not be NaN nor, but for rounding, above 0", log_pi, log_pi <= LOG_PROB_TOLERANCE)
+    unknown = torch.full((log_probs.numel(),), torch.nan, device=log_probs.device)
+    return InputChecks(tuple(checker.messages), checker.record(unknown), log_probs.shape)
+
+
+def _require_mask(checker: _Checker, loss_mask: torch.Tensor | None) -> None:
+    if loss_mask is not None and loss_mask.dtype != torch.bool:
+        loss_mask = loss_mask.reshape(-1)
+        checker.require("loss_mask must be 0 or 1", loss_mask, (loss_mask == 0) | (loss_mask == 1), everywhere=True)
+
+
+def _require_advantages_and_anchor(
+    checker: _Checker, advantages: torch.Tensor, rollout_log_probs: torch.Tensor
+) -> None:
+    advantages, log_mu = advantages.reshape(-1), rollout_log_probs.reshape(-1)
+    checker.require("advantages must be finite", advantages, advantages.isfinite())
+    checker.require(
+        "rollout_log_probs must be finite and, but for rounding, not above 0",
+        log_mu,
+        log_mu.isfinite() & (log_mu <= LOG_PROB_TOLERANCE),
+    )

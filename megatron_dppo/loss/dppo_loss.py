@@ -14,7 +14,6 @@ exception is ``checks="now"``, which looks at the record of impossible inputs be
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -26,12 +25,11 @@ from megatron_dppo.loss.aggregation import aggregation_of
 from megatron_dppo.loss.checks import CHECKS, InputChecks, check_values
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.divergences import sampled_slot_valid
-from megatron_dppo.loss.fused_objective import fused_token_objective
+from megatron_dppo.loss.fused_objective import objective_of
 from megatron_dppo.loss.inputs import FlatTokens, LossInputs, check_fields, flatten
 from megatron_dppo.loss.metrics import MetricSums
-from megatron_dppo.loss.objective import TokenObjective, token_objective
 from megatron_dppo.loss.regularisers import differentiable_zero, reference_kl
-from megatron_dppo.ops.backend import Backend, choose_backend
+from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
 from megatron_dppo.ops.fused_linear import CHUNK_BYTES, fused_linear_policy_stats
 from megatron_dppo.ops.policy_stats import PolicyStats, vocab_parallel_policy_stats
@@ -140,7 +138,7 @@ class DPPOLoss:
         stats = self._policy_stats(policy, tokens)
         exact_divergence = self._exact_divergence(policy, inputs, tokens)
 
-        decide = _objective_of(backend)
+        decide = objective_of(backend)
         objective = decide(self.config, tokens, stats.detach(), exact_divergence, self.vocab_size)
         # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
         per_token = -objective.coefficient * (1.0 + differentiable_zero(stats.log_prob))
@@ -240,13 +238,6 @@ class DPPOLoss:
             backend=self.backend,
             checks="off",
         )
-
-
-def _objective_of(
-    backend: Backend,
-) -> Callable[[DPPOConfig, FlatTokens, PolicyStats, torch.Tensor | None, int], TokenObjective]:
-    """The function that decides about tokens: one kernel where there is one, else its definition."""
-    return token_objective if backend.name == "torch" else fused_token_objective
 
 
 def _engine_probabilities(tokens: FlatTokens) -> KnownProbabilities | None:

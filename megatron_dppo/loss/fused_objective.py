@@ -6,6 +6,7 @@ The kernel and this file agree by name: ``_C.limit_names`` says which thresholds
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,8 +15,11 @@ from megatron_dppo.loss import metrics
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.inputs import FlatTokens
 from megatron_dppo.loss.metrics import MetricSums
-from megatron_dppo.loss.objective import TokenObjective
+from megatron_dppo.loss.objective import TokenObjective, token_objective
+from megatron_dppo.ops.backend import Backend
 from megatron_dppo.ops.policy_stats import PolicyStats
+
+Objective = Callable[[DPPOConfig, FlatTokens, PolicyStats, "torch.Tensor | None", int], TokenObjective]
 
 # metric -> (numerator, denominator), by the kernel's names for its totals
 _MEANS = {
@@ -38,6 +42,11 @@ _MEANS = {
 _MAXIMA = dict(
     zip(metrics.MAXIMA, ("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max"), strict=True)
 )
+
+
+def objective_of(backend: Backend) -> Objective:
+    """The function that decides about tokens: one kernel where there is one, else its definition."""
+    return token_objective if backend.name == "torch" else fused_token_objective
 
 
 def fused_token_objective(

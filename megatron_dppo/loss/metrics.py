@@ -84,6 +84,15 @@ class MetricSums:
         more = torch.stack([torch.stack([part.detach().double() for part in pair]) for pair in means.values()])
         return replace(self, mean_names=self.mean_names + tuple(means), means=torch.cat([self.means, more]))
 
+    def without_mean(self, name: str) -> MetricSums:
+        """The same but for one mean, that nothing is known of."""
+        keep = [at for at, other in enumerate(self.mean_names) if other != name]
+        return replace(
+            self,
+            mean_names=tuple(self.mean_names[at] for at in keep),
+            means=torch.stack([self.means[at] for at in keep]),
+        )
+
     def with_updates(self, coefficient: torch.Tensor, count: torch.Tensor) -> MetricSums:
         """The same and what ``dppo/largest_token_share`` is made of.
 
