@@ -46,8 +46,10 @@ NOT_OURS = {
     "sgl_kernel",  # cpu_shim stands in for it in the server's process
     # tools/integrations records the calls of these beside their sources; what comes with them is theirs.
     "hydra",
+    "miles",
     "open_instruct",
     "skyrl",
+    "slime",
     "tensordict",
     "typing_extensions",
     "verl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from megatron_dppo.errors import ConfigError, MissingDependencyError
@@ -36,6 +37,15 @@ def require_version(package: str, found: str, recorded: tuple[str, ...]) -> None
             f"{package} {found}: what its hook passes to a loss is known of {', '.join(recorded)} only. "
             "Install that version, or record this one and run its test (docs/integrations.md)"
         )
+
+
+def require_installed(package: str, recorded: tuple[str, ...]) -> None:
+    """``require_version`` of what is installed under that name; MissingDependencyError if nothing is."""
+    try:
+        found = version(package)
+    except PackageNotFoundError as error:
+        raise MissingDependencyError(f"the adapter for {package} needs {package}, which is not installed") from error
+    require_version(package, found, recorded)
 
 
 def mean_values(metrics: MetricSums) -> dict[str, float]:

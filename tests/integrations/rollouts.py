@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs
+from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, Sequences
 
 VOCAB, PADDED, TEMPERATURE = 19, 24, 0.8
 LENGTHS = ((3, 4), (2, 6), (4, 3), (3, 5))  # prompt, response
@@ -79,7 +79,9 @@ def own_step(config: DPPOConfig, vocab_size: int) -> tuple[torch.Tensor, torch.T
         fields["mask"].append(_placed(rollout.loss_mask, before, length))
         fields["advantages"].append(torch.full((length,), rollout.advantage))
         fields["log_mu"].append(_placed(rollout.rollout_log_probs, before, length))
+    ids = [torch.full((len(rollout.tokens),), i) for i, rollout in enumerate(rollouts)]
     inputs = LossInputs(
+        sequences=Sequences(ids=torch.cat(ids)),
         target=torch.cat(fields["target"]),
         loss_mask=torch.cat(fields["mask"]),
         advantages=torch.cat(fields["advantages"]),

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.integrations.absent import stand_in_for
 from tests.integrations.recording import save
 from tests.integrations.rosetta_tokens import Tokens, rosetta_tokens
-from tools.integrations.absent import stand_in_for
 
 DELTAS = {"tv": 0.15, "kl": 0.05}
 Loss = Callable[[torch.Tensor, Tokens], tuple[torch.Tensor, dict[str, Any]]]

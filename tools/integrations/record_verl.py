@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.integrations.absent import stand_in_for
 from tests.integrations.recording import save
 from tests.integrations.rollouts import PADDED, TEMPERATURE, VOCAB, make_rollouts, packed_logits
 from tests.integrations.rosetta_tokens import rosetta_tokens
-from tools.integrations.absent import stand_in_for
 
 ABSENT = (
     "ray",
