@@ -47,6 +47,7 @@ NOT_OURS = {
     # tools/integrations records the calls of these beside their sources; what comes with them is theirs.
     "hydra",
     "miles",
+    "nemo_rl",
     "open_instruct",
     "skyrl",
     "slime",

@@ -140,7 +140,7 @@ def _check(framework: str, args: Namespace, batch: Mapping[str, Any], rank: Rank
             raise ConfigError(f"{framework}: --{name.replace('_', '-')} is not read by this loss: leave it out")
     if args.rollout_top_p != 1.0 or args.rollout_top_k not in (-1, 0):
         raise ConfigError(
-            f"{framework}: truncated sampling changes the distribution that the divergence is about: --rollout-top-p must be 1, "
+            f"{framework}: truncated sampling changes what the divergence is about: --rollout-top-p must be 1, "
             f"not {args.rollout_top_p:g}, and --rollout-top-k -1, not {args.rollout_top_k}"
         )
     if rank.cp_size > 1 and args.allgather_cp:

@@ -26,6 +26,11 @@ class _Anything(metaclass=_AnyMember):
     def __bool__(self) -> bool:
         return False
 
+    def __or__(self, other: Any) -> Any:  # in annotations
+        return other
+
+    __ror__ = __or__
+
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
