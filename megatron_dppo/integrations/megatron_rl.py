@@ -8,8 +8,8 @@
 
     torchrun ... train_rl.py --rl-inference-logprobs-is-correction ...
 
-train_rl.py hands the engine's log-probs to its loss only with that option. The last line of the module is for bf16 models: its
-own log-softmax of bf16 logits returns bf16 log-probs, in which the ratio is lost. It also leaves out the vocabulary's padding.
+train_rl.py hands the engine's log-probs to its loss only with that option. The last line of the module is for bf16 models: of
+bf16 logits its own log-softmax makes bf16 log-probs, in which the ratio is lost. It leaves out the vocabulary's padding, too.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 Runs ``forward_step`` and ``loss_func`` of train_rl.py, and what they and the preparation of their data are made of
 (``align_unpacked_inference_logprobs``, ``pack_all_trajectories``, ``pack_inference_logprobs``, ``load_packed_data_by_index``,
 ``selective_log_softmax``, ``calculate_grpo_loss``) as they stand in that source, on the rollouts of
-tests/integrations/rollouts.py. The model is stood in for by their logits, and so is what is not reached. Run by hand, with the
-megatron-core of that source.
+tests/integrations/rollouts.py. The model is stood in for by their logits, and so is what is not reached. Run by hand, with
+the megatron-core of that source.
 """
 
 from __future__ import annotations
