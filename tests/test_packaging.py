@@ -52,6 +52,7 @@ NOT_OURS = {
     "skyrl",
     "slime",
     "tensordict",
+    "train_rl",
     "typing_extensions",
     "verl",
 }
@@ -249,6 +250,40 @@ assert "fused_weight_gradient_mlp_cuda" not in sys.modules
 
 def test_the_loss_needs_torch_alone_and_leaves_other_packages_as_they_are(fresh: Fresh) -> None:
     code, said = fresh(f"import pkgutil, importlib\n{_ONLY_TORCH}{_LOSS}")
+    assert code == 0, said
+
+
+_ADAPTERS = """
+from types import ModuleType, SimpleNamespace
+from megatron_dppo import DPPOConfig
+from megatron_dppo.integrations import framework
+
+def install(name, **attributes):
+    sys.modules[name] = ModuleType(name)
+    vars(sys.modules[name]).update(attributes)
+
+config = DPPOConfig()
+kinds = SimpleNamespace(LOGPROB=1, TOKENS=1, SEQUENCES=2, NONE=3)
+install("verl", __version__="0.10.0.dev")
+install("verl.trainer.ppo.core_algos", register_policy_loss=lambda name: lambda function: function)
+install("nemo_rl", __version__="0.6.0")
+install("nemo_rl.algorithms.loss.interfaces", LossInputType=kinds, MetricNormalizer=kinds, LossType={"TOKEN_LEVEL": 1})
+install("skyrl", __version__="0.3.0")
+install("skyrl.backends.skyrl_train.utils.ppo_utils", PolicyLossRegistry=SimpleNamespace(register=lambda name, loss: None))
+install("megatron.core.package_info", __version__="0.20.0")
+framework.version = {"slime": "0.3.1", "miles": "0.1.0"}.__getitem__
+from megatron_dppo.integrations import megatron_lm, megatron_rl, miles, nemo_rl, skyrl, slime, verl
+made = [
+    verl.register("dppo", config), skyrl.register("dppo", config), slime.make_loss_function(config),
+    miles.make_loss_function(config), megatron_rl.make_grpo_loss(config), nemo_rl.DPPOLossFn(config),
+]
+assert all(callable(loss) for loss in made)
+"""
+
+
+def test_an_adapter_needs_its_framework_and_torch_alone(fresh: Fresh) -> None:
+    """The frameworks are stand-ins; whatever else an adapter asked for would be missing."""
+    code, said = fresh(f"{_ONLY_TORCH}{_ADAPTERS}")
     assert code == 0, said
 
 

@@ -35,6 +35,22 @@ def test_it_returns_loss_sum_token_count_and_reduced_pairs() -> None:
     assert bool(logits.grad.any())
 
 
+def test_two_micro_batches_give_the_gradient_of_our_own_step() -> None:
+    """As Megatron's schedules do with ``calculate_per_token_loss``: sums of losses, divided once by the sum of the counts."""
+    scenario, config = make_scenario(), DPPOConfig(divergence="binary_tv")
+    logits, whole = (scenario.logits.clone().requires_grad_() for _ in range(2))
+    total = torch.zeros((), dtype=torch.int32)
+    for part in (slice(0, 1), slice(1, None)):
+        fields = {name: values[part] for name, values in vars(scenario.inputs()).items() if values is not None}
+        loss, num_tokens, _ = make_loss_func(config, fields, vocab_size=VOCAB, backend="torch")(logits[part] * 1)
+        loss.backward()
+        total += num_tokens
+    own = DPPOLoss(config, vocab_size=VOCAB, backend="torch")(whole, scenario.inputs())
+    (own.loss / own.num_tokens).backward()
+    assert total == own.num_tokens
+    assert float((logits.grad / total - whole.grad).abs().max()) < 1e-6
+
+
 def test_a_batch_may_be_an_object_and_must_be_complete() -> None:
     fields = dict(vars(make_scenario().inputs()))
     loss_func = make_loss_func(DPPOConfig(), SimpleNamespace(**fields), vocab_size=VOCAB, backend="torch")
