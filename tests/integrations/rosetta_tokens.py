@@ -62,6 +62,38 @@ _DISAGREEING = [
 ]
 
 
+TOPK, TOPK_VOCAB = 4, 19
+
+
+@dataclass(frozen=True)
+class TopKTokens:
+    """[N, V] logits and what an engine reports of its K likeliest tokens; a third of the sampled ones are not among them."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    log_mu: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_log_mu: torch.Tensor
+
+    @property
+    def outside(self) -> torch.Tensor:
+        """[N] bool: the sampled token is none of the K."""
+        return (self.topk_ids != self.target[:, None]).all(dim=1)
+
+
+def topk_tokens() -> TopKTokens:
+    """The same every time."""
+    generator = torch.Generator().manual_seed(0)
+    rollout = 2.0 * torch.randn(24, TOPK_VOCAB, generator=generator)
+    log_mu_V = rollout.log_softmax(-1)
+    topk_log_mu, topk_ids = log_mu_V.topk(TOPK, dim=-1)
+    order = log_mu_V.argsort(dim=-1, descending=True)
+    target = order.gather(1, (torch.arange(24) % 6)[:, None])[:, 0]  # the likeliest to the sixth likeliest, in turn
+    log_mu = log_mu_V.gather(1, target[:, None])[:, 0]
+    logits = rollout + 0.7 * torch.randn(24, TOPK_VOCAB, generator=generator)
+    return TopKTokens(logits, target, log_mu, topk_ids, topk_log_mu)
+
+
 def rosetta_tokens() -> Tokens:
     """The same every time; but for those that are there for it, engine and recomputation agree."""
     rows = [(name, mu, mu, pi, a) for name, mu, pi, a in _tokens()] + _DISAGREEING

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, TopK
 from tests.integrations.recording import load
 from tests.integrations.rosetta import DELTAS, READINGS, Reading, ours
-from tests.integrations.rosetta_tokens import rosetta_tokens
+from tests.integrations.rosetta_tokens import TOPK_VOCAB, rosetta_tokens, topk_tokens
 
 # Both exponentiate a difference of two fp32 log-probs, whose rounding (|log p| < 10: 5e-7) is r's relative error.
 RELATIVE = 2e-6
@@ -61,6 +62,25 @@ def test_tmaxs_kl_is_nan_for_certain_tokens_and_ours_is_finite() -> None:
     _, losses = ours("kl")
     assert bool(losses.divergence.isfinite().all())
     assert losses.weight[rosetta_tokens().names.index("mu exactly 1, pi 0.5, A < 0")] == 0
+
+
+@pytest.mark.parametrize("kind", DELTAS)
+def test_stable_rls_top_k_has_no_slot_for_a_sampled_token_outside_of_it(kind: str) -> None:
+    tokens = topk_tokens()
+    inputs = LossInputs(
+        target=tokens.target,
+        loss_mask=None,
+        advantages=torch.ones(len(tokens.target)),
+        rollout_log_probs=tokens.log_mu,
+        rollout_topk=TopK(ids=tokens.topk_ids, log_probs=tokens.topk_log_mu),
+    )
+    loss = DPPOLoss(DPPOConfig(divergence=f"topk_{kind}"), vocab_size=TOPK_VOCAB, backend="torch")
+    ours, theirs = loss(tokens.logits, inputs).divergence, load("rosetta_stable_rl_topk")[f"topk_{kind}"]
+    torch.testing.assert_close(ours[~tokens.outside], theirs[~tokens.outside], rtol=1e-4, atol=1e-6)
+    assert int(tokens.outside.sum()) == 8
+    # One part of the vocabulary less: never more (the partition inequality), and on these tokens less.
+    assert bool((theirs <= ours + 1e-6)[tokens.outside].all())
+    assert float((ours - theirs)[tokens.outside].max()) > 0.01
 
 
 def test_the_defaults_of_the_others_are_the_ones_in_the_table() -> None:

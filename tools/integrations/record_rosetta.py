@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.integrations.absent import stand_in_for
 from tests.integrations.recording import save
-from tests.integrations.rosetta_tokens import Tokens, rosetta_tokens
+from tests.integrations.rosetta_tokens import Tokens, rosetta_tokens, topk_tokens
 
 DELTAS = {"tv": 0.15, "kl": 0.05}
 Loss = Callable[[torch.Tensor, Tokens], tuple[torch.Tensor, dict[str, Any]]]
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("peer", choices=sorted(PEERS))
     parser.add_argument("--commit", required=True, help="of the source on PYTHONPATH")
     arguments = parser.parse_args()
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # their compiled functions are run as they are written
     settings, losses = PEERS[arguments.peer]()
     tokens = rosetta_tokens()
     results = {}
@@ -46,6 +48,8 @@ def main() -> None:
         loss.backward()
         assert log_pi.grad is not None
         results[name] = {"loss": loss.detach(), "coefficient": -log_pi.grad, **more}
+    if arguments.peer == "stable_rl":
+        save("rosetta_stable_rl_topk", {"commit": arguments.commit, **stable_rl_topk()})
     about = {"framework": arguments.peer, "commit": arguments.commit, "settings": settings}
     save(f"rosetta_{arguments.peer}", {**about, "names": tokens.names, "results": results})
 
@@ -91,6 +95,15 @@ def stable_rl() -> tuple[dict[str, Any], dict[str, Loss]]:
         for suffix in ("", "_recompute")
         for cap in (None, 1e4)
     }
+
+
+def stable_rl_topk() -> dict[str, Any]:
+    """``compute_topk_kl`` of verl/workers/actor/utils.py, which their top-K modes read."""
+    from verl.workers.actor.utils import compute_topk_kl
+
+    tokens = topk_tokens()
+    kl, tv = compute_topk_kl(tokens.logits, tokens.topk_ids, tokens.topk_log_mu)
+    return {"topk_kl": kl, "topk_tv": tv}
 
 
 def skyrl() -> tuple[dict[str, Any], dict[str, Loss]]:
