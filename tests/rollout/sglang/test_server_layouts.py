@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.models.hf.export import PolicyWeights
 from megatron_dppo.rollout.sample import SamplingParams
-from megatron_dppo.rollout.sglang import SGLangEngine, weight_sync
+from megatron_dppo.rollout.sglang import SGLangEngine, broadcast_route
 from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -58,7 +58,7 @@ def test_new_weights_are_served_and_a_wrong_one_is_found(
         samples = engine.generate(make_prompts(250, [5, 9, 4]), SamplingParams(max_new_tokens=6, samples_per_prompt=4))
         assert_log_probs_match(EngineUnderTest(engine, hf_model, lambda *_: None), samples, 1.0)
 
-        intact = weight_sync.flatten
+        intact = broadcast_route.flatten
 
         def flip_one_bit(parts, buffer):
             flat, offset = intact(parts, buffer), 0
@@ -68,7 +68,7 @@ def test_new_weights_are_served_and_a_wrong_one_is_found(
                 offset += part.nbytes
             return flat
 
-        monkeypatch.setattr(weight_sync, "flatten", flip_one_bit)
+        monkeypatch.setattr(broadcast_route, "flatten", flip_one_bit)
         with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.experts\.w13_weight differs"):
             engine.update_weights(WholeWeights(tensors), 3)
     finally:
@@ -111,7 +111,7 @@ def _update_often(server: RunningServer, folder: str, layout: dict[str, Any], up
                 for parameter in chunk.parameters():
                     parameter.mul_(1.01)
         engine.update_weights(weights, version)
-    proven, senders = engine.weight_version, len(engine._sync._senders)
+    proven, senders = engine.weight_version, len(engine._sync._route._senders)
     dist.barrier()
     engine.close()
     return proven, senders

@@ -119,6 +119,7 @@ class SGLangServer:
         command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
+            command += ["--enable-memory-saver"] if config.colocated else []  # it fails to start with it on a CPU
             command += ["--base-gpu-id", str(first_gpu(config, self._index, torch.cuda.device_count()))]
         else:
             command += [word for flag in _CPU_FLAGS.items() for word in flag] + _CPU_SWITCHES
@@ -209,7 +210,7 @@ def _cpu_binding(tp_size: int) -> str:
 
 def first_gpu(config: SGLangConfig, server_index: int, gpu_count: int) -> int:
     """The first GPU of a server; by default the servers follow the trainer's ranks on this machine."""
-    trainer_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    trainer_gpus = 0 if config.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     base = trainer_gpus if config.base_gpu_id is None else config.base_gpu_id
     first = base + server_index * config.tensor_model_parallel_size
     last = first + config.tensor_model_parallel_size - 1
