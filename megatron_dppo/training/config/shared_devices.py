@@ -21,12 +21,12 @@ def check_shared_devices(config: Config, ranks: int) -> None:
             f"rollout.sglang.colocated=true needs rollout.engine=sglang, not {config.rollout.engine}: the embedded engine is"
             " on the trainer's devices anyway"
         )
-    if local_world_size() != ranks:
+    if "LOCAL_WORLD_SIZE" in os.environ and local_world_size() != ranks:  # who only checks may not know of hosts
         raise ConfigError(
             f"rollout.sglang.colocated=true needs all ranks on one host, but {local_world_size()} of {ranks} are on this one:"
             " servers are started on the first host alone. Use one host, or servers on GPUs of their own (colocated=false)"
         )
-    if not torch.cuda.is_available():
+    if config.run.device != "cuda" and not torch.cuda.is_available():
         return
     servers, size = sglang.num_servers, sglang.tensor_model_parallel_size
     if servers * size != ranks:
