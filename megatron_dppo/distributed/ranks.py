@@ -83,7 +83,7 @@ def joined_ranks(
     on_gpu = device.type == "cuda"
     make_room_for_sockets(_MESHES_WITH_NCCL if on_gpu else _MESHES_WITH_GLOO, world_size())
     # With its device named, NCCL connects now: a network that does not work is found here, not in the first step. Groups of
-    # its ranks are split off it from then on, in which all ranks have to take part (rollout/sglang/weight_sync.py).
+    # its ranks are split off it from then on, in which all ranks have to take part (rollout/sglang/update_group.py).
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=collective_timeout_s),

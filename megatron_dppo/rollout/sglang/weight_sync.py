@@ -189,10 +189,11 @@ class WeightSync:
     async def _drive(self, buckets: Sequence[Bucket]) -> None:
         """What the servers are told, from the pause to the end of the update."""
         await self._route.connect()
-        await self._calls.pause()
-        if self._memory is not None:
-            # One that has just started has it all.
-            await asyncio.gather(*(self._memory.give_up(self._calls.post, url) for url in self.urls))
+        if self._memory is None:
+            await self._calls.pause()
+        else:  # which rest already, but for one that has just started
+            left = self._watch.time_left
+            await asyncio.gather(*(self._memory.rest(url, left) for url in self.urls))
             await self._take_back(self._memory, WEIGHTS)
         await self._calls.begin()
         for index, bucket in enumerate(buckets):
@@ -200,7 +201,7 @@ class WeightSync:
         await self._calls.end()
 
     async def _take_back(self, memory: ServerMemory, *tags: frozenset[str]) -> None:
-        await asyncio.gather(*(memory.take_back(self._calls.post, url, *tags) for url in self.urls))
+        await asyncio.gather(*(memory.take_back(url, self._watch.time_left, *tags) for url in self.urls))
 
     def _conclude(self, expected: dict[ServerLayout, ExpectedChecksums], version: int) -> None:
         self._transport.submit(self._prove_and_go_on(expected, version)).result()

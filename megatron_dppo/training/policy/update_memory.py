@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_shards
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
@@ -48,9 +49,7 @@ class UpdateMemory:
         self._frozen = list(frozen)
         self._device = next(policy.chunks[0].parameters()).device
         self._away: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor, its memory on the host)
-        self._on_host: dict[
-            int, torch.Tensor
-        ] = {}  # id of a tensor -> its memory there: pinning takes long, so it is kept
+        self._on_host = WeakTensorKeyDictionary()  # tensor -> its memory there: pinning takes long, so it is kept
         self.report = MemoryReport(0, 0, 0)
 
     @torch.no_grad()
@@ -106,11 +105,12 @@ class UpdateMemory:
                 yield buffer.grad_data
 
     def _host_memory(self, tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in self._on_host:
-            self._on_host[id(tensor)] = torch.empty_like(
+        if tensor not in self._on_host:
+            self._on_host[tensor] = torch.empty_like(
                 tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=self._device.type == "cuda"
             )
-        return self._on_host[id(tensor)]
+        host: torch.Tensor = self._on_host[tensor]
+        return host
 
     def _stays(self) -> int:
         if self._device.type == "cuda":
