@@ -75,10 +75,11 @@ class TensorRoute:
     async def load(self, index: int, bucket: Bucket) -> None:
         """See ``WeightRoute``."""
         assert self._meeting is not None
-        slots = range(self._slots)
-        while not self._meeting.are_handed_in(index, slots):
+        ranks = range(self._world_size)
+        while not self._meeting.are_handed_in(index, ranks):
             await asyncio.sleep(_LOOK_FOR_HANDLES_S)
-        handles = iter(self._meeting.collect(index, slots))
+        of_ranks = [handles.split() for handles in self._meeting.collect(index, ranks)]
+        handles = (of_ranks[slot % self._world_size][slot // self._world_size] for slot in range(self._slots))
         bodies = {
             server.url: {
                 "serialized_named_tensors": [
@@ -144,12 +145,12 @@ class TensorRoute:
         return dist.broadcast(flat, bucket.sender, async_op=True)
 
     def _hand_in(self, index: int, flat: torch.Tensor) -> None:
-        """Say where the copies are that are used from this device."""
+        """Say where the copy on this device is, once for each who uses it: on a GPU that is one rank of a server."""
         assert self._meeting is not None
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # who opens it does not wait for this process
-        for slot in range(self._rank, self._slots, self._world_size):
-            self._meeting.hand_in(index, slot, handle_of(flat))
+        handles = [handle_of(flat) for _ in range(self._rank, self._slots, self._world_size)]
+        self._meeting.hand_in(index, self._rank, " ".join(handles))
 
     async def leave(self) -> None:
         """See ``WeightRoute``: there is nothing to be forgotten."""

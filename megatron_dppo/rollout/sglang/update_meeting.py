@@ -89,17 +89,17 @@ class Meeting:
 
     # Where every rank has a bucket of its own copy, each hands in how it is found.
 
-    def hand_in(self, index: int, slot: int, handle: str) -> None:
-        """Say where a copy of a bucket is, for the one who uses it under this number."""
-        self.store.set(self._key("handle", index, slot), handle)
+    def hand_in(self, index: int, rank: int, handles: str) -> None:
+        """Say where a rank's copy of a bucket is."""
+        self.store.set(self._key("handles", index, rank), handles)
 
-    def are_handed_in(self, index: int, slots: Iterable[int]) -> bool:
-        """Whether all of these are there."""
-        return bool(self.store.check([self._key("handle", index, slot) for slot in slots]))
+    def are_handed_in(self, index: int, ranks: Iterable[int]) -> bool:
+        """Whether all of these ranks have said it."""
+        return bool(self.store.check([self._key("handles", index, rank) for rank in ranks]))
 
-    def collect(self, index: int, slots: Iterable[int]) -> list[str]:
-        """What was handed in, once. Every rank has seen the offer of the bucket by then."""
-        keys = [self._key("handle", index, slot) for slot in slots]
+    def collect(self, index: int, ranks: Iterable[int]) -> list[str]:
+        """What they have said, once. By then all of them have seen that the bucket was offered."""
+        keys = [self._key("handles", index, rank) for rank in ranks]
         handles = [self.store.get(key).decode() for key in keys]
         for key in (*keys, self._key("offered", index)):
             self.store.delete_key(key)

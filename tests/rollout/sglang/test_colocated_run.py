@@ -66,7 +66,7 @@ def test_a_run_goes_through_its_steps_in_order(tmp_path):
     policy = write_tiny_policy(tmp_path / "policy")
     records = train(policy, tmp_path, "run", *COLOCATED, "warm_start.steps=5", "train.steps=2", timeout=500)
     assert [record["step"] for record in records] == [0, 1, 2]
-    # Whoever needs room before the first sync, as the warm start does, finds it. After the last step the evaluation generates.
+    # Who needs room before the first sync, as the warm start does, finds it. After the last step the evaluation generates.
     step = [*MAKE_ROOM, *SYNC, "generate"]
     assert _asked(tmp_path / "run") == [*step, *step, *step]
     trained = records[1:]
