@@ -7,7 +7,7 @@ then it is broadcast. So while one bucket is on its way and is loaded, the next 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -24,7 +24,7 @@ from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.update_calls import UpdateCalls
 from megatron_dppo.rollout.sglang.update_group import join_update_group
 from megatron_dppo.rollout.sglang.update_meeting import Meeting
-from megatron_dppo.rollout.sglang.update_watch import UpdateWatch, in_background
+from megatron_dppo.rollout.sglang.update_watch import ServersFailed, UpdateWatch, in_background
 from megatron_dppo.rollout.sglang.weight_route import flatten, num_bytes
 
 _LOOK_FOR_BUCKET_S = 0.001
@@ -125,10 +125,15 @@ class BroadcastRoute:
 
     def send(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
         """See ``WeightRoute``."""
-        if self._rank in self._senders and self._group is None:
-            self._join()
-        if any(self._rank in bucket.members for bucket in buckets):
-            self._send(weights, buckets, kinds)
+        fetched = weights.fetch(buckets, dtype=self._dtype, wait=self._watch.wait_for_ranks)
+        try:
+            if self._rank in self._senders and self._group is None:
+                self._join()
+            self._send(fetched, buckets, kinds)
+        except ServersFailed:
+            for _ in fetched:  # others have sent it, or will
+                pass
+            raise
 
     def _join(self) -> None:
         assert self._meeting is not None
@@ -138,13 +143,20 @@ class BroadcastRoute:
         self._watch.until(joined.done)
         self._group = joined.result()
 
-    def _send(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
+    def _send(
+        self,
+        fetched: Iterator[tuple[int, list[torch.Tensor]]],
+        buckets: Sequence[Bucket],
+        kinds: Sequence[ExpectedChecksums],
+    ) -> None:
+        if not any(self._rank in bucket.members for bucket in buckets):
+            return
         assert self._meeting is not None
         on_its_way: dist.Work | None = None
         # One is filled while the other is on its way. Memory that is new for every bucket costs a CPU more than filling it.
         size = max((num_bytes(b, self._dtype) for b in buckets if b.sender == self._rank), default=0)
         free, in_use = (torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2))
-        for index, tensors in weights.fetch(buckets, dtype=self._dtype, wait=self._watch.wait):
+        for index, tensors in fetched:
             flat = flatten(tensors, free)
             free, in_use = in_use, free
             self._meeting.offer(index)

@@ -104,6 +104,7 @@ class TensorRoute:
         size = max(num_bytes(bucket, self._dtype) for bucket in buckets)
         buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(_BUFFERS)]
         for index, bucket in enumerate(buckets):
+            # The one place where servers' failures count: all ranks come to it with the same buckets behind them.
             self._watch.until(partial(self._is_loaded, index - _BUFFERS))
             flat = buffers[index % _BUFFERS][: num_bytes(bucket, self._dtype)]
             self._fill(index, bucket, flat, weights, kinds)
@@ -125,7 +126,7 @@ class TensorRoute:
         """Bring a bucket to this device. All ranks take the buckets in one order: none waits for one that waits for it."""
         assert self._meeting is not None
         if self._rank in bucket.members:
-            for _, tensors in weights.fetch([bucket], dtype=self._dtype, wait=self._watch.wait):
+            for _, tensors in weights.fetch([bucket], dtype=self._dtype, wait=self._watch.wait_for_ranks):
                 flatten(tensors, flat)
                 self._meeting.offer(index)
                 on_its_way = self._spread(flat, bucket)
@@ -134,10 +135,10 @@ class TensorRoute:
                 hash_tensors(kinds, zip(names, tensors, strict=True))
         if self._rank != bucket.sender:
             # Nobody begins to wait for a bucket that its sender may not come to have.
-            self._watch.until(partial(self._meeting.is_offered, index))
+            self._watch.until_ranks(partial(self._meeting.is_offered, index))
             on_its_way = self._spread(flat, bucket)
         if on_its_way is not None:
-            self._watch.wait(on_its_way)
+            self._watch.wait_for_ranks(on_its_way)
 
     def _spread(self, flat: torch.Tensor, bucket: Bucket) -> dist.Work | None:
         if self._world_size == 1:

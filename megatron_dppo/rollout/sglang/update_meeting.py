@@ -14,7 +14,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from megatron_dppo.rollout.sglang.update_group import open_store
 
 _TAKEN, _WITHDRAWN = "taken", "withdrawn"
-_FAILURE = "failure"  # key: what the first rank that failed says
+# Keys: what the first rank that failed says, and what is said of servers.
+_FAILED, _SERVERS_FAILED = "failed", "servers failed"
 
 
 class MeetingPlace(NamedTuple):
@@ -114,11 +115,19 @@ class Meeting:
         key = self._key("loaded")
         return int(self.store.get(key)) if self._is_set(key) else 0
 
-    def tell_failure(self, error: Exception) -> None:
-        """Let all others know of it. The first failure stays."""
+    def tell_failure(self, error: Exception, of_servers: bool = False) -> None:
+        """Let all others know that this rank can do no more, or that servers cannot. The first failure of each kind stays."""
         with contextlib.suppress(RuntimeError):  # whose store it is may be gone
-            self.store.compare_set(_FAILURE, "", f"{error}")
+            self.store.compare_set(self._key(_SERVERS_FAILED if of_servers else _FAILED), "", f"{error}")
 
     def failure(self) -> str | None:
-        """What was told, by any process."""
-        return self.store.get(_FAILURE).decode() if self._is_set(_FAILURE) else None
+        """What any rank has told of itself."""
+        return self._told(_FAILED)
+
+    def failure_of_servers(self) -> str | None:
+        """What was told of servers, all of which have heard the last then."""
+        return self._told(_SERVERS_FAILED)
+
+    def _told(self, what: str) -> str | None:
+        key = self._key(what)
+        return self.store.get(key).decode() if self._is_set(key) else None

@@ -1,4 +1,8 @@
-"""Waiting within a weight update: for anything, but no longer than a server, another rank or the clock allows."""
+"""Waiting within a weight update: for anything, but no longer than a server, another rank or the clock allows.
+
+When servers fail, the update may begin anew without them, with the same ranks. So what ranks have begun among themselves they
+finish then, all of them: a message that is left would be taken for one of the next update.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,10 @@ T = TypeVar("T")
 
 _POLL_S = 0.002
 _LOOK_FOR_FAILURES_S = 0.2
+
+
+class ServersFailed(WeightSyncError):  # noqa: N818  what happened, not what is raised
+    """A server has failed, or refused something; no rank has."""
 
 
 class UpdateWatch:
@@ -52,27 +60,55 @@ class UpdateWatch:
         return left
 
     def until(self, done: Callable[[], bool]) -> None:
-        """Return when it is so. Raises what ended the driver, else WeightSyncError, if something fails first."""
-        look = time.monotonic()
+        """Return when it is so. Raises ServersFailed, or for another rank and the clock WeightSyncError, if it cannot be."""
+        self._until(done, self._look_at_servers)
+
+    def until_ranks(self, done: Callable[[], bool]) -> None:
+        """The same for what is the ranks' alone: it is finished whatever becomes of servers."""
+        self._until(done, lambda: None)
+
+    def _until(self, done: Callable[[], bool], look_at_servers: Callable[[], Exception | None]) -> None:
+        look = 0.0
         while not done():
-            if self.driver is not None and self.driver.done():
-                self.driver.result()
             self.time_left()
             if time.monotonic() > look:
                 look = time.monotonic() + _LOOK_FOR_FAILURES_S
+                failed = look_at_servers()
+                if failed is not None and not done():  # it may have become so before they failed
+                    raise failed
                 if self.meeting is not None and (failure := self.meeting.failure()) is not None:
                     raise WeightSyncError(failure)
             time.sleep(_POLL_S)
 
+    def check_servers(self) -> None:
+        """Raise ServersFailed if they have."""
+        if (failed := self._look_at_servers()) is not None:
+            raise failed
+
+    def _look_at_servers(self) -> Exception | None:
+        if self.driver is not None and self.driver.done() and (error := self.driver.exception()) is not None:
+            failed = ServersFailed(f"{error}")
+            failed.__cause__ = error
+            return failed
+        failure = None if self.meeting is None else self.meeting.failure_of_servers()
+        return None if failure is None else ServersFailed(failure)
+
     def wait(self, work: dist.Work) -> None:
-        """Wait for what other processes have a part in."""
+        """Wait for what servers have a part in."""
+        self._wait(work, self.until)
+
+    def wait_for_ranks(self, work: dist.Work) -> None:
+        """Wait for what other ranks alone have a part in."""
+        self._wait(work, self.until_ranks)
+
+    def _wait(self, work: dist.Work, until: Callable[[Callable[[], bool]], None]) -> None:
         if self._on_gpu:
-            self.until(work.is_completed)
+            until(work.is_completed)
             work.wait()
             return
         # Gloo's messages are not complete before they are waited for.
         waiting = in_background(work.wait)
-        self.until(waiting.done)
+        until(waiting.done)
         try:
             waiting.result()
         except RuntimeError as error:

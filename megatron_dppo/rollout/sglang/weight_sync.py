@@ -36,7 +36,7 @@ from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.update_calls import UpdateCalls
 from megatron_dppo.rollout.sglang.update_group import address_seen_from
 from megatron_dppo.rollout.sglang.update_meeting import Meeting, MeetingPlace
-from megatron_dppo.rollout.sglang.update_watch import UpdateWatch
+from megatron_dppo.rollout.sglang.update_watch import ServersFailed, UpdateWatch
 from megatron_dppo.rollout.sglang.weight_route import WeightRoute
 
 T = TypeVar("T")
@@ -171,12 +171,15 @@ class WeightSync:
     def _send(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
         """This rank's part of the sending; on rank 0 until the servers have everything."""
         if self._is_owner:
-            self._watch.driver = self._transport.submit(self._drive(buckets))
+            self._watch.driver = self._transport.submit(self._drive_or_tell(buckets))
         try:
             self._route.send(weights, buckets, kinds)
             if self._watch.driver is not None:
                 self._watch.until(self._watch.driver.done)
-                self._watch.driver.result()
+                self._watch.check_servers()
+        except ServersFailed as failed:
+            # Rank 0 has the error itself, and is the one that is believed.
+            raise failed.__cause__ or WeightSyncError(f"{failed}") from None
         except Exception as error:
             if self._meeting is not None:
                 self._meeting.tell_failure(error)
@@ -185,6 +188,14 @@ class WeightSync:
             if self._watch.driver is not None:
                 self._watch.driver.cancel()
                 self._watch.driver = None
+
+    async def _drive_or_tell(self, buckets: Sequence[Bucket]) -> None:
+        try:
+            await self._drive(buckets)
+        except Exception as error:
+            assert self._meeting is not None
+            self._meeting.tell_failure(error, of_servers=True)
+            raise
 
     async def _drive(self, buckets: Sequence[Bucket]) -> None:
         """What the servers are told, from the pause to the end of the update."""

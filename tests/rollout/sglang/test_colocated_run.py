@@ -18,7 +18,7 @@ from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import LOG_PROB_TOLERANCE, EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import server_config, tiny_weights
-from tests.training.tiny_runs import read_metrics, start_training, train, write_tiny_policy
+from tests.training.tiny_runs import read_metrics, start_training, train, wait_for_step, write_tiny_policy
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -165,24 +165,27 @@ def _asked_last(log: Path, before: int) -> str | None:
 
 
 @pytest.mark.nightly
-def test_a_server_that_dies_amid_an_update_ends_the_run_with_a_checkpoint(tmp_path):
+def test_a_server_that_dies_amid_an_update_is_started_again_and_one_that_cannot_come_back_ends_the_run(tmp_path):
     policy = write_tiny_policy(tmp_path / "policy")
     run = tmp_path / "run"
+    log = _log(run)
     started = start_training(
         policy, tmp_path, "run", *COLOCATED, "rollout.sglang.bucket_bytes=20000", "train.steps=1000"
     )
-    log = _log(run)
-
-    def is_there() -> bool:
-        two_steps_done = (run / "metrics.jsonl").exists() and len(read_metrics(run)) > 2
-        return two_steps_done and _asked_last(log, 0) == "update_weights_from_tensor"
-
-    wait_until(is_there, within_s=400, what=f"an update in {log}", every_s=0.005)
-    ranks = [process.pid for process in started.processes]
-    (guard,) = (p for p in psutil.Process(ranks[0]).children() if "guard.py" in " ".join(p.cmdline()))
-    os.killpg(guard.pid, signal.SIGKILL)
+    wait_for_step(run, 2)
+    for moment in ("update_weights_from_tensor", RELEASE):
+        wait_until(
+            lambda moment=moment: _asked_last(log, 0) == moment, within_s=100, what=f"{moment} in {log}", every_s=0.005
+        )
+        (guard,) = (p for p in psutil.Process(started.processes[0].pid).children() if "guard.py" in str(p.cmdline()))
+        if moment == RELEASE:
+            (run / "logs" / "served_model" / "config.json").unlink()
+        os.killpg(guard.pid, signal.SIGKILL)
+        if moment != RELEASE:
+            wait_for_step(run, max(record["step"] for record in read_metrics(run)) + 3)
     codes, output = started.ends()
     assert codes == [3, 3], output[-4000:]
-    assert re.search(r"step \d+ is saved in", output)
+    assert "was lost amid a weight update" in output
+    assert re.search(r"step \d+ is saved in", output)  # while what the updates need was in host memory
     _assert_nothing_is_left(tmp_path)
-    _assert_no_shared_memory_is_left(ranks)
+    _assert_no_shared_memory_is_left([process.pid for process in started.processes])
