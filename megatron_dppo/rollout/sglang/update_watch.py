@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 _POLL_S = 0.002
 _LOOK_FOR_FAILURES_S = 0.2
+# After the time of an update: a server that does not answer is found first by who asked it, and not by ranks that wait.
+_GRACE_S = 5.0
 
 
 class ServersFailed(WeightSyncError):  # noqa: N818  what happened, not what is raised
@@ -50,9 +52,9 @@ class UpdateWatch:
         self._limit_s = limit_s
         self._deadline = time.monotonic() + limit_s
 
-    def time_left(self) -> float:
-        """Seconds. Raises WeightSyncError if there are none."""
-        left = self._deadline - time.monotonic()
+    def time_left(self, grace_s: float = 0.0) -> float:
+        """Seconds until so long after the time of the update. Raises WeightSyncError if there are none."""
+        left = self._deadline + grace_s - time.monotonic()
         if left <= 0:
             raise WeightSyncError(
                 f"the weight update of {self._urls} took longer than sync_timeout_s = {self._limit_s:g} s"
@@ -70,7 +72,7 @@ class UpdateWatch:
     def _until(self, done: Callable[[], bool], look_at_servers: Callable[[], Exception | None]) -> None:
         look = 0.0
         while not done():
-            self.time_left()
+            self.time_left(_GRACE_S)
             if time.monotonic() > look:
                 look = time.monotonic() + _LOOK_FOR_FAILURES_S
                 failed = look_at_servers()
