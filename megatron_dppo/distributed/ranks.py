@@ -28,6 +28,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Number of them on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """This process's global rank (0 without torchrun)."""
     return int(os.environ.get("RANK", "0"))
@@ -36,7 +41,6 @@ def rank() -> int:
 def choose_device(wanted: str) -> torch.device:
     """``auto`` takes the GPU of this local rank if there is one. Raises ConfigError if what is wanted is not there."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         if torch.cuda.is_available():
             raise ConfigError(
@@ -46,9 +50,9 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch sees no GPU; use run.device=cpu or install a CUDA build of torch")
-    if torch.cuda.device_count() < local_world_size:
+    if torch.cuda.device_count() < local_world_size():
         raise ConfigError(
-            f"{local_world_size} processes on this node but {torch.cuda.device_count()} GPU(s): start one process per GPU"
+            f"{local_world_size()} processes on this node but {torch.cuda.device_count()} GPU(s): start one process per GPU"
         )
     return torch.device("cuda", local_rank)
 
@@ -75,11 +79,11 @@ def joined_ranks(
         torch.cuda.set_device(device)
     else:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores // local_world_size()))
     on_gpu = device.type == "cuda"
     make_room_for_sockets(_MESHES_WITH_NCCL if on_gpu else _MESHES_WITH_GLOO, world_size())
     # With its device named, NCCL connects now: a network that does not work is found here, not in the first step. Groups of
-    # its ranks are split off it from then on, in which all ranks have to take part (rollout/sglang/weight_sync.py).
+    # its ranks are split off it from then on, in which all ranks have to take part (rollout/sglang/update_group.py).
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=collective_timeout_s),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from statistics import fmean
 
@@ -28,10 +28,12 @@ from megatron_dppo.training.checkpoint.info import CheckpointInfo
 from megatron_dppo.training.checkpoint.load import last_checkpoint
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
+from megatron_dppo.training.devices import Devices, OwnDevices, SharedDevices
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder, json_lines
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
+from megatron_dppo.training.policy.update_memory import UpdateMemory
 from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
 from megatron_dppo.training.served_policy import serve_command
@@ -84,7 +86,8 @@ def _train(
     log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
     log.say(environment_report())
     policy = build_trainable_policy(config, inputs, device)
-    engine = stack.enter_context(closing(build_engine(config, policy, folder, stop_requests)))
+    engine, devices = build_engine(config, policy, folder, stop_requests)
+    stack.enter_context(closing(engine))
     scorer = stack.enter_context(
         Scorer([*config.tasks.train, *config.tasks.eval], config.tasks.score_timeout_s, config.tasks.score_workers)
     )
@@ -98,11 +101,13 @@ def _train(
     keep, asynchronous = config.checkpoint.keep, config.checkpoint.async_save
     checkpoint_writer = stack.enter_context(CheckpointWriter(folder.checkpoints, keep, asynchronous))
     if config.warm_start.steps and checkpoint_writer.last() is None:
-        warm_start(policy, config, inputs, log)
+        with devices.for_update(UpdateMemory(policy), lambda phase: nullcontext()):
+            warm_start(policy, config, inputs, log)
     Trainer(
         config,
         policy,
         rollout_phase=rollout_phase,
+        devices=devices,
         checkpoint_writer=checkpoint_writer,
         stop_requests=stop_requests,
         log=log,
@@ -136,13 +141,16 @@ def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.devi
 
 def build_engine(
     config: Config, policy: TrainablePolicy, folder: RunFolder, stop_requests: StopRequests
-) -> RolloutEngine:
-    """The rollout engine that the configuration names."""
+) -> tuple[RolloutEngine, Devices]:
+    """The rollout engine that the configuration names, and how the trainer shares its devices with it."""
     if config.rollout.engine == "embedded":
-        return EmbeddedEngine(policy.chunks, policy.vocab_size, config.rollout.max_batch_size)
+        return EmbeddedEngine(policy.chunks, policy.vocab_size, config.rollout.max_batch_size), OwnDevices()
     from megatron_dppo.rollout.sglang.engine import SGLangEngine  # its client is an extra
 
-    return SGLangEngine(
+    colocated = config.rollout.sglang.colocated
+    if colocated:
+        UpdateMemory(policy).put_away()  # servers look at how much is free when they start
+    engine = SGLangEngine(
         config.rollout.sglang,
         config.model.path,
         vocab_size=policy.vocab_size,
@@ -153,6 +161,7 @@ def build_engine(
         serve_command=serve_command(folder.config_path),
         stop=lambda: stop_requests.reason,
     )
+    return engine, SharedDevices(engine.release_memory) if colocated else OwnDevices()
 
 
 def environment_report() -> str:

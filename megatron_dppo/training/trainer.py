@@ -26,11 +26,13 @@ from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import ReplicaBatch
 from megatron_dppo.training.data.hand_over import ExampleHeader, HandOver
 from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample, example_from_sample
+from megatron_dppo.training.devices import Devices
 from megatron_dppo.training.metrics.over_ranks import measures_of_all
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
+from megatron_dppo.training.policy.update_memory import UpdateMemory
 from megatron_dppo.training.rollouts import RolloutPhase, Rollouts
 from megatron_dppo.training.stop_requests import StopRequests
 
@@ -44,6 +46,7 @@ class Trainer:
         policy: TrainablePolicy,
         *,
         rollout_phase: RolloutPhase,
+        devices: Devices,
         checkpoint_writer: CheckpointWriter,
         stop_requests: StopRequests,
         log: MetricsLog,
@@ -57,6 +60,7 @@ class Trainer:
         self.policy = policy
         self.weights = PolicyWeights(policy.chunks)
         self.rollout_phase = rollout_phase
+        self.devices = devices
         self.checkpoint_writer = checkpoint_writer
         self.stop_requests = stop_requests
         self.log = log
@@ -64,6 +68,7 @@ class Trainer:
         self.optimizer_state = build_optimizer(policy, config.train.optimizer, optimizer_steps)
         self.evidence = evidence
         self.dppo_step = DPPOStep(config, policy, self.optimizer_state, self.keep_evidence)
+        self.update_memory = UpdateMemory(policy, self.optimizer_state, self.dppo_step.frozen)
         self.hand_over = HandOver(sampled_fields(config, policy), self.dppo_step.routed_layers)
         self.state = TrainerState()
         self._seconds: dict[str, float] = {}
@@ -80,7 +85,7 @@ class Trainer:
             while self.state.step < self.config.train.steps:
                 with self.timed("rollout"):
                     rollouts = self.generate_and_score()
-                with self.timed("update"):
+                with self.devices.for_update(self.update_memory, self.timed), self.timed("update"):
                     metrics = self.dppo_step.run(self.replica_batch(rollouts))
                 self.state.step += 1
                 with self.recorded(rollouts, metrics):
@@ -99,10 +104,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Bring weights, optimizer and engine to where the run was stopped, or to the start."""
-        checkpoint = self.checkpoint_writer.last()
-        if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
-            self.log.say(f"resuming from {checkpoint}")
+        with self.devices.for_update(self.update_memory, self.timed):
+            checkpoint = self.checkpoint_writer.last()
+            if checkpoint is not None:
+                self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
+                self.log.say(f"resuming from {checkpoint}")
+        self._seconds = {}
         self.log.start(self.state.step)
         self.sync_weights()
         if self.state.step == 0:
@@ -223,6 +230,7 @@ class Trainer:
         work = {**rollouts.seconds, "forward_backward": self.policy.forward_backward.take_seconds()}
         measures = measures_of_all({**seconds, **work})
         metrics |= rollout_metrics(rollouts, sampled_version, self.config.rollout.samples_per_prompt)
+        metrics |= self.devices.metrics(self.update_memory)
         metrics |= phase_metrics(
             rollouts, float(metrics["batch/computed_tokens"]), measures, seconds.keys(), self.policy.flops
         )

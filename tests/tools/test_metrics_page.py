@@ -17,7 +17,8 @@ GROUPS = "batch|dppo|eval|memory|mismatch|reference|reward|rollout|throughput|ti
 MASKED_BY_MU = {
     f"dppo/mask_fraction_mu_{low:g}_{high:g}" for low, high in itertools.pairwise(metrics.ROLLOUT_PROBABILITY_BINS)
 }
-PHASES = {*re.findall(r"timed\(\"(\w+)\"\)", (ROOT / "megatron_dppo/training/trainer.py").read_text())}
+LOOP = [ROOT / "megatron_dppo/training" / file for file in ("trainer.py", "devices.py")]
+PHASES = {phase for file in LOOP for phase in re.findall(r"timed\(\"(\w+)\"\)", file.read_text())}
 WORK = {"generate", "score", "forward_backward"}
 TIMES = {f"time/{phase}_{what}" for phase in PHASES | WORK for what in ("s", "mean_s", "slowest_rank")}
 # ... and what only serves to make another (the effective sample size, the largest token's share).
@@ -31,7 +32,7 @@ def written_in(source: str) -> set[str]:
 
 def test_every_metric_is_on_the_page_and_the_page_has_no_other() -> None:
     in_code = set().union(*(written_in(file.read_text("utf-8")) for file in (ROOT / "megatron_dppo").rglob("*.py")))
-    assert len(PHASES) == 3
+    assert len(PHASES) == 5
     without_group = {name for name in STEP_METRICS if "/" not in name}
     assert sorted(LISTED) == sorted((in_code - NOT_WRITTEN) | MASKED_BY_MU | TIMES | without_group)
 

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.tile_hash import Piece, hash_pieces
-from megatron_dppo.rollout.sglang.weight_sync import WeightSync, flatten
+from megatron_dppo.rollout.sglang.weight_route import flatten
+from megatron_dppo.rollout.sglang.weight_sync import WeightSync
 from megatron_dppo.rollout.whole_weights import WholeWeights
 
 SMOLLM2 = {

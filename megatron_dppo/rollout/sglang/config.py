@@ -27,9 +27,12 @@ class SGLangConfig:
             megatron_dppo.serve ...``; its servers register in ``registry``, by default a folder of the run's.
         launch_hosts: for ``{host}``. Empty: the command is run once, without one.
         num_servers: servers in all, each with a full copy of the policy: that are started, or have to be there at the start.
-        min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start all have to be
-            there.
+        min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start, and if they
+            are ``colocated``, all have to be there.
         tensor_model_parallel_size: GPUs (or processes, on a CPU) per server.
+        colocated: the servers share the trainer's GPUs, one rank of a server on each, and take turns with it: they give their
+            memory up for the update, whose optimizer state waits in host memory while they generate. One host only; see
+            docs/colocation.md.
         dtype: dtype the servers compute in: float32 | bfloat16 | float16; None: the trainer's.
         host: address that servers started by the trainer listen on and that every trainer rank reaches them by.
         base_gpu_id: first GPU of the first server; None: the one after the trainer's own on this machine.
@@ -66,6 +69,7 @@ class SGLangConfig:
     num_servers: int = 1
     min_servers: int = 1
     tensor_model_parallel_size: int = 1
+    colocated: bool = False
     dtype: str | None = None
     host: str = "127.0.0.1"
     base_gpu_id: int | None = None
@@ -94,6 +98,11 @@ class SGLangConfig:
     def starts_servers_here(self) -> bool:
         """Whether the trainer's rank 0 starts them, as its own processes."""
         return not self.urls and self.registry is None and self.launch is None
+
+    @property
+    def fewest_servers(self) -> int:
+        """That have to answer. On shared GPUs all, as one that loads meanwhile would find its memory in use."""
+        return self.num_servers if self.colocated else self.min_servers
 
     def check(self) -> None:
         """Raise ConfigError naming the first field whose value cannot work."""
@@ -124,6 +133,8 @@ class SGLangConfig:
             raise ConfigError(f"SGLangConfig.dtype must be one of {', '.join(SERVED_DTYPES)}, not {self.dtype!r}")
         if self.base_gpu_id is not None and self.base_gpu_id < 0:
             raise ConfigError(f"SGLangConfig.base_gpu_id must be at least 0, not {self.base_gpu_id}")
+        if self.colocated:
+            self._check_colocated()
         if not self.host:
             raise ConfigError("SGLangConfig.host is empty: give the address that started servers listen on")
 
@@ -154,3 +165,16 @@ class SGLangConfig:
             fault = "speaks of a {host}: name them in launch_hosts"
         if fault is not None:
             raise ConfigError(f"SGLangConfig.launch = {template!r} {fault}")
+
+    def _check_colocated(self) -> None:
+        for source in ("urls", "registry", "launch"):
+            if getattr(self, source):
+                raise ConfigError(
+                    f"SGLangConfig.colocated=true with {source}: servers on the trainer's GPUs are started by the trainer."
+                    f" Remove {source}, or set colocated=false"
+                )
+        if self.base_gpu_id is not None:
+            raise ConfigError(
+                f"SGLangConfig.base_gpu_id = {self.base_gpu_id} with colocated=true: the servers are on the trainer's GPUs."
+                " Remove base_gpu_id"
+            )

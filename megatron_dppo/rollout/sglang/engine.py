@@ -1,4 +1,4 @@
-"""The SGLang rollout engine: servers of their own, reached over HTTP, updated by broadcast.
+"""The SGLang rollout engine: servers of their own, reached over HTTP, updated by broadcast or on shared devices.
 
 The trainer's global rank 0 owns the servers and sends the weights; the leader of each model replica, its first rank, asks for
 that replica's responses. Whatever goes wrong in a weight update is raised on all ranks.
@@ -26,6 +26,7 @@ from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
+from megatron_dppo.rollout.sglang.server_memory import ServerMemory
 from megatron_dppo.rollout.sglang.server_settings import examine_settings
 from megatron_dppo.rollout.sglang.servers.choose import choose_source
 from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
@@ -87,6 +88,7 @@ class SGLangEngine:
         self._transport = Transport(config.keys)
         self._client = RolloutClient(self._transport, config, self._routing)
         self._pool: ServerPool | None = None  # on the owner
+        self._memory: ServerMemory | None = None  # likewise, if the servers are colocated
         self._sync: WeightSync | None = None
         self._served = ServedPolicy(Path(model_folder), dtype_name(self._dtype), return_routed_experts)
         self._log_folder = Path(log_folder)
@@ -150,6 +152,16 @@ class SGLangEngine:
         self._weight_version = version
         self._unusable_because = None
 
+    def release_memory(self) -> None:
+        """Let the servers of a colocated engine give their devices' memory up, until the next ``update_weights``. Collective.
+
+        One that does not is ended, and started again by the next update.
+        """
+        if self._failed:
+            self._require_usable()
+        self._unusable_because = "its servers have given their memory up: call update_weights before generating"
+        self._on_owner(self._make_room)
+
     def health(self) -> None:
         """Raise RolloutError unless every server that the engine uses can generate a token now."""
         self._require_usable()
@@ -181,6 +193,13 @@ class SGLangEngine:
         source = choose_source(self._config, self._served, self._transport, self._log_folder, self._serve_command)
         self._pool = ServerPool(self._config, self._transport, source, self._stop)
         self._pool.prepare()
+        if self._config.colocated:
+            self._memory = ServerMemory(source, self._transport, self._config.control_timeout_s)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        assert self._memory is not None
+        self._memory.make_room()
 
     def _lost_servers(self) -> list[str]:
         assert self._pool is not None
@@ -198,7 +217,7 @@ class SGLangEngine:
         if self._sync is not None:
             self._sync.close()
         shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
-        self._sync = WeightSync(facts, self._config, shape, self._dtype, self._transport)
+        self._sync = WeightSync(facts, self._config, shape, self._dtype, self._transport, self._memory)
 
     def _facts_if_changed(self, anew: bool) -> list[ServerFacts] | None:
         assert self._pool is not None
@@ -221,10 +240,10 @@ class SGLangEngine:
                     raise
                 refused.append(str(error))
                 _log.warning("left out of this update: %s", error)
-        if len(admitted) < self._config.min_servers:
+        fewest = self._config.fewest_servers
+        if len(admitted) < fewest:
             raise RolloutError(
-                f"{len(admitted)} SGLang servers can be used, fewer than min_servers = {self._config.min_servers}: "
-                + "; ".join(refused)
+                f"{len(admitted)} SGLang servers can be used, fewer than min_servers = {fewest}: {'; '.join(refused)}"
             )
         return admitted
 

@@ -18,8 +18,11 @@ _OF_ADMINISTRATORS = frozenset(
         "/flush_cache",
         "/init_weights_update_group",
         "/pause_generation",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
         "/update_weight_version",
         "/update_weights_from_distributed",
+        "/update_weights_from_tensor",
         "/weights_checker",
     }
 )

@@ -16,6 +16,7 @@ from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
+from megatron_dppo.training.config.shared_devices import check_shared_devices
 
 # The least that a number may be. Those of parallel, algorithm.loss, rollout.sglang and the tasks: their classes check them.
 _AT_LEAST = {
@@ -74,6 +75,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     _check_batch_sizes(config)
     _check_kernels(config)
     _check_extras(config)
+    check_shared_devices(config, world_size)
     _check_optimizer("train.optimizer", config.train.optimizer)
     _check_optimizer("warm_start.optimizer", config.warm_start.optimizer)
 

@@ -43,6 +43,7 @@ class DPPOStep:
 
     Attributes:
         scheduler: makes the schedules that a batch's micro-batches are of.
+        frozen: copies of weights that it computes with beside the present ones.
         skipped_in_a_row: optimizer steps that were not applied since the last that was, as their gradients were not finite.
         routed_layers: those whose expert choices this rank replays, in the order in which examples have them; none without
             routing replay.
@@ -85,6 +86,7 @@ class DPPOStep:
         self._rollout_weights = FrozenWeights(policy.chunks) if loss_config.needs_rollout_logits else None
         # The reference policy is the one that training starts from.
         self._reference_weights = FrozenWeights(policy.chunks) if loss_config.kl_coef else None
+        self.frozen = [kept for kept in (self._rollout_weights, self._reference_weights) if kept is not None]
         self._replay = RoutingReplay(policy.chunks) if config.algorithm.routing_replay else None
         self.routed_layers = () if self._replay is None else self._replay.layers
 

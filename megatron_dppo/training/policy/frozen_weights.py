@@ -19,6 +19,11 @@ class FrozenWeights:
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self._copies = [parameter.detach().clone() for parameter in self._parameters]
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The copies."""
+        return self._copies
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Freeze the present weights instead."""

@@ -49,15 +49,18 @@ class RunningServer:
         **options: object,
     ) -> SGLangEngine:
         config = SGLangConfig(**{**vars(self.config), **options})
-        return SGLangEngine(
-            config,
-            self.model_folder,
-            vocab_size=250,
-            dtype=torch.float32,
-            log_folder=self.log_folder,
-            replica_group=replica_group,
-            return_routed_experts=return_routed_experts,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            # On a CPU a server that is there already is on the trainer's devices as much as one that is started.
+            patch.setattr(SGLangConfig, "_check_colocated", lambda _: None)
+            return SGLangEngine(
+                config,
+                self.model_folder,
+                vocab_size=250,
+                dtype=torch.float32,
+                log_folder=self.log_folder,
+                replica_group=replica_group,
+                return_routed_experts=return_routed_experts,
+            )
 
 
 def server_config(**options: object) -> SGLangConfig:

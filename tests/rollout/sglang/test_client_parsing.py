@@ -236,5 +236,12 @@ def test_servers_take_the_gpus_after_the_trainers(monkeypatch):
     config = SGLangConfig(tensor_model_parallel_size=2)
     assert [first_gpu(config, index, gpu_count=8) for index in (0, 1)] == [4, 6]
     assert first_gpu(SGLangConfig(base_gpu_id=0), 0, gpu_count=1) == 0
+    shared = SGLangConfig(tensor_model_parallel_size=2, colocated=True)
+    assert [first_gpu(shared, index, gpu_count=4) for index in (0, 1)] == [0, 2]
     with pytest.raises(ValueError, match="server 2 needs GPUs 8 to 9, but this machine has 8"):
         first_gpu(config, 2, gpu_count=8)
+
+
+def test_servers_on_shared_gpus_all_have_to_be_there():
+    assert SGLangConfig(num_servers=4, min_servers=2).fewest_servers == 2
+    assert SGLangConfig(num_servers=4, min_servers=2, colocated=True).fewest_servers == 4

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.models.hf.export import PolicyWeights
 from megatron_dppo.rollout.sample import SamplingParams
-from megatron_dppo.rollout.sglang import weight_sync
+from megatron_dppo.rollout.sglang import broadcast_route
 from tests.models.policy_runs import loaded_policy
 from tests.models.tiny_policies import tiny_hf_model, write_tiny_hf_model
 from tests.rank_pool import RankPools
@@ -60,7 +60,7 @@ def _update(server: RunningServer, folder: str, layout: dict[str, Any], updates:
     for version in range(1, updates + 1):
         engine.update_weights(weights, version)
     assert engine._sync is not None
-    senders = list(engine._sync._senders)
+    senders = list(engine._sync._route._senders)
     samples = engine.generate(make_prompts(250, [5, 9]), SamplingParams(max_new_tokens=6, samples_per_prompt=2))
     dist.barrier()
     engine.close()
@@ -85,7 +85,7 @@ def _update_wrongly(
     """(what the update says, the tensors that ``wrong_rank`` sends)."""
     weights = PolicyWeights(loaded_policy(folder, layout))
     engine = server.attach(bucket_bytes=BUCKET_BYTES, max_senders=4, replica_group=dist.group.WORLD)
-    intact = weight_sync.flatten
+    intact = broadcast_route.flatten
 
     def flatten(parts: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
         flat = intact(parts, buffer)
@@ -94,7 +94,7 @@ def _update_wrongly(
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == wrong_rank:
-            patch.setattr(weight_sync, "flatten", flatten)
+            patch.setattr(broadcast_route, "flatten", flatten)
         with pytest.raises(WeightSyncError) as raised:
             engine.update_weights(weights, 1)
     buckets = weights.buckets(dtype=torch.float32, bucket_bytes=BUCKET_BYTES, max_senders=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.models.hf.export import PolicyWeights
 from megatron_dppo.rollout.sample import SamplingParams
-from megatron_dppo.rollout.sglang import SGLangEngine, weight_sync
+from megatron_dppo.rollout.sglang import SGLangEngine, broadcast_route, tensor_route
 from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -36,20 +37,26 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "route"),
     [
-        pytest.param(EP, id="EP2"),
-        pytest.param(DP_ATTENTION, id="DP attention", marks=pytest.mark.nightly),
+        pytest.param(EP, broadcast_route, id="EP2"),
+        pytest.param(DP_ATTENTION, broadcast_route, id="DP attention", marks=pytest.mark.nightly),
         pytest.param(
-            [*DP_ATTENTION, "--enable-dp-lm-head"], id="DP attention and output layer", marks=pytest.mark.nightly
+            [*DP_ATTENTION, "--enable-dp-lm-head"],
+            broadcast_route,
+            id="DP attention and output layer",
+            marks=pytest.mark.nightly,
         ),
+        pytest.param(EP, tensor_route, id="EP2, colocated", marks=pytest.mark.nightly),
+        pytest.param(DP_ATTENTION, tensor_route, id="DP attention, colocated", marks=pytest.mark.nightly),
     ],
 )
 def test_new_weights_are_served_and_a_wrong_one_is_found(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], route: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_tiny_hf_model("qwen3_moe", tmp_path / "model", seed=0)
-    config = server_config(tensor_model_parallel_size=2, extra_args=arguments, bucket_bytes=32768)
+    options = {"extra_args": arguments, "bucket_bytes": 32768, "colocated": route is tensor_route}
+    config = server_config(tensor_model_parallel_size=2, **options)
     engine = SGLangEngine(config, folder, vocab_size=250, dtype=torch.float32, log_folder=tmp_path)
     try:
         for version in (1, 2):
@@ -58,7 +65,7 @@ def test_new_weights_are_served_and_a_wrong_one_is_found(
         samples = engine.generate(make_prompts(250, [5, 9, 4]), SamplingParams(max_new_tokens=6, samples_per_prompt=4))
         assert_log_probs_match(EngineUnderTest(engine, hf_model, lambda *_: None), samples, 1.0)
 
-        intact = weight_sync.flatten
+        intact = route.flatten
 
         def flip_one_bit(parts, buffer):
             flat, offset = intact(parts, buffer), 0
@@ -68,7 +75,7 @@ def test_new_weights_are_served_and_a_wrong_one_is_found(
                 offset += part.nbytes
             return flat
 
-        monkeypatch.setattr(weight_sync, "flatten", flip_one_bit)
+        monkeypatch.setattr(route, "flatten", flip_one_bit)
         with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.experts\.w13_weight differs"):
             engine.update_weights(WholeWeights(tensors), 3)
     finally:
@@ -111,7 +118,7 @@ def _update_often(server: RunningServer, folder: str, layout: dict[str, Any], up
                 for parameter in chunk.parameters():
                     parameter.mul_(1.01)
         engine.update_weights(weights, version)
-    proven, senders = engine.weight_version, len(engine._sync._senders)
+    proven, senders = engine.weight_version, len(engine._sync._route._senders)
     dist.barrier()
     engine.close()
     return proven, senders

@@ -7,7 +7,7 @@ import torch
 
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.rollout.sample import FailedSample, SamplingParams
-from megatron_dppo.rollout.sglang import weight_sync
+from megatron_dppo.rollout.sglang import broadcast_route
 from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.rollout.engine_contract import EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import tiny_weights
@@ -60,7 +60,7 @@ def _assert_update_fails(server, tensors, *names: str) -> None:
 
 def test_a_corrupted_tensor_is_detected_and_named(server, monkeypatch):
     _, tensors = tiny_weights(server.kind, seed=3)
-    intact = weight_sync.flatten
+    intact = broadcast_route.flatten
     for victim in _victims(server.kind):
 
         def flip_one_bit(parts, buffer, victim=victim):
@@ -71,7 +71,7 @@ def test_a_corrupted_tensor_is_detected_and_named(server, monkeypatch):
                 offset += part.nbytes
             return flat
 
-        monkeypatch.setattr(weight_sync, "flatten", flip_one_bit)
+        monkeypatch.setattr(broadcast_route, "flatten", flip_one_bit)
         # The server keeps all experts of a layer in one parameter, so its checksum cannot tell which of them is wrong.
         blamed = "model.layers.1.mlp.experts.w13_weight" if victim == EXPERT else victim
         _assert_update_fails(server, tensors, blamed)

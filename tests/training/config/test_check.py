@@ -198,3 +198,36 @@ def test_a_bad_start_says_one_thing_and_exits_with_2(tmp_path, overrides, messag
     assert message in errors[0]
     assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()
+
+
+COLOCATED = (*SGLANG, "rollout.sglang.colocated=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "message"),
+    [
+        (["rollout.sglang.colocated=true"], {}, r"colocated=true needs rollout\.engine=sglang, not embedded"),
+        ([*COLOCATED, "rollout.sglang.urls=[http://a:1]"], {}, "colocated=true with urls"),
+        ([*COLOCATED, "rollout.sglang.base_gpu_id=0"], {}, "base_gpu_id = 0 with colocated=true"),
+        (COLOCATED, {"LOCAL_WORLD_SIZE": "1"}, "all ranks on one host, but 1 of 2"),
+        ([*COLOCATED, "run.device=cuda"], {}, "with 2 ranks, .*num_servers = 1 servers on .* the product must be 2"),
+        (
+            [*COLOCATED, "run.device=cuda", "rollout.sglang.num_servers=2"],
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"},
+            "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF",
+        ),
+    ],
+)
+def test_devices_that_cannot_be_shared_are_refused(overrides, environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        check_config(load_config(QUICKSTART, overrides), tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)
+
+
+@pytest.mark.parametrize("overrides", [(), ("run.device=cuda", "rollout.sglang.num_servers=2")], ids=["CPU", "GPU"])
+def test_devices_that_can_be_shared_are_fine(overrides, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = load_config(QUICKSTART, [*COLOCATED, *overrides])
+    assert config.rollout.sglang.colocated
+    check_config(config, tiny_hf_config("qwen3_moe", num_hidden_layers=4), 2)

@@ -62,6 +62,9 @@ class LaunchedServers:
         )
         return Found(found.urls, found.awaited, ended)
 
+    def end(self, url: str) -> None:
+        """One alone cannot be ended: they share a process here."""
+
     def close(self) -> None:
         """End them, and thereby the servers that they started."""
         for process in self._processes.values():

@@ -94,6 +94,12 @@ class LocalServers:
             self._failures[server] = str(error)
         self._loading.discard(server)
 
+    def end(self, url: str) -> None:
+        """See ``ServerSource.end``."""
+        for server in self.servers:
+            if server.url == url:
+                server.close()
+
     def close(self) -> None:
         """End them."""
         for server in self.servers:

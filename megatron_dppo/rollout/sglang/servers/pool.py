@@ -96,17 +96,17 @@ class ServerPool:
         """Find out who can be updated, after ``version`` was the last update. Started servers that ended start again.
 
         Raises:
-            RolloutError: they are fewer than ``config.min_servers``, and no more have come within ``startup_timeout_s``, or
-                none will; those that are missing are named.
+            RolloutError: they are fewer than ``config.fewest_servers``, and no more have come within
+                ``startup_timeout_s``, or none will; those that are missing are named.
             StoppedWaitingError: the run is to stop meanwhile.
         """
         self._source.start()
         deadline, said = self._deadline(), time.monotonic()
-        while len((look := self._look()).labels) < self._config.min_servers:
+        fewest = self._config.fewest_servers
+        while len((look := self._look()).labels) < fewest:
             if not look.found.awaited or time.monotonic() > deadline:
                 raise RolloutError(
-                    f"{self._count(look)} answer, fewer than min_servers = {self._config.min_servers}; missing: "
-                    f"{look.missing()}"
+                    f"{self._count(look)} answer, fewer than min_servers = {fewest}; missing: {look.missing()}"
                 )
             said = self._wait(look, said)
         for reason in [*look.silent.values(), *look.found.awaited, *look.found.failures]:

@@ -111,5 +111,8 @@ class RegisteredServers:
         missing = self._expected - len(urls)
         return Found(urls, awaited=(f"{missing} more to register in {self._path}",) if missing > 0 else ())
 
+    def end(self, url: str) -> None:
+        """They are not this process's to end."""
+
     def close(self) -> None:
         """They are not this process's to end."""

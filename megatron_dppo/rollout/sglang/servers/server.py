@@ -123,6 +123,7 @@ class SGLangServer:
         command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
+            command += ["--enable-memory-saver"] if config.colocated else []  # it fails to start with it on a CPU
             command += [
                 "--base-gpu-id",
                 str(first_gpu(config, self._index, torch.cuda.device_count(), self._nodes.count)),
@@ -219,7 +220,7 @@ def first_gpu(config: SGLangConfig, server_index: int, gpu_count: int, hosts: in
 
     ``hosts`` share the server's GPUs evenly.
     """
-    trainer_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    trainer_gpus = 0 if config.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     base = trainer_gpus if config.base_gpu_id is None else config.base_gpu_id
     gpus = config.tensor_model_parallel_size // hosts
     first = base + server_index * gpus

@@ -38,6 +38,10 @@ class ServerSource(Protocol):
         """Look. Called again and again while servers are waited for, and before every weight update."""
         ...
 
+    def end(self, url: str) -> None:
+        """End a server, if it is this source's to end; ``start`` starts it again."""
+        ...
+
     def close(self) -> None:
         """End what was started. Safe to call twice."""
         ...
@@ -61,6 +65,9 @@ class NamedServers:
     def find(self) -> Found:
         """The same every time."""
         return Found(self._urls)
+
+    def end(self, url: str) -> None:
+        """They are not this process's to end."""
 
     def close(self) -> None:
         """Nothing was started."""
