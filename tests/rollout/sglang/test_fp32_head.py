@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from megatron_dppo.errors import ConfigError, RolloutError
 from megatron_dppo.rollout.sample import Sample, SamplingParams
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
+from megatron_dppo.rollout.sglang.server_settings import examine_settings
+from megatron_dppo.rollout.sglang.servers.local import LocalServers
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy, prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -22,7 +24,7 @@ from tests.models.policy_runs import loaded_policy
 from tests.models.tiny_policies import tiny_hf_model, write_tiny_hf_model
 from tests.rank_pool import RankPools
 from tests.rollout.engine_contract import make_prompts
-from tests.rollout.sglang.conftest import server_config
+from tests.rollout.sglang.conftest import RunningServer, server_config
 from tests.rollout.sglang.stand_in_server import stand_in_interpreter
 
 FLAG = "--enable-fp32-lm-head"
@@ -54,14 +56,28 @@ def test_a_trainer_that_rounds_has_no_use_for_servers_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("fp32_head", [False, True])
-def test_a_server_that_is_started_gets_the_trainers_head(tmp_path: Path, fp32_head: bool) -> None:
-    folder = write_tiny_hf_model("qwen3_tied", tmp_path / "model")
-    config = SGLangConfig(python=str(stand_in_interpreter(tmp_path)), startup_timeout_s=60.0)
-    engine = SGLangEngine(
-        config, folder, vocab_size=250, dtype=torch.bfloat16, log_folder=tmp_path / "logs", fp32_head=fp32_head
-    )
-    engine.close()
+def test_a_server_that_is_started_gets_the_policys_head(tmp_path: Path, fp32_head: bool) -> None:
+    policy = ServedPolicy(write_tiny_hf_model("qwen3_tied", tmp_path / "model"), "bfloat16", fp32_head=fp32_head)
+    config, transport = SGLangConfig(python=str(stand_in_interpreter(tmp_path))), Transport()
+    servers = LocalServers.of(policy, 1, config, transport, tmp_path / "logs")
+    try:
+        servers.start()
+    finally:
+        servers.close()
+        transport.close()
     assert (FLAG in (tmp_path / "logs" / "sglang_server_0.log").read_text()) == fp32_head
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_a_server_says_that_it_rounds(servers: Callable[[str], RunningServer]) -> None:
+    (url,) = servers("qwen3_tied").config.urls
+    transport = Transport()
+    info = transport.call(url, "/server_info", None, 60.0)
+    transport.close()
+    findings = examine_settings(info, ServedPolicy(Path(), "bfloat16", fp32_head=True))
+    assert any("it rounds its logits" in finding.fault and finding.is_fatal for finding in findings)
+    assert info["enable_fp32_lm_head"] is False  # said, and not only missing
 
 
 @pytest.fixture
@@ -112,7 +128,7 @@ def _mean_abs_log_ratios(folder: str, samples: list[Sample]) -> dict[str, float]
 
 
 @pytest.mark.sglang
-@pytest.mark.nightly  # what refuses is the same for every setting, and tested with one that another server has
+@pytest.mark.nightly  # two servers of its own; on every push test_preflight.py has the findings, the test above their source
 @pytest.mark.timeout(900)
 def test_mismatch_falls_with_fp32_logits_on_both_sides_and_one_side_alone_is_refused(
     bf16_servers: Callable[[bool, bool], SGLangEngine], ranks: RankPools, tmp_path: Path
@@ -130,4 +146,3 @@ def test_mismatch_falls_with_fp32_logits_on_both_sides_and_one_side_alone_is_ref
         (measured["fp32" if head else "bf16"],) = ranks(1).run(_mean_abs_log_ratios, str(tmp_path / "model"), samples)
     assert measured["fp32"]["fp32"] < 0.5 * measured["bf16"]["bf16"], measured
     assert measured["fp32"]["fp32"] < 0.5 * measured["fp32"]["bf16"], measured
-    print(measured)
