@@ -79,6 +79,13 @@ class SGLangEngine:
         config.check()
         self._hf_config = load_hf_config(model_folder)
         self._routing = RoutingShape.of(self._hf_config) if return_routed_experts else None
+        self._served = ServedPolicy.of_trainer(
+            model_folder,
+            dtype_name(dtype),
+            served_in=config.dtype,
+            return_routed_experts=return_routed_experts,
+            fp32_head=fp32_head,
+        )
         self._config = config
         self._vocab_size = vocab_size
         self._dtype = getattr(torch, config.dtype) if config.dtype else dtype
@@ -91,13 +98,6 @@ class SGLangEngine:
         self._client = RolloutClient(self._transport, config, self._routing)
         self._pool: ServerPool | None = None  # on the owner
         self._sync: WeightSync | None = None
-        self._served = ServedPolicy.of_trainer(
-            model_folder,
-            dtype_name(dtype),
-            served_in=config.dtype,
-            return_routed_experts=return_routed_experts,
-            fp32_head=fp32_head,
-        )
         self._log_folder = Path(log_folder)
         self._serve_command = serve_command
         self._stop = stop

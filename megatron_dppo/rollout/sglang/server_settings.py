@@ -73,8 +73,8 @@ def _other_head(info: dict[str, Any], policy: ServedPolicy) -> Iterator[Finding]
         return
     if policy.fp32_head:
         yield Finding(
-            "it rounds its logits to 16 bits, and the trainer does not (model.fp32_head=true)",
-            f"start it with {FP32_HEAD_FLAG}, or set model.fp32_head=false",
+            "it rounds its logits to 16 bits, and the trainer does not (model.fp32_head=true, or model.dtype=fp32)",
+            f"start it with {FP32_HEAD_FLAG}, or set model.fp32_head=false in bf16",
         )
     else:
         yield Finding(

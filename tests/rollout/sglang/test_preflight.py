@@ -50,8 +50,8 @@ def test_a_server_that_rounds_its_logits_cannot_serve_a_trainer_that_does_not():
     (finding,) = examine_settings(WELL, not_rounded)
     assert finding.is_fatal
     assert str(finding) == (
-        "it rounds its logits to 16 bits, and the trainer does not (model.fp32_head=true): start it with"
-        " --enable-fp32-lm-head, or set model.fp32_head=false"
+        "it rounds its logits to 16 bits, and the trainer does not (model.fp32_head=true, or model.dtype=fp32): start it"
+        " with --enable-fp32-lm-head, or set model.fp32_head=false in bf16"
     )
     assert examine_settings({**WELL, "enable_fp32_lm_head": True}, not_rounded) == []
     in_fp32 = dataclasses.replace(POLICY, dtype="float32")
