@@ -46,6 +46,7 @@ class LinearHead:
         sequence_parallel: ``hidden`` is sharded along its first dimension over the tensor-parallel group.
         reduce_hidden_grad: sum the gradient of ``hidden`` over that group. False: the caller does.
         accumulate_into_main_grad: add the weight's gradient to its ``main_grad`` (see ``ops/fused_linear.py``).
+        fp32_logits: do not round the logits of 16-bit hidden states to 16 bits.
         chunk_bytes: largest tile of logits.
     """
 
@@ -55,6 +56,7 @@ class LinearHead:
     sequence_parallel: bool = False
     reduce_hidden_grad: bool = True
     accumulate_into_main_grad: bool = False
+    fp32_logits: bool = False
     chunk_bytes: int = CHUNK_BYTES
 
 
@@ -204,6 +206,7 @@ class DPPOLoss:
                 sequence_parallel=policy.sequence_parallel,
                 reduce_hidden_grad=policy.reduce_hidden_grad,
                 accumulate_into_main_grad=policy.accumulate_into_main_grad,
+                fp32_logits=policy.fp32_logits,
                 chunk_bytes=policy.chunk_bytes,
                 **common,
             )

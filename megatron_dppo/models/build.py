@@ -36,14 +36,16 @@ def build_policy(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    *,
+    fp32_head: bool = False,
     **transformer_config_overrides: Any,
 ) -> list[GPTModel]:
     """Build this rank's part of the policy: one GPTModel per local pipeline chunk, in the order of their layers.
 
     With PP stages of VPP chunks each, chunk v of stage p is run ``v PP + p`` of the PP VPP equal runs of layers. The first
     chunk of the first stage embeds tokens (``pre_process``); the last chunk of the last stage returns this rank's logits
-    [b, s, padded vocabulary / TP] (``post_process``). Each chunk carries ``hf_config`` as an attribute, from which weights
-    are exported. ``initialize_model_parallel`` must have been called with the same layout.
+    [b, s, padded vocabulary / TP] (``post_process``). Each chunk carries ``hf_config``, from which weights are
+    exported, and ``fp32_head`` as attributes. ``initialize_model_parallel`` must have been called with the same layout.
 
     **Every parameter is NaN** until ``load_hf_weights`` or ``initialize_randomly`` has set it, so that a weight that
     nobody set cannot go unnoticed. ``device="meta"`` allocates nothing (parameter counts, capacity planning).
@@ -53,6 +55,8 @@ def build_policy(
         parallel: the layout.
         dtype: of all parameters.
         device: default: the current CUDA device, or the CPU if there is none.
+        fp32_head: whoever applies the output layer (``PolicyHead``) makes fp32 logits of 16-bit hidden states. Nothing about
+            the model itself changes: its own forward gives logits in ``dtype``.
         transformer_config_overrides: fields of Megatron's TransformerConfig, e.g. ``recompute_granularity="full"``.
 
     Raises:
@@ -70,6 +74,7 @@ def build_policy(
     virtual_stages = range(parallel.chunks_per_stage) if parallel.chunks_per_stage > 1 else [None]
     chunks = [_build_chunk(hf_config, config, target, stage) for stage in virtual_stages]
     for chunk in chunks:
+        chunk.hf_config, chunk.fp32_head = hf_config, fp32_head
         mark_split_parameters(chunk)
         if target.type != "meta":
             chunk.to(target)
@@ -84,7 +89,7 @@ def _build_chunk(
 ) -> GPTModel:
     """One run of consecutive layers; ``vp_stage`` is None if the rank has just one."""
     with device:
-        model = GPTModel(
+        return GPTModel(
             config=config,
             transformer_layer_spec=decoder_spec(config, device, vp_stage),
             vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
@@ -96,8 +101,6 @@ def _build_chunk(
             vp_stage=vp_stage,
             **rotary_arguments(hf_config),
         )
-    model.hf_config = hf_config
-    return model
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.transformer.module import Float16Module
 
 from megatron_dppo.models.sharding import unwrapped
+from megatron_dppo.ops.fp32_linear import fp32_linear
+from megatron_dppo.ops.fp32_product import is_16_bit
 
 
 @contextmanager
@@ -58,6 +60,8 @@ class PolicyHead:
         weight: [V/TP, h] this rank's rows of the output layer: its own, or the embedding's if they are tied.
         tp_group: the tensor-parallel group that shares the vocabulary.
         sequence_parallel: whether the model's hidden states are split over that group along the sequence.
+        fp32_logits: whether the logits of a 16-bit model are fp32 (``build_policy(fp32_head=True)``). Those of an fp32 model
+            are in any case.
 
     Raises ValueError for a chunk that has no output layer, or one that does more than multiply by a weight.
     """
@@ -65,6 +69,7 @@ class PolicyHead:
     weight: torch.nn.Parameter
     tp_group: dist.ProcessGroup
     sequence_parallel: bool
+    fp32_logits: bool
 
     def __init__(self, model: torch.nn.Module) -> None:
         gpt_model = _gpt_model(model)
@@ -79,6 +84,7 @@ class PolicyHead:
         self.weight = gpt_model.shared_embedding_or_output_weight() if tied else layer.weight
         self.tp_group = layer.tp_group
         self.sequence_parallel = layer.sequence_parallel
+        self.fp32_logits = gpt_model.fp32_head
         self._gradient_accumulation_fusion = layer.gradient_accumulation_fusion
 
     def response_hidden(self, output: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -115,9 +121,11 @@ class PolicyHead:
     def logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
         """[n, h] -> [n, V/TP]: this rank's shard of the logits of ``response_hidden``'s tokens.
 
-        The weight's gradient takes Megatron's way, fused accumulation into ``main_grad`` included if the model was built
-        with it.
+        In the model's dtype, or fp32 with ``fp32_logits``. The weight's gradient takes Megatron's way: it is added to
+        ``main_grad`` at once if the model was built with fused accumulation, else by Megatron's hooks.
         """
+        if self.fp32_logits and is_16_bit(self.weight):
+            return fp32_linear(hidden_nh, self.weight, accumulate_into_main_grad=self._gradient_accumulation_fusion)
         linear: Any = linear_with_grad_accumulation_and_async_allreduce
         if not self.weight.requires_grad:
             linear = linear_with_frozen_weight

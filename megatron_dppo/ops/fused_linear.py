@@ -11,6 +11,8 @@ every tile is made again, overwritten with its gradient and used in two products
   the weight's size in fp32, or lose digits in bf16; only the [n, h] gradient of the hidden states has to be accumulated;
 * the weight, the largest tensor here, is read once by each product. Chunks of tokens would read all of it for each chunk.
 
+With ``fp32_logits`` a tile is fp32 where hidden states and weight are 16-bit, and so are all sums (``ops/fp32_product.py``).
+
 It costs one matrix product more than the logits that it replaces, four instead of three. With ``rows`` only the selected
 tokens enter the products; a mask, whose length nobody on the host knows, saves the reductions but not the products.
 """
@@ -37,6 +39,8 @@ from megatron_dppo.ops.arguments import (
     select,
 )
 from megatron_dppo.ops.backend import Backend, choose_backend
+from megatron_dppo.ops.fp32_product import add_product, fp32_product, gradient_factor, is_16_bit
+from megatron_dppo.ops.main_grad import mark_as_added
 from megatron_dppo.ops.policy_stats import PolicyStats, shaped_stats
 from megatron_dppo.ops.shard_merge import STATE_COLUMNS, all_gather_rows, gather_shards
 from megatron_dppo.ops.torch_backend import compute_dtype
@@ -61,6 +65,7 @@ def fused_linear_policy_stats(
     sequence_parallel: bool = False,
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
+    fp32_logits: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
     checks: Literal["now", "off"] = "now",
@@ -86,6 +91,8 @@ def fused_linear_policy_stats(
         accumulate_into_main_grad: add the weight's gradient to ``weight.main_grad`` in place, which costs no buffer of the
             weight's size, and tell Megatron's DistributedDataParallel so (``weight.grad_added_to_main_grad``). The
             gradient that autograd sees is then 0.
+        fp32_logits: 16-bit hidden states and weight: leave the logits in fp32 instead of rounding them to 16 bits. Otherwise
+            it changes nothing.
         chunk_bytes: largest tile of logits.
         backend: auto | cuda | cpu | torch; it works on the tiles.
         checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
@@ -113,11 +120,13 @@ def fused_linear_policy_stats(
     shard = VocabShard.locate(weight.shape[0], vocab_size, tp_group)
     if checks == "now":
         check_ids(ids, selection, result_shape, shard.vocab_size)
+    tile_dtype = torch.float32 if fp32_logits and is_16_bit(hidden) else hidden.dtype
     plan = _Plan(
         shard=shard,
         world_size=world_size,
         temperature=float(temperature),
-        tiling=_Tiling.within(chunk_bytes, ids.target.shape[0], weight),
+        tiling=_Tiling.within(chunk_bytes, ids.target.shape[0], weight.shape[0], tile_dtype),
+        tile_dtype=tile_dtype,
         backend=choose_backend(backend, hidden),
         sequence_parallel=sequence_parallel and world_size > 1,
         reduce_hidden_grad=reduce_hidden_grad and world_size > 1,
@@ -137,9 +146,8 @@ class _Tiling:
     columns: int
 
     @classmethod
-    def within(cls, chunk_bytes: int, num_rows: int, weight: torch.Tensor) -> _Tiling:
-        elements = max(1, chunk_bytes // weight.dtype.itemsize)
-        width = weight.shape[0]
+    def within(cls, chunk_bytes: int, num_rows: int, width: int, dtype: torch.dtype) -> _Tiling:
+        elements = max(1, chunk_bytes // dtype.itemsize)
         rows = min(max(1, num_rows), max(1, elements // min(width, _MIN_COLUMNS)))
         columns = max(1, min(width, elements // rows))
         # Chunks of about equal width, for a narrow last one would be slow; aligned without growing beyond the limit.
@@ -164,6 +172,7 @@ class _Plan:
     world_size: int
     temperature: float
     tiling: _Tiling
+    tile_dtype: torch.dtype
     backend: Backend
     sequence_parallel: bool
     reduce_hidden_grad: bool
@@ -222,7 +231,7 @@ class _FusedLinearFunction(torch.autograd.Function):
             grad_hidden = _finish_hidden_gradient(grad_hidden_nh.to(hidden_nh.dtype), rows, ctx.hidden_shape, plan)
         grad_weight = weight_sums_Vh
         if weight_sums_Vh is not None and plan.accumulate_into_main_grad:
-            grad_weight = _tell_megatron(weight)
+            grad_weight = mark_as_added(weight)
         return grad_hidden, grad_weight, *(None,) * 5
 
 
@@ -290,28 +299,33 @@ def _use_gradient_tiles(
     # More than one sum, in a dtype that would lose digits each time: sum in fp32 first.
     if sums_Ch is not None and sums_Ch.dtype != exact and len(plan.tiling.row_blocks()) > 1:
         sums_Ch = torch.zeros_like(sums_Ch, dtype=exact)
-    for block, tile in tiles:
+    for block, gradient in tiles:
+        tile = gradient if plan.tile_dtype == hidden_nh.dtype else gradient_factor(gradient, hidden_nh.dtype)
         if grad_hidden_nh is not None:
-            _add_product(grad_hidden_nh[block], tile, weight_Ch)
+            _add_product(grad_hidden_nh[block], tile, weight_Ch, plan)
         if sums_Ch is not None:
-            _add_product(sums_Ch, tile.t(), hidden_nh[block])
+            _add_product(sums_Ch, tile.t(), hidden_nh[block], plan)
     if weight_sums_Ch is not None and sums_Ch is not None and sums_Ch is not weight_sums_Ch:
         weight_sums_Ch.add_(sums_Ch)
 
 
 def _tile_buffer(hidden_nh: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    return hidden_nh.new_empty(min(plan.tiling.rows, hidden_nh.shape[0]) * plan.tiling.columns)
+    return hidden_nh.new_empty(min(plan.tiling.rows, hidden_nh.shape[0]) * plan.tiling.columns, dtype=plan.tile_dtype)
 
 
 def _logits_tile(buffer: torch.Tensor, hidden_rh: torch.Tensor, weight_Ch: torch.Tensor) -> torch.Tensor:
     """[r, C] logits, in the buffer: a tensor of its own would live at the same time as the tile before it."""
     tile = buffer[: hidden_rh.shape[0] * weight_Ch.shape[0]].view(hidden_rh.shape[0], weight_Ch.shape[0])
-    return torch.mm(hidden_rh, weight_Ch.t(), out=tile)
+    if buffer.dtype == hidden_rh.dtype:
+        return torch.mm(hidden_rh, weight_Ch.t(), out=tile)
+    return fp32_product(hidden_rh, weight_Ch.t(), tile)
 
 
-def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``sums += a @ b``; the product may have a lower precision than the sums."""
-    if sums.dtype == a.dtype:
+def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: _Plan) -> None:
+    """``sums += a @ b``; without fp32 logits the product may have a lower precision than the sums."""
+    if plan.tile_dtype != b.dtype:
+        add_product(sums, a, b)
+    elif sums.dtype == a.dtype:
         sums.addmm_(a, b)
     else:
         sums.add_(a @ b)
@@ -337,18 +351,6 @@ def _finish_hidden_gradient(
     grad_local = grad_Nh.new_empty(hidden_shape)
     dist.reduce_scatter_tensor(grad_local, grad_Nh.view(-1, *hidden_shape[1:]), group=plan.shard.group)
     return grad_local
-
-
-def _tell_megatron(weight: torch.Tensor) -> torch.Tensor | None:
-    """Mark the gradient as added; returns what autograd is to see: zeros, which Megatron's hooks want for a gradient.
-
-    Core returns an uninitialised tensor of the weight's size here. A zero tensor without storage costs nothing, and is
-    right as well where the weight is tied and the embedding's gradient is added to it.
-    """
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    return torch._efficientzerotensor(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 def _check_linear(

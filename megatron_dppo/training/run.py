@@ -54,7 +54,9 @@ def check_run_folder(config: Config, hf_config: PretrainedConfig) -> None:
             f"{folder.path} holds a run already: choose another run.name, or run.resume=auto to continue it"
         )
     if (checkpoint := last_checkpoint(folder.checkpoints)) is not None:
-        CheckpointInfo.read(checkpoint).check_model(checkpoint, hf_config, MODEL_DTYPES[config.model.dtype])
+        CheckpointInfo.read(checkpoint).check_model(
+            checkpoint, hf_config, MODEL_DTYPES[config.model.dtype], config.model.fp32_head
+        )
 
 
 def run_training(config: Config, inputs: RunInputs, device: torch.device) -> None:
@@ -130,7 +132,12 @@ def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.devi
     dtype = MODEL_DTYPES[config.model.dtype]
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     chunks = build_policy(
-        inputs.hf_config, config.parallel, dtype, device, **(recompute if config.model.recompute_activations else {})
+        inputs.hf_config,
+        config.parallel,
+        dtype,
+        device,
+        fp32_head=config.model.fp32_head,
+        **(recompute if config.model.recompute_activations else {}),
     )
     if config.model.init == "random":
         initialize_randomly(chunks, config.run.seed)
@@ -160,6 +167,7 @@ def build_engine(
         return_routed_experts=config.algorithm.routing_replay,
         serve_command=serve_command(folder.config_path),
         stop=lambda: stop_requests.reason,
+        fp32_head=config.model.fp32_head,
     )
     return engine, SharedDevices(engine.release_memory) if colocated else OwnDevices()
 

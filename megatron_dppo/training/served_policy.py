@@ -11,9 +11,14 @@ from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 
 
 def served_policy(config: Config) -> ServedPolicy:
-    """The policy of a run, as servers are to serve it."""
-    dtype = config.rollout.sglang.dtype or dtype_name(MODEL_DTYPES[config.model.dtype])
-    return ServedPolicy(Path(config.model.path), dtype, config.algorithm.routing_replay)
+    """The policy of a run, as servers are to serve it. Raises ConfigError if they would not fit the trainer."""
+    return ServedPolicy.of_trainer(
+        config.model.path,
+        dtype_name(MODEL_DTYPES[config.model.dtype]),
+        served_in=config.rollout.sglang.dtype,
+        return_routed_experts=config.algorithm.routing_replay,
+        fp32_head=config.model.fp32_head,
+    )
 
 
 def serve_command(config_path: Path) -> list[str]:

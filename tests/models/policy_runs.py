@@ -50,11 +50,13 @@ TWO_RANK_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded_policy(folder: str | Path, layout: dict[str, Any], **transformer_config: Any) -> list[torch.nn.Module]:
-    """Initialise model parallelism and load the checkpoint in fp32."""
+def loaded_policy(
+    folder: str | Path, layout: dict[str, Any], dtype: torch.dtype = torch.float32, **transformer_config: Any
+) -> list[torch.nn.Module]:
+    """Initialise model parallelism and load the checkpoint."""
     parallel = ParallelConfig(**layout)
     initialize_model_parallel(parallel, seed=1)
-    chunks = build_policy(load_hf_config(folder), parallel, torch.float32, **transformer_config)
+    chunks = build_policy(load_hf_config(folder), parallel, dtype, **transformer_config)
     load_hf_weights(chunks, folder)
     return chunks
 

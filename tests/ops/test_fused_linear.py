@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_dppo import PolicyStats, vocab_parallel_policy_stats
 from megatron_dppo.ops import fused_linear
 from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
+from tests.ops.tensor_sizes import TensorSizes
 
 Gradients = tuple[torch.Tensor, torch.Tensor]
 
@@ -174,26 +173,11 @@ def test_gradcheck() -> None:
     )
 
 
-class _Results(TorchDispatchMode):
-    """Shapes and sizes of everything that operators return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest: dict[tuple[int, ...], int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor):
-                self.largest[tuple(tensor.shape)] = tensor.nbytes
-        return result
-
-
 def test_nothing_is_larger_than_a_tile_but_the_weight_and_its_gradient() -> None:
     arguments = problem(64, 16, 4096, 4000, 3)
     hidden, weight = (arguments.pop(name).requires_grad_() for name in ("hidden", "weight"))
     tile = 64 * 128 * 4
-    with _Results() as results:
+    with TensorSizes() as results:
         stats = fused_linear_policy_stats(hidden, weight, **arguments, chunk_bytes=tile, backend="torch")
         (stats.log_prob.sum() + stats.entropy.sum()).backward()
     large = {shape for shape, size in results.largest.items() if size > tile}

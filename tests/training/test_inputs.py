@@ -159,12 +159,15 @@ def test_a_run_of_another_model_is_refused_before_its_folder_is_touched(tmp_path
     config.run.root, config.run.name = str(tmp_path), "used"
     checkpoint = tmp_path / "used" / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
-    CheckpointInfo(TrainerState(1), 1, "bfloat16", hf_config.to_dict(), {}, {}).write(checkpoint)
+    CheckpointInfo(TrainerState(1), 1, "bfloat16", hf_config.to_dict(), {}, {}, fp32_head=True).write(checkpoint)
     check_run_folder(config, hf_config)
+    config.model.fp32_head = False
+    with pytest.raises(CheckpointError, match=r"model\.fp32_head was true, and is false now\. Resume with the model"):
+        check_run_folder(config, hf_config)
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     with pytest.raises(CheckpointError, match=r"rope_theta is 10000\.0, the policy's is 500000\.0"):
         check_run_folder(config, tiny_hf_config("qwen3", rope_parameters=rope))
-    config.model.dtype = "fp32"
+    config.model.dtype = "fp32"  # whose head is the same in any case
     with pytest.raises(CheckpointError, match="its weights are bfloat16, the policy's are float32"):
         check_run_folder(config, hf_config)
     assert sorted(path.name for path in (tmp_path / "used").rglob("*")) == [

@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dppo import vocab_parallel_policy_stats
+from megatron_dppo.ops.fp32_linear import fp32_linear
 from megatron_dppo.ops.fused_linear import CHUNK_BYTES, fused_linear_policy_stats
 from tools.bench.policy_stats import DTYPES, clock, peak_memory, ratios
 
@@ -63,13 +64,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES / 2**20, help="largest tile of logits")
+    parser.add_argument("--fp32-logits", action="store_true", help="ours leave the logits of 16-bit inputs in fp32")
     parser.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     charts = {}
     for shape in options.shapes.split(","):
         inputs = make_inputs(shape, options.masked, DTYPES[options.dtype], options.device)
-        results = measure(methods(int(options.chunk_mib * 2**20)), inputs, options.turns)
+        results = measure(methods(int(options.chunk_mib * 2**20), options.fp32_logits), inputs, options.turns)
         title = f"{shape} {options.dtype}, {int(inputs.mask.sum())} tokens in the mask"
         print_table(title, results, inputs)
         charts[title] = results
@@ -88,14 +90,16 @@ def make_inputs(shape: str, masked: float, dtype: torch.dtype, device: str) -> I
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), target, mask, mask.nonzero()[:, 0])
 
 
-def methods(chunk_bytes: int) -> dict[str, Method]:
+def methods(chunk_bytes: int, fp32_logits: bool = False) -> dict[str, Method]:
     def fused(x: Inputs) -> torch.Tensor:
         target = x.target.index_select(0, x.rows)
-        stats = fused_linear_policy_stats(x.hidden, x.weight, target, rows=x.rows, chunk_bytes=chunk_bytes)
+        stats = fused_linear_policy_stats(
+            x.hidden, x.weight, target, rows=x.rows, fp32_logits=fp32_logits, chunk_bytes=chunk_bytes
+        )
         return stats.log_prob.sum() + 0.01 * stats.entropy.sum()
 
     def logits_ours(x: Inputs) -> torch.Tensor:
-        logits = x.hidden @ x.weight.t()
+        logits = fp32_linear(x.hidden, x.weight) if fp32_logits else x.hidden @ x.weight.t()
         stats = vocab_parallel_policy_stats(logits, x.target, token_mask=x.mask, inplace_backward=True)
         return stats.log_prob.sum() + 0.01 * stats.entropy.sum()
 

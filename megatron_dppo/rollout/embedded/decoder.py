@@ -6,7 +6,8 @@ Decoding needs three things beyond a training forward pass, and gets them from o
 
 1. attention that remembers: every layer's core attention is replaced by one that keeps the (rotated) keys and values;
 2. rotary angles of the tokens' real positions: the rotary module's forward returns that slice of the table;
-3. logits of the last position only: a hook on the output layer drops the others before the large matrix product.
+3. logits of the last position only, and the ones that the trainer computes: the model stops at its hidden states, and
+   ``PolicyHead`` makes logits of them.
 
 Prompts of different lengths are padded on the left. That shifts a row's positions by a constant, and rotary attention
 depends on differences of positions only, so the distribution is that of the row alone.
@@ -22,8 +23,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_dppo.models.attention import attend, attention_scale
+from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 
 
 class CachedPolicy:
@@ -52,6 +55,7 @@ class CachedPolicy:
         self.config = config
         self._attentions = [[_CachedAttention(attention_scale(config)) for _ in m.decoder.layers] for m in models]
         self._rotary = models[0].rotary_pos_emb
+        self._head = PolicyHead(models[-1]) if models[-1].post_process else None
         self._padding_BT: torch.Tensor | None = None
         self._rotary_T11D: torch.Tensor | None = None
         self._length = 0  # tokens in the cache
@@ -81,8 +85,7 @@ class CachedPolicy:
             layer.self_attention.core_attention = cached
         undo.callback(delattr, model.rotary_pos_emb, "forward")
         model.rotary_pos_emb.forward = self._real_positions
-        if model.post_process:
-            undo.callback(model.output_layer.register_forward_pre_hook(_last_position).remove)
+        undo.enter_context(hidden_states_only(model))
 
     def prefill(self, tokens_BL: torch.Tensor, padding_BL: torch.Tensor | None) -> torch.Tensor | None:
         """Read whole prompts into an empty cache; returns the logits after the last token.
@@ -143,12 +146,20 @@ class CachedPolicy:
             if not model.pre_process:
                 model.set_input_tensor(self._receive_hidden(batch))
             # No position ids: rotary takes them from the hook.
-            output = model(tokens_BS, None, masked_out, runtime_gather_output=True)
+            output = model(tokens_BS, None, masked_out)
             if model.post_process:
-                logits = output[:, -1]
+                logits = self._logits(output[:, -1])
             else:
                 dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         self._length += self._incoming
+        return logits
+
+    def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
+        """[B, V padded] on every tensor-parallel rank."""
+        assert self._head is not None
+        logits: torch.Tensor = gather_from_tensor_model_parallel_region(
+            self._head.logits(hidden_BH), group=self._head.tp_group
+        )
         return logits
 
     def _receive_hidden(self, batch: int) -> torch.Tensor:
@@ -205,11 +216,6 @@ def _with_capacity(cache_BGTD: torch.Tensor, capacity: int) -> torch.Tensor:
     roomy = cache_BGTD.new_empty(batch, groups, capacity, dim)
     roomy[:, :, :length] = cache_BGTD
     return roomy
-
-
-def _last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Pre-hook of the output layer: [s, b, h] -> [1, b, h]."""
-    return (args[0][-1:], *args[1:])
 
 
 def _sequence_parallel_switches(models: Sequence[torch.nn.Module]) -> list[tuple[Any, str]]:

@@ -59,6 +59,7 @@ class SGLangEngine:
         return_routed_experts: bool = False,
         serve_command: Sequence[str] = (),
         stop: Callable[[], str | None] = lambda: None,
+        fp32_head: bool = False,
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
 
@@ -73,10 +74,19 @@ class SGLangEngine:
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
             stop: asked while servers are waited for: why the run is to stop, or None.
             serve_command: what ``config.launch`` runs on other hosts: ``python -m megatron_dppo.serve`` with all it needs.
+            fp32_head: the trainer leaves its logits in fp32 (in float32 it does in any case). Started servers do too; found
+                ones that differ are refused.
         """
         config.check()
         self._hf_config = load_hf_config(model_folder)
         self._routing = RoutingShape.of(self._hf_config) if return_routed_experts else None
+        self._served = ServedPolicy.of_trainer(
+            model_folder,
+            dtype_name(dtype),
+            served_in=config.dtype,
+            return_routed_experts=return_routed_experts,
+            fp32_head=fp32_head,
+        )
         self._config = config
         self._vocab_size = vocab_size
         self._dtype = getattr(torch, config.dtype) if config.dtype else dtype
@@ -90,7 +100,6 @@ class SGLangEngine:
         self._pool: ServerPool | None = None  # on the owner
         self._memory: ServerMemory | None = None  # likewise, if the servers are colocated
         self._sync: WeightSync | None = None
-        self._served = ServedPolicy(Path(model_folder), dtype_name(self._dtype), return_routed_experts)
         self._log_folder = Path(log_folder)
         self._serve_command = serve_command
         self._stop = stop

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
-from megatron_dppo.rollout.sglang.servers.server import EXPERT_CHOICES_FLAG
+from megatron_dppo.rollout.sglang.servers.server import EXPERT_CHOICES_FLAG, FP32_HEAD_FLAG
 
 # What every statement about SGLang in this package was tried with.
 TESTED_VERSION = "0.5.23"
@@ -43,6 +43,7 @@ def _other_numbers(info: dict[str, Any], policy: ServedPolicy) -> Iterator[Findi
             f"it computes in {dtype}, and is to compute in {policy.dtype}",
             f"start it with --dtype {policy.dtype}, or set rollout.sglang.dtype={dtype}",
         )
+    yield from _other_head(info, policy)
     if info.get("quantization"):
         yield Finding(
             f"its weights are quantised ({info['quantization']})",
@@ -62,6 +63,24 @@ def _other_numbers(info: dict[str, Any], policy: ServedPolicy) -> Iterator[Findi
     if policy.return_routed_experts and not info.get("enable_return_routed_experts"):
         yield Finding(
             "it does not keep expert choices, which routing replay needs", f"start it with {EXPERT_CHOICES_FLAG}"
+        )
+
+
+def _other_head(info: dict[str, Any], policy: ServedPolicy) -> Iterator[Finding]:
+    """Both sides round their logits to 16 bits, or neither: the rounding of one alone is mismatch (docs/mismatch.md)."""
+    fp32_head = bool(info.get("enable_fp32_lm_head"))
+    if policy.dtype == "float32" or fp32_head == policy.fp32_head:
+        return
+    if policy.fp32_head:
+        yield Finding(
+            "it rounds its logits to 16 bits, and the trainer does not (model.fp32_head=true, or model.dtype=fp32)",
+            f"start it with {FP32_HEAD_FLAG}, or set model.fp32_head=false in bf16",
+        )
+    else:
+        yield Finding(
+            f"it leaves its logits in fp32 ({FP32_HEAD_FLAG}), and the trainer rounds them to 16 bits"
+            " (model.fp32_head=false)",
+            f"set model.fp32_head=true, or start it without {FP32_HEAD_FLAG}",
         )
 
 

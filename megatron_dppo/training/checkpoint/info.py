@@ -53,6 +53,7 @@ class CheckpointInfo:
         layout: sizes of the parallel groups; with another layout the checkpoint loads all the same, but random states
             start from the seed.
         packages: versions that wrote it.
+        fp32_head: whether 16-bit hidden states had fp32 logits; checkpoints from before that was possible do not say so.
         format: of the folder; an unknown one is refused.
     """
 
@@ -62,6 +63,7 @@ class CheckpointInfo:
     hf_config: dict[str, Any]
     layout: dict[str, int]
     packages: dict[str, str]
+    fp32_head: bool = False
     format: int = _FORMAT
 
     def write(self, folder: Path) -> None:
@@ -89,8 +91,17 @@ class CheckpointInfo:
             )
         return cls(**{**fields, "trainer": TrainerState(**fields["trainer"])})
 
-    def check_model(self, folder: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> None:
-        """Raise CheckpointError if the checkpoint is of another model, or of another dtype where one is given."""
+    def check_model(
+        self,
+        folder: Path,
+        hf_config: PretrainedConfig,
+        dtype: torch.dtype | None = None,
+        fp32_head: bool | None = None,
+    ) -> None:
+        """Raise CheckpointError if the checkpoint is of another model, or of another dtype or head where they are given.
+
+        No shape depends on the head, but all numbers of the run that goes on would be others. fp32 models have one head only.
+        """
         try:
             saved = architecture(load_hf_config(self.hf_config))
         except ConfigError as error:
@@ -103,6 +114,8 @@ class CheckpointInfo:
         ]
         if dtype is not None and self.dtype != dtype_name(dtype):
             differences.append(f"its weights are {self.dtype}, the policy's are {dtype_name(dtype)} (model.dtype)")
+        elif dtype in (torch.bfloat16, torch.float16) and fp32_head not in (None, self.fp32_head):
+            differences.append(f"model.fp32_head was {_yaml(self.fp32_head)}, and is {_yaml(fp32_head)} now")
         if differences:
             raise CheckpointError(
                 f"{folder} is of another model: {'; '.join(differences)}. Resume with the model settings of the run's"
@@ -118,6 +131,7 @@ def describe(policy: TrainablePolicy, optimizer_state: OptimizerState | None, tr
         dtype=dtype_name(policy.dtype),
         hf_config=json.loads(policy.hf_config.to_json_string(use_diff=False)),
         layout=present_layout(policy),
+        fp32_head=policy.fp32_head,
         packages={
             "megatron-dppo": version("megatron-dppo"),
             "megatron-core": megatron.core.__version__,
@@ -125,6 +139,10 @@ def describe(policy: TrainablePolicy, optimizer_state: OptimizerState | None, tr
             "transformers": version("transformers"),
         },
     )
+
+
+def _yaml(value: bool | None) -> str:
+    return str(value).lower()
 
 
 def present_layout(policy: TrainablePolicy) -> dict[str, int]:

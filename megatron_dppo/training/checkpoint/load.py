@@ -60,7 +60,7 @@ def load_checkpoint(path: Path, policy: TrainablePolicy, optimizer_state: Optimi
         CheckpointError: the checkpoint is of another model or cannot be read.
     """
     info = CheckpointInfo.read(path)
-    info.check_model(path, policy.hf_config, policy.dtype)
+    info.check_model(path, policy.hf_config, policy.dtype, policy.fp32_head)
     pieces = list(weight_pieces(policy.chunks, policy.hf_config))
     if info.optimizer_steps:
         allocate_optimizer_state(optimizer_state.optimizer, info.optimizer_steps)

@@ -17,6 +17,7 @@ from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
 from megatron_dppo.training.config.shared_devices import check_shared_devices
+from megatron_dppo.training.served_policy import served_policy
 
 # The least that a number may be. Those of parallel, algorithm.loss, rollout.sglang and the tasks: their classes check them.
 _AT_LEAST = {
@@ -213,6 +214,7 @@ def _check_extras(config: Config) -> None:
         python = config.rollout.sglang.python
         if python is not None and config.rollout.sglang.starts_servers_here and shutil.which(python) is None:
             raise ConfigError(f"rollout.sglang.python={python} is no program that can be run")
+        served_policy(config)  # that it fits the trainer
         try:
             import megatron_dppo.rollout.sglang.engine  # noqa: F401  here, not on every rank when the run is built
         except MissingDependencyError as error:

@@ -53,6 +53,12 @@ class ModelConfig:
         chat: use the tokenizer's chat template, if it has one.
         init: pretrained | random.
         dtype: of weights and activations: bf16 | fp32.
+        fp32_head: with bf16, leave logits in fp32, in training and in the engine. Started servers get SGLang's
+            ``--enable-fp32-lm-head``; others that lack it, or that have it if this is false, are refused. On by default:
+            rounding the logits to bf16 shows as divergence between trainer and engine (docs/mismatch.md), and a server that
+            does not fit is an error, never a silent change. Its cost is memory: the logits of a micro-batch take twice as
+            much (train.fused_linear bounds them). fp32 models have fp32 logits in any case, with and without Transformer
+            Engine. A run goes on with the value that it began with.
         recompute_activations: full recomputation of every layer in the backward pass.
     """
 
@@ -61,6 +67,7 @@ class ModelConfig:
     chat: bool = True
     init: str = "pretrained"
     dtype: str = "bf16"
+    fp32_head: bool = True
     recompute_activations: bool = False
 
 

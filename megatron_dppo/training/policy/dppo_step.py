@@ -173,6 +173,7 @@ class DPPOStep:
                 head.weight,
                 reduce_hidden_grad=False,  # the head does
                 accumulate_into_main_grad=True,
+                fp32_logits=head.fp32_logits,
             )
         else:
             policy = head.logits(hidden_nh)

@@ -36,6 +36,7 @@ def response_log_probs(
             tp_group=head.tp_group,
             reduce_hidden_grad=False,  # the head does
             accumulate_into_main_grad=True,
+            fp32_logits=head.fp32_logits,
             backend=train.kernel_backend,
             checks="off",  # the loss checks the same targets
         ).log_prob

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
 from megatron_dppo.models.flops import PolicyFlops
+from megatron_dppo.models.sharding import unwrapped
 from megatron_dppo.training.config.schema import AdamConfig
 from megatron_dppo.training.metrics.work_clock import WorkClock
 
@@ -55,6 +56,11 @@ class TrainablePolicy:
     def transformer_config(self) -> Any:
         """Megatron's TransformerConfig of the policy."""
         return self.chunks[0].config
+
+    @property
+    def fp32_head(self) -> bool:
+        """Whether 16-bit hidden states get fp32 logits."""
+        return bool(unwrapped(self.chunks)[0].fp32_head)
 
     @property
     def vocab_size(self) -> int:

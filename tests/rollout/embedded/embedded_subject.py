@@ -17,12 +17,16 @@ from tests.rollout.engine_contract import EngineUnderTest
 
 
 def build_tiny_policy(
-    kind: str, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, **overrides: Any
+    kind: str,
+    parallel: ParallelConfig,
+    dtype: torch.dtype = torch.float32,
+    fp32_head: bool = False,
+    **overrides: Any,
 ) -> tuple[list[torch.nn.Module], torch.nn.Module]:
     """The model chunks of this rank and the Hugging Face model with the same weights. Sets up Megatron's groups."""
     initialize_model_parallel(parallel, seed=1)
     hf_model = tiny_hf_model(kind, seed=0, **overrides)
-    model_chunks = build_policy(hf_model.config, parallel, dtype)
+    model_chunks = build_policy(hf_model.config, parallel, dtype, fp32_head=fp32_head)
     load_from(hf_model, model_chunks)
     return model_chunks, hf_model
 

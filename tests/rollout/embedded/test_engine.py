@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.models.policy_head import PolicyHead, hidden_states_only
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sample import FailedSample, Sample, SamplingParams
 from tests.rollout.embedded.embedded_subject import build_tiny_policy, embedded_subject
@@ -30,7 +31,7 @@ def _training_is_undisturbed() -> None:
         buffer.grad_data.fill_(3.0)
     modes = [module.training for module in wrapped.modules()]
     attentions = [layer.self_attention.core_attention for layer in model.decoder.layers]
-    hooks = ("forward" in vars(model.rotary_pos_emb), len(model.output_layer._forward_pre_hooks))
+    hooks = ("forward" in vars(model.rotary_pos_emb), "forward" in vars(model.output_layer))
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     torch_state, tracker_states = torch.get_rng_state(), get_cuda_rng_tracker().get_states()
 
@@ -48,7 +49,7 @@ def _training_is_undisturbed() -> None:
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert attentions == [layer.self_attention.core_attention for layer in model.decoder.layers]
-    assert hooks == ("forward" in vars(model.rotary_pos_emb), len(model.output_layer._forward_pre_hooks))
+    assert hooks == ("forward" in vars(model.rotary_pos_emb), "forward" in vars(model.output_layer))
     assert torch.is_grad_enabled()
 
 
@@ -135,6 +136,30 @@ def _bf16_log_probs() -> float:
 def test_bf16_policies_lose_no_more_than_transformers_does(ranks):
     # Both round to bf16 after every operation; twice the error of the same-dtype reference is the usual allowance.
     assert ranks(1).run(_bf16_log_probs)[0] < 2.0
+
+
+def _distance_to_the_trainers_head(fp32_head: bool) -> float:
+    """Largest difference between log-probs of first tokens and those of the fp32 logits that the trainer computes."""
+    (model,), hf_model = build_tiny_policy("qwen3", ParallelConfig(), dtype=torch.bfloat16, fp32_head=fp32_head)
+    engine = EmbeddedEngine([model], hf_model.config.vocab_size)
+    samples = engine.generate(make_prompts(250, 8 * [12]), SamplingParams(max_new_tokens=1, samples_per_prompt=8))
+    model.fp32_head = True
+    head, worst = PolicyHead(model), 0.0
+    for sample in samples:
+        tokens = torch.tensor([sample.prompt.token_ids])
+        with torch.no_grad(), hidden_states_only(model):
+            hidden = model(tokens, torch.arange(tokens.shape[1])[None], None)
+            logits = head.logits(head.response_hidden(hidden, torch.tensor([tokens.shape[1] - 1]), tuple(tokens.shape)))
+        log_prob = logits[0, :250].log_softmax(-1)[sample.response_ids[0]]
+        worst = max(worst, abs(log_prob.item() - sample.rollout_log_probs[0]))
+    return worst
+
+
+def test_the_logits_of_a_policy_with_an_fp32_head_are_not_rounded(ranks):
+    # Prefill and training forward compute the same bf16 hidden states. fp32: roundings of sums of 64; a bf16 logit between 4
+    # and 8 is off by up to 0.016.
+    assert ranks(1).run(_distance_to_the_trainers_head, True)[0] < 1e-5
+    assert ranks(1).run(_distance_to_the_trainers_head, False)[0] > 1e-3
 
 
 def _what_cannot_be_served() -> None:

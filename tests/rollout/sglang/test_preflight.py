@@ -27,6 +27,7 @@ WELL = {"version": TESTED_VERSION, "dtype": "bfloat16", "quantization": None, "k
         ({"quantization": "fp8"}, "--quantization", True),
         ({"ep_num_redundant_experts": 2}, "--ep-num-redundant-experts", True),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype auto", False),
+        ({"enable_fp32_lm_head": True}, "model.fp32_head=true, or start it without --enable-fp32-lm-head", True),
         ({"version": "0.5.10"}, f"sglang=={TESTED_VERSION}", False),
     ],
 )
@@ -42,6 +43,21 @@ def test_a_server_without_expert_choices_cannot_serve_routing_replay():
     (finding,) = examine_settings(WELL, replayed)
     assert finding.is_fatal
     assert examine_settings({**WELL, "enable_return_routed_experts": True}, replayed) == []
+
+
+def test_a_server_that_rounds_its_logits_cannot_serve_a_trainer_that_does_not():
+    not_rounded = dataclasses.replace(POLICY, fp32_head=True)
+    (finding,) = examine_settings(WELL, not_rounded)
+    assert finding.is_fatal
+    assert str(finding) == (
+        "it rounds its logits to 16 bits, and the trainer does not (model.fp32_head=true, or model.dtype=fp32): start it"
+        " with --enable-fp32-lm-head, or set model.fp32_head=false in bf16"
+    )
+    assert examine_settings({**WELL, "enable_fp32_lm_head": True}, not_rounded) == []
+    in_fp32 = dataclasses.replace(POLICY, dtype="float32")
+    assert all(
+        examine_settings({**WELL, "dtype": "float32", "enable_fp32_lm_head": flag}, in_fp32) == [] for flag in (0, 1)
+    )
 
 
 class Answers:

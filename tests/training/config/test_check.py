@@ -73,6 +73,11 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["train.optimizer.lr_decay_style=step"], 2, "lr_decay_style"),
         (["tasks.eval=[]"], 2, r"tasks\.train and tasks\.eval"),
         (["rollout.sglang.verify=maybe"], 2, "verify"),
+        (
+            [*SGLANG, "model.dtype=bf16", "model.fp32_head=false", "rollout.sglang.dtype=float32"],
+            2,
+            r"sglang\.dtype=float32 leaves .* fp32, and model\.fp32_head=false rounds .*: set model\.fp32_head=true",
+        ),
         (["train.batching=sorted"], 2, r"train\.batching must be one of padded, packed"),
         (
             ["train.batching=packed", "train.tokens_per_micro_batch=75"],

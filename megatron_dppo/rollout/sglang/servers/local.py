@@ -50,6 +50,7 @@ class LocalServers:
                     index,
                     return_routed_experts=policy.return_routed_experts,
                     nodes=nodes,
+                    fp32_head=policy.fp32_head,
                 )
                 for index in range(count)
             ],

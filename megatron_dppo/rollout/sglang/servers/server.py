@@ -31,6 +31,7 @@ _ASK_AGAIN_S = 0.5
 
 # SGLang ends at start-up for a dense model with this flag, and ignores requests for choices without it.
 EXPERT_CHOICES_FLAG = "--enable-return-routed-experts"
+FP32_HEAD_FLAG = "--enable-fp32-lm-head"
 
 # A server is a distributed job of its own: it must not find the trainer's rank or rendezvous in its environment.
 _TRAINER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -78,6 +79,7 @@ class SGLangServer:
         index: int,
         return_routed_experts: bool = False,
         nodes: Nodes = Nodes(),  # noqa: B008  it cannot be changed
+        fp32_head: bool = False,
     ) -> None:
         """``index``: of this server among those on this machine. ``nodes``: that share it with this machine."""
         self._nodes = nodes
@@ -89,6 +91,7 @@ class SGLangServer:
         self._dtype = dtype
         self._index = index
         self._return_routed_experts = return_routed_experts
+        self._fp32_head = fp32_head
         self._process: GuardedProcess | None = None
         self._starts_left = 0
         self._ready_by = 0.0
@@ -120,6 +123,7 @@ class SGLangServer:
         ]
         command += [EXPERT_CHOICES_FLAG] if self._return_routed_experts else []
         command += self._nodes.arguments()
+        command += [FP32_HEAD_FLAG] if self._fp32_head else []
         command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []

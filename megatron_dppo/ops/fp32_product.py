@@ -1,0 +1,82 @@
+"""Matrix products of 16-bit matrices with an fp32 result, and what their backward needs.
+
+A product of bf16 matrices is summed in fp32 and then rounded to 8 binary digits. Logits of a language model are some 10 to 30
+large, so that this rounding moves each of them by up to 0.06: here it is left out. Which way depends on the device:
+
+* CUDA: cuBLAS writes its fp32 sums (``torch.mm(out_dtype=torch.float32)``): the same work, a result of twice the size. Both
+  factors must have 16 bits, so a gradient of logits is rounded before it is multiplied, as every gradient of a 16-bit model
+  is: each term of the sum by at most 2^-8 of itself (bf16).
+* elsewhere torch has no such product (``NotImplementedError`` on a CPU, torch 2.13). 16-bit values are fp32 values, so the
+  product of the upcast matrices is exact up to the roundings of fp32. The second matrix, which may be the vocabulary's, is
+  upcast part by part, in ``PART_BYTES``; a gradient stays fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+PART_BYTES = 16 * 2**20
+
+
+def is_16_bit(tensor: torch.Tensor) -> bool:
+    """Whether a product of such tensors would be rounded to bf16 or fp16."""
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def fp32_product(a_mk: torch.Tensor, b_kn: torch.Tensor, out_mn: torch.Tensor) -> torch.Tensor:
+    """``out = a @ b`` in fp32.
+
+    Args:
+        a_mk: [m, k] bf16 or fp16.
+        b_kn: [k, n] of the same dtype.
+        out_mn: [m, n] fp32, overwritten; rows may have gaps between them.
+
+    Returns:
+        ``out_mn``.
+    """
+    if _writes_fp32_sums(out_mn):
+        return torch.mm(a_mk, b_kn, out_dtype=torch.float32, out=out_mn)
+    exact_mk = a_mk.float()
+    for part in _parts(b_kn.shape[1], b_kn.shape[0]):
+        torch.mm(exact_mk, b_kn[:, part].float(), out=out_mn[:, part])
+    return out_mn
+
+
+def add_product(sums_mn: torch.Tensor, a_mk: torch.Tensor, b_kn: torch.Tensor) -> None:
+    """``sums += a @ b`` without a rounding in between.
+
+    Args:
+        sums_mn: [m, n] fp32. In another dtype they are rounded once, when all of the product is added, part by part.
+        a_mk: [m, k] what ``gradient_factor`` made of an fp32 gradient.
+        b_kn: [k, n] bf16 or fp16.
+    """
+    if sums_mn.dtype is not torch.float32:
+        for part in _parts(sums_mn.shape[0], sums_mn.shape[1]):
+            exact = torch.zeros_like(sums_mn[part], dtype=torch.float32)
+            add_product(exact, a_mk[part], b_kn)
+            sums_mn[part] += exact
+        return
+    if _writes_fp32_sums(sums_mn):
+        torch.addmm(sums_mn, a_mk, b_kn, out_dtype=torch.float32, out=sums_mn)
+        return
+    for part in _parts(b_kn.shape[0], b_kn.shape[1]):
+        sums_mn.addmm_(a_mk[:, part].float(), b_kn[part].float())
+
+
+def gradient_factor(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An fp32 gradient as ``add_product`` can multiply it with matrices of ``dtype``: on CUDA rounded, else as it is."""
+    return gradient.to(dtype) if _writes_fp32_sums(gradient) else gradient
+
+
+def _writes_fp32_sums(tensor: torch.Tensor) -> bool:
+    """Whether torch has products of 16-bit matrices with an fp32 result on this tensor's device."""
+    return tensor.is_cuda
+
+
+def _parts(length: int, width: int) -> Iterator[slice]:
+    """Slices of ``length``, each of which is at most ``PART_BYTES`` in fp32 (or one long) where all is ``width`` wide."""
+    step = max(1, PART_BYTES // (4 * max(width, 1)))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
