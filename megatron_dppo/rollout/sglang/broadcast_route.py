@@ -7,7 +7,7 @@ then it is broadcast. So while one bucket is on its way and is loaded, the next 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -28,6 +28,7 @@ from megatron_dppo.rollout.sglang.update_watch import ServersFailed, UpdateWatch
 from megatron_dppo.rollout.sglang.weight_route import flatten, num_bytes
 
 _LOOK_FOR_BUCKET_S = 0.001
+_MOST_SENDERS_BEFORE = 16  # of a trainer that was killed
 
 
 class BroadcastRoute:
@@ -75,6 +76,8 @@ class BroadcastRoute:
     async def connect(self) -> None:
         """See ``WeightRoute``: every group that is not there yet is made."""
         if not self._connected:
+            # A trainer that was killed has left its groups there, and they take memory of every GPU.
+            await self._destroy(_group_name(index) for index in range(_MOST_SENDERS_BEFORE))
             for sender in self._senders:
                 await self._join_all(sender)
             self._connected = True
@@ -101,8 +104,15 @@ class BroadcastRoute:
         return 1 + sum(server.num_ranks for server in self._servers)
 
     def _group_name(self, sender: int) -> str:
-        assert self._meeting is not None
-        return f"megatron_dppo_{self._meeting.place.name}_{sender}"
+        return _group_name(self._senders.index(sender))
+
+    async def _destroy(self, group_names: Iterable[str]) -> None:
+        posted = (
+            self._calls.post(server.url, "/destroy_weights_update_group", {"group_name": name})
+            for name in group_names
+            for server in self._servers
+        )
+        await asyncio.gather(*posted, return_exceptions=True)  # a server that is gone has left already
 
     async def load(self, index: int, bucket: Bucket) -> None:
         """See ``WeightRoute``."""
@@ -177,12 +187,7 @@ class BroadcastRoute:
 
     async def leave(self) -> None:
         """See ``WeightRoute``."""
-        posted = (
-            self._calls.post(server.url, "/destroy_weights_update_group", {"group_name": self._group_name(sender)})
-            for sender in self._senders
-            for server in self._servers
-        )
-        await asyncio.gather(*posted, return_exceptions=True)  # a server that is gone has left already
+        await self._destroy(map(self._group_name, self._senders))
 
     def close(self) -> None:
         """See ``WeightRoute``."""
@@ -191,6 +196,11 @@ class BroadcastRoute:
             dist.destroy_process_group(self._group)
             self._group = None
         self._meeting = None
+
+
+def _group_name(index: int) -> str:
+    """Of a sender, by its place among them: the same for every trainer, as servers have one at a time."""
+    return f"megatron_dppo_sender_{index}"
 
 
 def _senders(buckets: Sequence[Bucket]) -> list[int]:

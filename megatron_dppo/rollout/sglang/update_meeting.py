@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,11 +18,10 @@ _FAILED, _SERVERS_FAILED = "failed", "servers failed"
 
 
 class MeetingPlace(NamedTuple):
-    """Where a store is, and a name that no other has."""
+    """Where a store is."""
 
     address: str
     port: int
-    name: str
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Meeting:
     def opened(cls, address: str, timeout: timedelta) -> Meeting:
         """The store itself, for the first process."""
         store = open_store(address, timeout)
-        return cls(MeetingPlace(address, store.port, uuid.uuid4().hex), store)
+        return cls(MeetingPlace(address, store.port), store)
 
     @classmethod
     def joined(cls, place: MeetingPlace, timeout: timedelta) -> Meeting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -10,12 +11,22 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_dppo.errors import RefusedRequestError
+from megatron_dppo.rollout.sglang.broadcast_route import _group_name
 from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
 from tests.forked_ranks import start_script
 from tests.rollout.sglang.conftest import server_config
-from tests.training.tiny_runs import QUICK_SCRIPT, ROOT, training_arguments, wait_for_step, write_tiny_policy
+from tests.training.tiny_runs import (
+    QUICK_SCRIPT,
+    ROOT,
+    kill,
+    train,
+    training_arguments,
+    wait_for_step,
+    write_tiny_policy,
+)
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
@@ -55,6 +66,17 @@ def connections(server: SGLangServer) -> int:
     return len(open_ones)
 
 
+def groups(server: SGLangServer) -> list[str]:
+    """Update groups that the server is in. It leaves them over it."""
+    transport, found = Transport(), []
+    for name in map(_group_name, range(4)):
+        with contextlib.suppress(RefusedRequestError):  # there is none of this name
+            transport.call(server.url, "/destroy_weights_update_group", {"group_name": name}, 30)
+            found.append(name)
+    transport.close()
+    return found
+
+
 def processes_in(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
@@ -79,3 +101,17 @@ def test_a_run_leaves_nothing_behind(served, tmp_path, script, steps, stop, code
     wait_until(lambda: processes_in(tmp_path) == [], within_s=10, what="all processes of the run end")
     wait_until(lambda: connections(server) <= before, within_s=10, what="the server's connections are closed")
     assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert groups(server) == []
+
+
+def test_what_a_run_that_was_killed_left_on_a_server_goes_with_the_next_run(served, tmp_path) -> None:
+    server, policy = served
+    before = connections(server)
+    attached = (*OPTIONS, f"rollout.sglang.urls=[{server.url}]")
+    endless = training_arguments(policy, tmp_path, "run", *attached, "train.steps=1000")
+    killed = start_script(QUICK_SCRIPT, endless, ranks=2, folder=tmp_path, timeout=600)
+    wait_for_step(tmp_path / "run", 1)
+    kill(killed)
+    train(policy, tmp_path, "another", *attached, "train.steps=1", timeout=600)
+    wait_until(lambda: connections(server) <= before, within_s=10, what="the server's connections are closed")
+    assert groups(server) == []
