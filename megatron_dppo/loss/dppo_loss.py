@@ -14,6 +14,7 @@ exception is ``checks="now"``, which looks at the record of impossible inputs be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
@@ -246,7 +247,9 @@ def _objective_of(
     backend: Backend,
 ) -> Callable[[DPPOConfig, FlatTokens, PolicyStats, torch.Tensor | None, int], TokenObjective]:
     """The function that decides about tokens: one kernel where there is one, else its definition."""
-    return token_objective if backend.name == "torch" else fused_token_objective
+    if backend.operators is None:
+        return token_objective
+    return functools.partial(fused_token_objective, backend.operators)
 
 
 def _engine_probabilities(tokens: FlatTokens) -> KnownProbabilities | None:

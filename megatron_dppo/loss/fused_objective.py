@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -41,15 +42,16 @@ _MAXIMA = dict(
 
 
 def fused_token_objective(
+    operators: Any,
     config: DPPOConfig,
     tokens: FlatTokens,
     policy: PolicyStats,
     exact_divergence: torch.Tensor | None,
     vocab_size: int,
 ) -> TokenObjective:
-    """See token_objective; for fp32 tensors, where the compiled kernels are in use."""
+    """See token_objective; for fp32 tensors, by the operator of a compiled backend (``Backend.operators``)."""
     topk = (tokens.topk_ids, tokens.topk_log_probs, policy.topk_log_prob)
-    coefficient, weight, divergence, totals, histogram = torch.ops.megatron_dppo.token_objective(
+    coefficient, weight, divergence, totals, histogram = operators.token_objective(
         tokens.rollout_log_probs,
         policy.log_prob,
         tokens.advantages,
