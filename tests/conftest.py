@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import tests.hypothesis_profiles  # noqa: F401  loads one
+from megatron_dppo.compat.optional_dependencies import hide_unusable_dependencies
+from megatron_dppo.ops.backend import backend_report
+from tests.csrc import emulated_backend
 from tests.rank_pool import RankPools
 
+hide_unusable_dependencies()  # before a test imports megatron.core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,8 +36,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         default="cpu",
         choices=["cpu", "cuda"],
-        help="where tests make their tensors: cuda runs tests/ops and tests/loss there (tools/gpu_check.sh)",
+        help="where tests make their tensors: with cuda, tests/ops and tests/loss run on backend cuda (tools/gpu_check.sh)",
     )
+
+
+def backends_under_test(device: str) -> dict[str, str | None]:
+    """The backends of a device, each with the reason why it cannot be used here, if any.
+
+    The CUDA kernels are among them: themselves where the device is a GPU, else emulated (tests/csrc/emulated_backend.py).
+    """
+    report = backend_report()
+    reasons = {name: None if report[name] == "available" else report[name] for name in ("torch", device)}
+    if device == "cpu":
+        reasons["emulated"] = reasons["cpu"] or emulated_backend.why_not()
+    return reasons
+
+
+BACKEND_ARGUMENTS = ("backend", "compiled_backend")  # of tests; the latter without plain torch
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    with_values = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    for argument in BACKEND_ARGUMENTS:
+        if argument not in metafunc.fixturenames or any(argument in names for names in with_values):
+            continue
+        parameters = []
+        for name, reason in backends_under_test(metafunc.config.getoption("--device")).items():
+            if name == "torch" and argument == "compiled_backend":
+                continue
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            if name == "emulated" and metafunc.definition.get_closest_marker("emulated_nightly"):
+                marks.append(pytest.mark.nightly)
+            parameters.append(pytest.param(name, marks=marks))
+        metafunc.parametrize(argument, parameters)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    if "emulated" in [given.get(argument) for argument in BACKEND_ARGUMENTS]:
+        emulated_backend.load()
 
 
 @pytest.fixture(autouse=True)

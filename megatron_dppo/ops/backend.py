@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
@@ -27,6 +26,16 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """``cuda``, ``cpu`` (compiled kernels) or ``torch``."""
+        ...
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What logits it takes."""
+        ...
+
+    @property
+    def operators(self) -> Any | None:
+        """Its compiled operators, a namespace of ``torch.ops``; None: it is plain torch."""
         ...
 
     def shard_partials(
@@ -79,31 +88,34 @@ def choose_backend(name: str, logits: torch.Tensor) -> Backend:
     Raises:
         BackendUnavailableError: the name is unknown, or that backend cannot be used for these logits.
     """
-    if name not in BACKENDS:
+    if name not in BACKENDS and name not in _OTHERS:
         raise BackendUnavailableError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
-    if name == "torch":
-        return torch_backend
-    native, reason = _native_module()
-    if native is not None:
-        reason = _why_not(native, logits)
-    if name != "auto" and logits.device.type != name:
-        reason = f"the logits are on {logits.device}"
-    if native is not None and reason is None:
-        backend: Backend = native.NativeBackend(logits.device.type)
+    backend, reason = (_OTHERS[name], None) if name in _OTHERS else _compiled_backend(name, logits.device)
+    if backend is not None and logits.dtype in backend.dtypes:
         return backend
     if name == "auto":
         return torch_backend
+    reason = reason or f"the kernels do not take {logits.dtype}"
     raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}. Use 'torch' or 'auto'")
+
+
+_OTHERS: dict[str, Backend] = {"torch": torch_backend}  # than the compiled kernels of the logits' device
+
+
+def add_backend(backend: Backend) -> None:
+    """Let ``choose_backend`` find a backend that is not this package's, by its name; ``auto`` never takes it."""
+    if backend.name in BACKENDS:
+        raise ValueError(f"{backend.name!r} is the name of one of this package's backends")
+    _OTHERS[backend.name] = backend
 
 
 def backend_report() -> dict[str, str]:
     """Every backend and whether it can be used here: ``"available"``, or the reason why not."""
-    native, reason = _native_module()
     report = {"torch": "available"}
     for device in ("cpu", "cuda"):
-        if native is None:
-            report[device] = str(reason)
-        elif device not in native.DEVICES:
+        if _NATIVE is None:
+            report[device] = str(_WHY_NOT_NATIVE)
+        elif device not in _NATIVE.DEVICES:
             report[device] = f"megatron_dppo._C was built without kernels for {device}"
         elif device == "cuda" and not torch.cuda.is_available():
             report[device] = "compiled in, but torch sees no CUDA device"
@@ -114,8 +126,7 @@ def backend_report() -> dict[str, str]:
 
 def native_operators(device: torch.device) -> Any | None:
     """``torch.ops.megatron_dppo`` where it is built and has kernels for the device; else None."""
-    native, _ = _native_module()
-    return None if native is None or device.type not in native.DEVICES else native.operators
+    return None if _NATIVE is None or device.type not in _NATIVE.DEVICES else _NATIVE.operators
 
 
 def cpu_kernel_level() -> str:
@@ -123,12 +134,10 @@ def cpu_kernel_level() -> str:
 
     Empty without compiled kernels, and for those of other processors.
     """
-    native, _ = _native_module()
-    return native.CPU_LEVEL if native is not None else ""
+    return _NATIVE.CPU_LEVEL if _NATIVE is not None else ""
 
 
-@cache
-def _native_module() -> tuple[ModuleType | None, str | None]:
+def _import_native_module() -> tuple[ModuleType | None, str | None]:
     """ops/native_backend.py, or why it cannot be used."""
     try:
         return importlib.import_module("megatron_dppo.ops.native_backend"), None
@@ -138,13 +147,20 @@ def _native_module() -> tuple[ModuleType | None, str | None]:
         # Built, but for another torch, interpreter or version of this package: falling back in silence would cost a
         # factor of many.
         reason = f"the extension megatron_dppo._C does not load ({error})"
-        warnings.warn(f"{reason}; the slower plain-torch kernels are used", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{reason}; the slower plain-torch kernels are used", RuntimeWarning, stacklevel=2)
         return None, reason
 
 
-def _why_not(native: ModuleType, logits: torch.Tensor) -> str | None:
-    if logits.device.type not in native.DEVICES:
-        return f"megatron_dppo._C was built without kernels for {logits.device.type}"
-    if logits.dtype not in native.DTYPES:
-        return f"the kernels do not take {logits.dtype}"
-    return None
+# At import: torch.compile cannot look into one.
+_NATIVE, _WHY_NOT_NATIVE = _import_native_module()
+
+
+def _compiled_backend(name: str, device: torch.device) -> tuple[Backend | None, str | None]:
+    """The compiled kernels for a device, or why they cannot be used; ``name`` is that of the backend asked for."""
+    if _NATIVE is None:
+        return None, _WHY_NOT_NATIVE
+    if name not in ("auto", device.type):
+        return None, f"the logits are on {device}"
+    if device.type not in _NATIVE.DEVICES:
+        return None, f"megatron_dppo._C was built without kernels for {device.type}"
+    return _NATIVE.NativeBackend(device.type), None

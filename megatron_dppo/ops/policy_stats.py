@@ -90,7 +90,7 @@ def vocab_parallel_policy_stats(
         token_mask: [...] bool, the same on all ranks. The results of the other tokens are 0.
         rows: [n] int64 distinct positions in the flattened [...], the same on all ranks. All results are [n].
         inplace_backward: write the gradient over the logits. Only where nothing else needs the logits' values in
-            backward (autograd raises an error if something does).
+            backward (autograd raises an error if something does), and where no two rows share memory.
         backend: auto | cuda | cpu | torch.
         checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
             the caller's promise, and nothing is waited for.
@@ -107,8 +107,13 @@ def vocab_parallel_policy_stats(
     shard = VocabShard.locate(logits.shape[-1], vocab_size, tp_group)
     if checks == "now":
         check_ids(ids, selection, shape, shard.vocab_size)
+    # Autograd gives the gradient the shape of the logits again. Where they had to be copied, it is the copy that is kept, and
+    # that a gradient in place overwrites.
+    logits_NV = as_matrix(logits)
+    if inplace_backward:
+        _check_rows_apart(logits_NV)
     results = _PolicyStatsFunction.apply(
-        logits, *ids, *selection, shard, float(temperature), inplace_backward, choose_backend(backend, logits)
+        logits_NV, *ids, *selection, shard, float(temperature), inplace_backward, choose_backend(backend, logits)
     )
     return shaped_stats(results, shape, has_topk=topk_ids is not None)
 
@@ -119,11 +124,20 @@ def shaped_stats(results_n: tuple[torch.Tensor, ...], shape: torch.Size, has_top
     return PolicyStats(log_prob, entropy, collision, topk_log_prob if has_topk else None)
 
 
+def _check_rows_apart(logits_NV: torch.Tensor) -> None:
+    """Raise ValueError if rows share memory, as those of an expanded tensor do: each has a gradient of its own."""
+    if logits_NV.shape[0] > 1 and logits_NV.stride(0) < logits_NV.shape[1]:
+        raise ValueError(
+            f"inplace_backward=True, but rows of the logits share memory (strides {logits_NV.stride()} as a matrix), where "
+            "no gradient can be written: pass logits.contiguous(), or inplace_backward=False"
+        )
+
+
 class _PolicyStatsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: torch.Tensor,
+        logits_NV: torch.Tensor,
         target_n: torch.Tensor,
         topk_ids_nK: torch.Tensor | None,
         rows: torch.Tensor | None,
@@ -133,14 +147,11 @@ class _PolicyStatsFunction(torch.autograd.Function):
         inplace: bool,
         backend: Backend,
     ) -> tuple[torch.Tensor, ...]:
-        logits_NV, selection = as_matrix(logits), RowSelection(rows, mask)
+        selection = RowSelection(rows, mask)
         partials_nC = backend.shard_partials(logits_NV, TokenIds(target_n, topk_ids_nK), selection, shard, temperature)
         merged = backend.merge_shards(gather_shards(partials_nC, shard.group), mask)
 
-        # If the logits could not be viewed as a matrix, keep the copy: it is what an in-place gradient may overwrite.
-        kept = logits if logits_NV.data_ptr() == logits.data_ptr() else logits_NV
-        ctx.save_for_backward(kept, target_n, rows, mask, *merged.state)
-        ctx.logits_shape = logits.shape
+        ctx.save_for_backward(logits_NV, target_n, rows, mask, *merged.state)
         ctx.shard, ctx.temperature, ctx.inplace, ctx.backend = shard, temperature, inplace, backend
         ctx.mark_non_differentiable(merged.collision, merged.topk_log_prob)
         ctx.set_materialize_grads(False)
@@ -151,10 +162,10 @@ class _PolicyStatsFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any) -> Any:
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 9
-        kept, target_n, rows, mask, *state_n = ctx.saved_tensors
-        logits_NV, selection = kept.detach().view(-1, kept.shape[-1]), RowSelection(rows, mask)
+        saved_NV, target_n, rows, mask, *state_n = ctx.saved_tensors
+        logits_NV, selection = saved_NV.detach(), RowSelection(rows, mask)
         num_rows = logits_NV.shape[0]
-        grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
+        grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         # Every row is written, with 0 where it was not selected: the few numbers of each row are spread out for that.
         ctx.backend.shard_gradient(
             logits_NV,
@@ -167,4 +178,4 @@ class _PolicyStatsFunction(torch.autograd.Function):
             ctx.shard,
             ctx.temperature,
         )
-        return (grad_NV.view(ctx.logits_shape), *(None,) * 8)
+        return (grad_NV, *(None,) * 8)

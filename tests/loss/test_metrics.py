@@ -33,7 +33,7 @@ def test_metrics_of_the_parts_add_up_to_those_of_the_whole() -> None:
         assert apart[name] == pytest.approx(value, rel=1e-6, abs=1e-7), name
 
 
-def test_they_say_what_their_names_say() -> None:
+def test_they_say_what_their_names_say(backend: str) -> None:
     """Five tokens over two words, worked out by hand."""
     mu = torch.tensor([0.90, 0.50, 0.50, 0.20, 0.50])
     pi = torch.tensor([0.30, 0.90, 0.55, 0.10, 0.10])
@@ -42,7 +42,7 @@ def test_they_say_what_their_names_say() -> None:
     inputs = LossInputs(
         target=torch.zeros(5, dtype=torch.int64), loss_mask=None, advantages=advantages, rollout_log_probs=mu.log()
     )
-    final = DPPOLoss(DPPOConfig(), vocab_size=2, backend="torch")(logits, inputs).metrics.finalize()
+    final = DPPOLoss(DPPOConfig(), vocab_size=2, backend=backend)(logits, inputs).metrics.finalize()
     # |mu - pi| = .6 (masked), .4 (masked), .05, .1; the ratio test of PPO: r = 1/3 and 1.8 and .5 clip, 1.1 does not
     assert final["dppo/mask_fraction"] == 2 / 4
     assert final["dppo/mask_fraction_pos"] == 1 / 2
@@ -69,6 +69,22 @@ def test_they_say_what_their_names_say() -> None:
     assert final["mismatch/effective_sample_size"] == pytest.approx(float(r.sum() ** 2 / (5 * (r**2).sum())))
     entropy = -(pi * pi.log() + (1 - pi) * (1 - pi).log())
     assert final["entropy"] == pytest.approx(float(entropy.mean()))
+
+
+def test_many_tokens_are_added_up_as_the_definition_says(compiled_backend: str) -> None:
+    """More than one block of a GPU has, so blocks' totals are added up as well."""
+    n, vocab = 600, 5
+    logits = 2 * torch.randn(n, vocab)
+    target = torch.randint(0, vocab, (n,))
+    log_mu = (logits + 0.5 * torch.randn(n, vocab)).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    inputs = LossInputs(target=target, loss_mask=None, advantages=torch.randn(n), rollout_log_probs=log_mu)
+    ours, defined = (
+        DPPOLoss(DPPOConfig(), vocab_size=vocab, backend=backend)(logits, inputs).metrics
+        for backend in (compiled_backend, "torch")
+    )
+    assert torch.equal(ours.histogram, defined.histogram)
+    # Totals are float64 sums of values of order 1 that are rounded to fp32, and of logarithms and exponentials of such.
+    assert ours.finalize() == pytest.approx(defined.finalize(), rel=1e-5, abs=1e-6)
 
 
 def of_divergences(divergence: torch.Tensor) -> MetricSums:
@@ -115,15 +131,13 @@ def test_adding_is_associative_and_has_the_pairs_that_megatron_adds() -> None:
     assert torch.equal(left.pairs()["loss"], left.means[left.mean_names.index("loss")])
 
 
-def _reduced() -> tuple[dict[str, float], torch.Tensor]:
-    rank = dist.get_rank()
-    part = metrics_of(0, 1) if rank == 0 else metrics_of(1, 3)
-    reduced = part.all_reduce()
-    return reduced.finalize(), reduced.histogram
+def _reduced_and_whole() -> tuple[MetricSums, MetricSums]:
+    first, second = metrics_of(0, 1), metrics_of(1, 3)
+    part = first if dist.get_rank() == 0 else second
+    return part.all_reduce(), first + second
 
 
 def test_reduced_over_ranks_they_are_those_of_the_whole(ranks: RankPools) -> None:
-    whole = metrics_of(0, 1) + metrics_of(1, 3)
-    for final, histogram in ranks(2).run(_reduced):
-        assert final == pytest.approx(whole.finalize(), rel=1e-12)
-        assert torch.equal(histogram, whole.histogram)
+    for reduced, whole in ranks(2).run(_reduced_and_whole):
+        assert reduced.finalize() == pytest.approx(whole.finalize(), rel=1e-12)
+        assert reduced.histogram.tolist() == whole.histogram.tolist()
