@@ -77,12 +77,12 @@ class BroadcastRoute:
         """See ``WeightRoute``: every group that is not there yet is made."""
         if not self._connected:
             # A trainer that was killed has left its groups there, and they take memory of every GPU.
-            await self._destroy(_group_name(index) for index in range(_MOST_SENDERS_BEFORE))
-            for sender in self._senders:
-                await self._join_all(sender)
+            await self._destroy(map(self._group_name, range(_MOST_SENDERS_BEFORE)))
+            for index in range(len(self._senders)):
+                await self._join_all(self._group_name(index))
             self._connected = True
 
-    async def _join_all(self, sender: int) -> None:
+    async def _join_all(self, group_name: str) -> None:
         """All members of a group must come at the same time, so no server is told of the next before this one is made."""
         assert self._meeting is not None
         rank_offset, asked = 1, []
@@ -92,7 +92,7 @@ class BroadcastRoute:
                 "master_port": self._meeting.place.port,
                 "rank_offset": rank_offset,
                 "world_size": self._world_size(),
-                "group_name": self._group_name(sender),
+                "group_name": group_name,
                 "backend": self._backend,
             }
             asked.append(self._calls.post(server.url, "/init_weights_update_group", body))
@@ -103,8 +103,10 @@ class BroadcastRoute:
         """Of the group of one sender."""
         return 1 + sum(server.num_ranks for server in self._servers)
 
-    def _group_name(self, sender: int) -> str:
-        return _group_name(self._senders.index(sender))
+    def _group_name(self, index: int) -> str:
+        """Of a sender, by its place among them."""
+        assert self._meeting is not None
+        return f"megatron_dppo_{self._meeting.place.number}_{index}"
 
     async def _destroy(self, group_names: Iterable[str]) -> None:
         posted = (
@@ -126,7 +128,7 @@ class BroadcastRoute:
             "names": [name for name, _ in bucket.tensors],
             "dtypes": [dtype_name(self._dtype)] * len(bucket.tensors),
             "shapes": [list(shape) for _, shape in bucket.tensors],
-            "group_name": self._group_name(bucket.sender),
+            "group_name": self._group_name(self._senders.index(bucket.sender)),
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
@@ -148,7 +150,7 @@ class BroadcastRoute:
     def _join(self) -> None:
         assert self._meeting is not None
         # A connection of its own: who waits by it keeps all others from it.
-        name, store = self._group_name(self._rank), self._meeting.store.clone()  # type: ignore[attr-defined]
+        name, store = self._group_name(self._senders.index(self._rank)), self._meeting.store.clone()  # type: ignore[attr-defined]
         joined = in_background(lambda: join_update_group(name, store, self._world_size(), self._backend, self._timeout))
         self._watch.until(joined.done)
         self._group = joined.result()
@@ -187,7 +189,7 @@ class BroadcastRoute:
 
     async def leave(self) -> None:
         """See ``WeightRoute``."""
-        await self._destroy(map(self._group_name, self._senders))
+        await self._destroy(map(self._group_name, range(len(self._senders))))
 
     def close(self) -> None:
         """See ``WeightRoute``."""
@@ -196,11 +198,6 @@ class BroadcastRoute:
             dist.destroy_process_group(self._group)
             self._group = None
         self._meeting = None
-
-
-def _group_name(index: int) -> str:
-    """Of a sender, by its place among them: the same for every trainer, as servers have one at a time."""
-    return f"megatron_dppo_sender_{index}"
 
 
 def _senders(buckets: Sequence[Bucket]) -> list[int]:

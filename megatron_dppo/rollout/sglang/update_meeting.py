@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +19,17 @@ _FAILED, _SERVERS_FAILED = "failed", "servers failed"
 
 
 class MeetingPlace(NamedTuple):
-    """Where a store is."""
+    """Where a store is, and a number that none has that is open in the same process.
+
+    A trainer that is started again opens the same ones again, so that groups named after them are those that it left.
+    """
 
     address: str
     port: int
+    number: int
+
+
+_open: set[int] = set()  # numbers of this process's own
 
 
 @dataclass
@@ -41,12 +49,18 @@ class Meeting:
     def opened(cls, address: str, timeout: timedelta) -> Meeting:
         """The store itself, for the first process."""
         store = open_store(address, timeout)
-        return cls(MeetingPlace(address, store.port), store)
+        number = next(number for number in itertools.count() if number not in _open)
+        _open.add(number)
+        return cls(MeetingPlace(address, store.port, number), store)
 
     @classmethod
     def joined(cls, place: MeetingPlace, timeout: timedelta) -> Meeting:
         """A connection to a store that is open."""
         return cls(place, TCPStore(place.address, place.port, is_master=False, timeout=timeout))
+
+    def close(self) -> None:
+        """By the first process: another may have the number."""
+        _open.discard(self.place.number)
 
     def begin_update(self) -> None:
         """What was noted for the one before is not read any more. Every process counts by itself."""

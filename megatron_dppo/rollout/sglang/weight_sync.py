@@ -238,6 +238,7 @@ class WeightSync:
         if self._is_owner and self._meeting is not None:
             self._watch.start(self._config.control_timeout_s)
             self._transport.submit(self._route.leave()).result()
+            self._meeting.close()
         self._route.close()
         self._meeting = self._watch.meeting = None
 

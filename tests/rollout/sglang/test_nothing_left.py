@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from megatron_dppo.errors import RefusedRequestError
-from megatron_dppo.rollout.sglang.broadcast_route import _group_name
 from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -69,7 +68,7 @@ def connections(server: SGLangServer) -> int:
 def groups(server: SGLangServer) -> list[str]:
     """Update groups that the server is in. It leaves them over it."""
     transport, found = Transport(), []
-    for name in map(_group_name, range(4)):
+    for name in (f"megatron_dppo_0_{index}" for index in range(4)):
         with contextlib.suppress(RefusedRequestError):  # there is none of this name
             transport.call(server.url, "/destroy_weights_update_group", {"group_name": name}, 30)
             found.append(name)
