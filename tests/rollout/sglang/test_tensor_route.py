@@ -176,7 +176,7 @@ def test_a_corrupted_tensor_is_detected_and_named(server, monkeypatch):
 def _with_a_wrong_copy(server: RunningServer, folder: str, wrong_rank: int) -> str:
     """What an update says of which the copy on one rank's device goes bad after it was spread."""
     weights = PolicyWeights(loaded_policy(folder, TP2))
-    engine = server.attach(colocated=True, replica_group=dist.group.WORLD)
+    engine = server.attach(colocated=True, max_senders=1, replica_group=dist.group.WORLD)  # so there is one bucket
     intact = tensor_route.handle_of
 
     def handle_of(flat: torch.Tensor) -> str:
