@@ -51,13 +51,16 @@ def extension_modules() -> list[Any]:
     flags = [*CXX_FLAGS, *vector_width_flags()]
     macros = [("DPPO_BUILD_FLAGS", f'"{" ".join(flags)}"'), ("DPPO_TORCH_VERSION", f'"{torch.__version__}"')]
     macros += cpu_level_macros()
-    settings: dict[str, Any] = {"extra_link_args": ["-fopenmp", *_torch_openmp()]}
+    settings: dict[str, Any] = {
+        "include_dirs": [str(CSRC)],
+        "extra_link_args": ["-fopenmp", *_torch_openmp()],
+    }
     if cuda_home is not None:
         macros += [("DPPO_WITH_CUDA", "1"), ("DPPO_CUDA_ARCHS", f'"{";".join(cuda_archs())}"')]
-        settings["include_dirs"] = [str(cuda_home / "include")]
+        settings["include_dirs"].append(str(cuda_home / "include"))
         settings["library_dirs"] = [str(cuda_home / "lib64")]
         settings["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
-    sources = [CSRC / "binding.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = [CSRC / "module.cpp", *(path for folder in ("operators", "cpu") for path in sorted((CSRC / folder).glob("*.cpp")))]
     relative = [os.path.relpath(source, CSRC.parent) for source in sources]
     # The servers' process has its own OpenMP runtime, and no need of ours.
     server_flags = [flag for flag in flags if flag != "-fopenmp"]

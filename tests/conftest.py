@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import tests.hypothesis_profiles  # noqa: F401  loads one
+from megatron_dppo.ops.backend import backend_report
+from tests.csrc import emulated_backend
 from tests.rank_pool import RankPools
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,8 +34,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         default="cpu",
         choices=["cpu", "cuda"],
-        help="where tests make their tensors: cuda runs tests/ops and tests/loss there (tools/gpu_check.sh)",
+        help="where tests make their tensors: with cuda, tests/ops and tests/loss run on backend cuda (tools/gpu_check.sh)",
     )
+
+
+def backends_under_test(device: str) -> dict[str, str | None]:
+    """What a test that asks for ``backend`` is run with, each with the reason why it cannot be, if any.
+
+    The CUDA kernels among them: themselves where the device is a GPU, else emulated (tests/csrc/emulated_backend.py).
+    """
+    report = backend_report()
+    reasons = {name: None if report[name] == "available" else report[name] for name in ("torch", device)}
+    if device == "cpu":
+        reasons["emulated"] = reasons["cpu"] or emulated_backend.why_not()
+    return reasons
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    of_its_own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "backend" not in metafunc.fixturenames or of_its_own:
+        return
+    parameters = []
+    for name, reason in backends_under_test(metafunc.config.getoption("--device")).items():
+        marks = [pytest.mark.skip(reason=reason)] if reason else []
+        if name == "emulated" and metafunc.definition.get_closest_marker("emulated_nightly"):
+            marks.append(pytest.mark.nightly)
+        parameters.append(pytest.param(name, marks=marks))
+    metafunc.parametrize("backend", parameters)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "emulated":
+        emulated_backend.load()
 
 
 @pytest.fixture(autouse=True)

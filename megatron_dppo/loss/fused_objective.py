@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -46,19 +47,22 @@ _MAXIMA = dict(
 
 def objective_of(backend: Backend) -> Objective:
     """The function that decides about tokens: one kernel where there is one, else its definition."""
-    return token_objective if backend.name == "torch" else fused_token_objective
+    if backend.operators is None:
+        return token_objective
+    return partial(fused_token_objective, backend.operators)
 
 
 def fused_token_objective(
+    operators: Any,
     config: DPPOConfig,
     tokens: FlatTokens,
     policy: PolicyStats,
     exact_divergence: torch.Tensor | None,
     vocab_size: int,
 ) -> TokenObjective:
-    """See token_objective; for fp32 tensors, where the compiled kernels are in use."""
+    """See token_objective; for fp32 tensors, by the operator of a compiled backend (``Backend.operators``)."""
     topk = (tokens.topk_ids, tokens.topk_log_probs, policy.topk_log_prob)
-    coefficient, weight, divergence, totals, histogram = torch.ops.megatron_dppo.token_objective(
+    coefficient, weight, divergence, totals, histogram = operators.token_objective(
         tokens.rollout_log_probs,
         policy.log_prob,
         tokens.advantages,

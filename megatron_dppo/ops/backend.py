@@ -29,6 +29,16 @@ class Backend(Protocol):
         """``cuda``, ``cpu`` (compiled kernels) or ``torch``."""
         ...
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What logits it takes."""
+        ...
+
+    @property
+    def operators(self) -> Any | None:
+        """Its compiled operators, a namespace of ``torch.ops``; None: it is plain torch."""
+        ...
+
     def shard_partials(
         self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
     ) -> torch.Tensor:
@@ -79,21 +89,27 @@ def choose_backend(name: str, logits: torch.Tensor) -> Backend:
     Raises:
         BackendUnavailableError: the name is unknown, or that backend cannot be used for these logits.
     """
-    if name not in BACKENDS:
+    if name not in (*BACKENDS, *_ADDED):
         raise BackendUnavailableError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
     if name == "torch":
         return torch_backend
-    native, reason = _native_module()
-    if native is not None:
-        reason = _why_not(native, logits)
-    if name != "auto" and logits.device.type != name:
-        reason = f"the logits are on {logits.device}"
-    if native is not None and reason is None:
-        backend: Backend = native.NativeBackend(logits.device.type)
+    backend, reason = (_ADDED[name], None) if name in _ADDED else _compiled_backend(name, logits.device)
+    if backend is not None and logits.dtype in backend.dtypes:
         return backend
     if name == "auto":
         return torch_backend
+    reason = reason or f"the kernels do not take {logits.dtype}"
     raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}. Use 'torch' or 'auto'")
+
+
+_ADDED: dict[str, Backend] = {}
+
+
+def add_backend(backend: Backend) -> None:
+    """Let ``choose_backend`` find a backend that is not this package's, by its name; ``auto`` never takes it."""
+    if backend.name in BACKENDS:
+        raise ValueError(f"{backend.name!r} is the name of one of this package's backends")
+    _ADDED[backend.name] = backend
 
 
 def backend_report() -> dict[str, str]:
@@ -142,9 +158,13 @@ def _native_module() -> tuple[ModuleType | None, str | None]:
         return None, reason
 
 
-def _why_not(native: ModuleType, logits: torch.Tensor) -> str | None:
-    if logits.device.type not in native.DEVICES:
-        return f"megatron_dppo._C was built without kernels for {logits.device.type}"
-    if logits.dtype not in native.DTYPES:
-        return f"the kernels do not take {logits.dtype}"
-    return None
+def _compiled_backend(name: str, device: torch.device) -> tuple[Backend | None, str | None]:
+    """The compiled kernels for a device, or why they cannot be used; ``name`` is that of the backend asked for."""
+    native, reason = _native_module()
+    if native is None:
+        return None, reason
+    if name not in ("auto", device.type):
+        return None, f"the logits are on {device}"
+    if device.type not in native.DEVICES:
+        return None, f"megatron_dppo._C was built without kernels for {device.type}"
+    return native.NativeBackend(device.type), None

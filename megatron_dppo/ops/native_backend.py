@@ -1,6 +1,6 @@
 """The compiled backend, CPU and CUDA: one read of the logits forward, one read and one write backward, nothing else kept.
 
-The operators are ``torch.ops.megatron_dppo.*`` (csrc/binding.cpp, which checks every argument). They compute what
+The operators are ``torch.ops.megatron_dppo.*`` (csrc/operators, which check every argument). They compute what
 ``ops/torch_backend.py`` and ``ops/shard_merge.py`` define, in fp32; here they get the interface of ``ops/backend.py``, and
 the shapes that torch.compile and torch.export ask for. Importing this module fails with ImportError where the extension is
 not built.
@@ -8,6 +8,7 @@ not built.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,12 +38,14 @@ class NativeBackend:
     """The compiled kernels of one kind of device; ``name`` is ``cpu`` or ``cuda``. The methods are those of ``Backend``."""
 
     name: str
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    operators: Any = operators
 
     def shard_partials(
         self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
     ) -> torch.Tensor:
         """See torch_backend.shard_partials."""
-        return operators.row_partials(
+        return self.operators.row_partials(
             logits_NV,
             selection.rows,
             selection.mask,
@@ -55,7 +58,7 @@ class NativeBackend:
 
     def merge_shards(self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None) -> MergedRows:
         """See shard_merge.merge_shards."""
-        return MergedRows(*operators.merge_partials(partials_RnC, mask_n))
+        return MergedRows(*self.operators.merge_partials(partials_RnC, mask_n))
 
     def shard_gradient(
         self,
@@ -80,12 +83,9 @@ class NativeBackend:
             shard.num_columns,
         )
         if grad_NV is logits_NV:  # an operator must not get one tensor both to read and, under another name, to write
-            operators.policy_backward_(logits_NV, *arguments)
-            # Autograd does not see what an operator without autograd registration writes: whoever saved these logits would
-            # compute a wrong gradient from ours, where it has to be an error.
-            torch.autograd.graph.increment_version(logits_NV)
+            self.operators.policy_backward_(logits_NV, *arguments)
         else:
-            operators.policy_backward(logits_NV, grad_NV, *arguments)
+            self.operators.policy_backward(logits_NV, grad_NV, *arguments)
 
     def shard_divergence(
         self,
@@ -100,7 +100,7 @@ class NativeBackend:
         temperature: float,
     ) -> torch.Tensor:
         """See torch_backend.shard_divergence."""
-        return operators.shard_divergence(
+        return self.operators.shard_divergence(
             policy_NV,
             rollout_NV,
             *selection,
@@ -114,36 +114,25 @@ class NativeBackend:
         )
 
 
-@torch.library.register_fake("megatron_dppo::row_partials")
-def _(logits, rows, mask, target, topk_ids, *others):  # type: ignore[no-untyped-def]
+# What each operator returns for tensors without values: shapes and dtypes.
+
+
+def _row_partials(logits, rows, mask, target, topk_ids, *others):  # type: ignore[no-untyped-def]
     topk = 0 if topk_ids is None else topk_ids.shape[1]
     return logits.new_empty(target.shape[0], 5 + topk, dtype=torch.float32)
 
 
-@torch.library.register_fake("megatron_dppo::merge_partials")
-def _(partials, mask):  # type: ignore[no-untyped-def]
+def _merge_partials(partials, mask):  # type: ignore[no-untyped-def]
     n = partials.shape[1]
     log_prob, entropy, collision, maximum, log_sum = (partials.new_empty(n) for _ in range(5))
     return log_prob, entropy, collision, partials.new_empty(n, partials.shape[2] - 5), maximum, log_sum
 
 
-@torch.library.register_fake("megatron_dppo::policy_backward")
-def _(logits, grad, *others):  # type: ignore[no-untyped-def]
-    return None
-
-
-@torch.library.register_fake("megatron_dppo::policy_backward_")
-def _(logits, *others):  # type: ignore[no-untyped-def]
-    return None
-
-
-@torch.library.register_fake("megatron_dppo::shard_divergence")
-def _(logits, rollout_logits, rows, mask, max, *others):  # type: ignore[no-untyped-def]
+def _shard_divergence(logits, rollout_logits, rows, mask, max, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(max)
 
 
-@torch.library.register_fake("megatron_dppo::token_objective")
-def _(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
+def _token_objective(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
     coefficient, weight, divergence = (torch.empty_like(log_mu) for _ in range(3))
     constants: dict[str, Any] = _C.metric_constants
     decades = constants["histogram_highest"] - constants["histogram_lowest"]
@@ -152,6 +141,25 @@ def _(log_mu, *others, **settings):  # type: ignore[no-untyped-def]
     return coefficient, weight, divergence, totals, log_mu.new_empty(bins, dtype=torch.int64)
 
 
-@torch.library.register_fake("megatron_dppo::tile_hash")
-def _(sums, *others):  # type: ignore[no-untyped-def]
+def _nothing(*inputs):  # type: ignore[no-untyped-def]
     return None
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "row_partials": _row_partials,
+    "merge_partials": _merge_partials,
+    "policy_backward": _nothing,
+    "policy_backward_": _nothing,
+    "shard_divergence": _shard_divergence,
+    "token_objective": _token_objective,
+    "tile_hash": _nothing,
+}
+
+
+def register_shapes(namespace: str) -> None:
+    """Tell torch.compile and torch.export what the operators of a namespace return."""
+    for name, shapes in _SHAPES.items():
+        torch.library.register_fake(f"{namespace}::{name}", shapes)
+
+
+register_shapes("megatron_dppo")

@@ -90,7 +90,7 @@ def vocab_parallel_policy_stats(
         token_mask: [...] bool, the same on all ranks. The results of the other tokens are 0.
         rows: [n] int64 distinct positions in the flattened [...], the same on all ranks. All results are [n].
         inplace_backward: write the gradient over the logits. Only where nothing else needs the logits' values in
-            backward (autograd raises an error if something does).
+            backward (autograd raises an error if something does), and where no two rows share memory.
         backend: auto | cuda | cpu | torch.
         checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
             the caller's promise, and nothing is waited for.
@@ -119,6 +119,15 @@ def shaped_stats(results_n: tuple[torch.Tensor, ...], shape: torch.Size, has_top
     return PolicyStats(log_prob, entropy, collision, topk_log_prob if has_topk else None)
 
 
+def _check_rows_apart(logits_NV: torch.Tensor) -> None:
+    """Raise ValueError if rows share memory, as those of an expanded tensor do: each has a gradient of its own."""
+    if logits_NV.shape[0] > 1 and logits_NV.stride(0) < logits_NV.shape[1]:
+        raise ValueError(
+            f"inplace_backward=True, but rows of the logits share memory (strides {logits_NV.stride()} as a matrix), where "
+            "no gradient can be written: pass logits.contiguous(), or inplace_backward=False"
+        )
+
+
 class _PolicyStatsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -134,6 +143,8 @@ class _PolicyStatsFunction(torch.autograd.Function):
         backend: Backend,
     ) -> tuple[torch.Tensor, ...]:
         logits_NV, selection = as_matrix(logits), RowSelection(rows, mask)
+        if inplace:
+            _check_rows_apart(logits_NV)
         partials_nC = backend.shard_partials(logits_NV, TokenIds(target_n, topk_ids_nK), selection, shard, temperature)
         merged = backend.merge_shards(gather_shards(partials_nC, shard.group), mask)
 
@@ -154,7 +165,7 @@ class _PolicyStatsFunction(torch.autograd.Function):
         kept, target_n, rows, mask, *state_n = ctx.saved_tensors
         logits_NV, selection = kept.detach().view(-1, kept.shape[-1]), RowSelection(rows, mask)
         num_rows = logits_NV.shape[0]
-        grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
+        grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         # Every row is written, with 0 where it was not selected: the few numbers of each row are spread out for that.
         ctx.backend.shard_gradient(
             logits_NV,

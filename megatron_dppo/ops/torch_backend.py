@@ -27,13 +27,15 @@ from typing import Literal
 
 import torch
 
-from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
+from megatron_dppo.ops.arguments import FLOATING, KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.probability import LOG_ZERO
 from megatron_dppo.ops.shard_merge import MAX, REST, SQUARES, STATE_COLUMNS, TARGET, TILT, merge_shards
 
-__all__ = ["merge_shards", "name", "shard_divergence", "shard_gradient", "shard_partials"]
+__all__ = ["dtypes", "merge_shards", "name", "operators", "shard_divergence", "shard_gradient", "shard_partials"]
 
 name = "torch"
+dtypes = FLOATING
+operators = None
 
 TEMPORARY_BYTES = 32 * 2**20
 _TEMPORARIES = 3  # [chunk, V] tensors alive at once, below

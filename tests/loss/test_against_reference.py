@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch
 
 from megatron_dppo import DPPOConfig, DPPOLoss
 from megatron_dppo.loss.config import AGGREGATIONS, DIRECTIONS, DIVERGENCES, PREDICTIVE_ESTIMATORS, TRUST_REGIONS
-from megatron_dppo.ops.backend import backend_report
-from tests.loss.reference import reference_loss
+from tests.loss.reference import Reference, reference_loss
 from tests.loss.scenario import VOCAB, make_scenario
 
 # A log-prob is a difference of fp32 numbers below 8, each off by at most half of the 2^-21 between such: the logit over the
@@ -23,29 +23,32 @@ RELATIVE = 2e-6
 LOSS_RELATIVE = 1e-6
 
 
-# The compiled kernels are built almost everywhere; tests/csrc says so where they are not.
-BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]
-
-
-def compare(config: DPPOConfig, *inputs: str, seed: int = 0) -> torch.Tensor:
-    """Check loss, gradient, weights and divergences of every backend against the reference; return the weights."""
+@functools.cache  # one backend after the other is compared with it
+def expectation(config: DPPOConfig, inputs: tuple[str, ...], seed: int) -> tuple[Reference, torch.Tensor]:
+    """The reference's loss and its gradient in the logits."""
     scenario = make_scenario(seed, config.temperature)
     exact = scenario.logits.double().requires_grad_()
     expected = reference_loss(config, exact, VOCAB, scenario.reference_batch(*inputs))
-    (expected_grad,) = torch.autograd.grad(expected.loss, exact)
-    for backend in BACKENDS:
-        logits = scenario.logits.clone().requires_grad_()
-        out = DPPOLoss(config, vocab_size=VOCAB, backend=backend)(logits, scenario.inputs(*inputs))
-        (grad,) = torch.autograd.grad(out.loss, logits)
-        assert out.backend == backend
-        assert int(out.num_tokens) == expected.num_tokens
-        assert abs(out.loss.item() - expected.loss.item()) < LOSS_RELATIVE * expected.magnitude
-        assert float((grad - expected_grad).norm()) <= RELATIVE * float(expected_grad.norm())
-        for (b, s), weight in expected.weight.items():
-            assert float(out.weight[b, s]) == pytest.approx(weight, rel=RELATIVE)
-            assert float(out.divergence[b, s]) == pytest.approx(expected.divergence[b, s], rel=1e-5, abs=1e-6)
-        assert not out.weight[~scenario.loss_mask].any()
-        assert not out.divergence[~scenario.loss_mask].any()
+    (gradient,) = torch.autograd.grad(expected.loss, exact)
+    return expected, gradient
+
+
+def compare(backend: str, config: DPPOConfig, *inputs: str, seed: int = 0) -> torch.Tensor:
+    """Check loss, gradient, weights and divergences of a backend against the reference; return the weights."""
+    scenario = make_scenario(seed, config.temperature)
+    expected, expected_grad = expectation(config, inputs, seed)
+    logits = scenario.logits.clone().requires_grad_()
+    out = DPPOLoss(config, vocab_size=VOCAB, backend=backend)(logits, scenario.inputs(*inputs))
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    assert out.backend == backend
+    assert int(out.num_tokens) == expected.num_tokens
+    assert abs(out.loss.item() - expected.loss.item()) < LOSS_RELATIVE * expected.magnitude
+    assert float((grad - expected_grad).norm()) <= RELATIVE * float(expected_grad.norm())
+    for (b, s), weight in expected.weight.items():
+        assert float(out.weight[b, s]) == pytest.approx(weight, rel=RELATIVE)
+        assert float(out.divergence[b, s]) == pytest.approx(expected.divergence[b, s], rel=1e-5, abs=1e-6)
+    assert not out.weight[~scenario.loss_mask].any()
+    assert not out.divergence[~scenario.loss_mask].any()
     return out.weight[scenario.loss_mask]
 
 
@@ -63,7 +66,7 @@ def inputs_for(divergence: str) -> tuple[str, ...]:
         if combination[1] == "ratio" or combination[2] in ("mask", "smooth")  # the others read no direction
     ],
 )
-def test_every_combination_matches(divergence: str, direction: str, trust_region: str) -> None:
+def test_every_combination_matches(divergence: str, direction: str, trust_region: str, backend: str) -> None:
     for aggregation in AGGREGATIONS:
         config = DPPOConfig(
             divergence=divergence,
@@ -72,21 +75,21 @@ def test_every_combination_matches(divergence: str, direction: str, trust_region
             aggregation=aggregation,
             horizon=10 if aggregation == "seq_mean_token_sum_norm" else None,
         )
-        weight = compare(config, *inputs_for(divergence))
+        weight = compare(backend, config, *inputs_for(divergence))
         if trust_region in ("mask", "ppo_clip"):
             assert 0 < float(weight.mean()) < 1, "a comparison in which nothing (or all) is masked proves nothing"
 
 
 @pytest.mark.parametrize("estimator", PREDICTIVE_ESTIMATORS)
 @pytest.mark.parametrize("divergence", ["binary_tv", "topk_kl"])
-def test_predictive_estimators_match(estimator: str, divergence: str) -> None:
+def test_predictive_estimators_match(estimator: str, divergence: str, backend: str) -> None:
     config = DPPOConfig(divergence=divergence, direction="predictive", predictive_estimator=estimator)
-    compare(config, *inputs_for(divergence), seed=1)
+    compare(backend, config, *inputs_for(divergence), seed=1)
 
 
 @pytest.mark.parametrize("divergence", ["exact_tv", "exact_kl"])
-def test_exact_prefers_the_engines_probabilities_where_it_reported_them(divergence: str) -> None:
-    compare(DPPOConfig(divergence=divergence), "rollout_logits", "rollout_topk")
+def test_exact_prefers_the_engines_probabilities_where_it_reported_them(divergence: str, backend: str) -> None:
+    compare(backend, DPPOConfig(divergence=divergence), "rollout_logits", "rollout_topk")
 
 
 @pytest.mark.parametrize(
@@ -111,10 +114,10 @@ def test_exact_prefers_the_engines_probabilities_where_it_reported_them(divergen
     ],
     ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()),
 )
-def test_options_match(settings: dict[str, Any]) -> None:
+def test_options_match(settings: dict[str, Any], backend: str) -> None:
     config = DPPOConfig(**settings)
     inputs = inputs_for(config.divergence) + (("ref_log_probs",) if config.kl_coef else ())
-    compare(config, *inputs)
+    compare(backend, config, *inputs)
     plain = compare_loss(DPPOConfig(), inputs, config.temperature)
     assert compare_loss(config, inputs, config.temperature) != plain, "the option has no effect: nothing was tested"
 
@@ -126,11 +129,11 @@ def compare_loss(config: DPPOConfig, inputs: tuple[str, ...], temperature: float
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_reduced_in_fp32(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_reduced_in_fp32(dtype: torch.dtype, backend: str) -> None:
     """The loss of bf16 logits is that of the same values in fp64; only the gradient is rounded, once, to bf16."""
     scenario, config = make_scenario(), DPPOConfig()
     logits = scenario.logits.to(dtype).requires_grad_()
-    out = DPPOLoss(config, vocab_size=VOCAB, backend="torch")(logits, scenario.inputs())
+    out = DPPOLoss(config, vocab_size=VOCAB, backend=backend)(logits, scenario.inputs())
     (grad,) = torch.autograd.grad(out.loss, logits)
     exact = logits.detach().double().requires_grad_()
     expected = reference_loss(config, exact, VOCAB, scenario.reference_batch())

@@ -41,17 +41,19 @@ def whole(scenario: Scenario, config: DPPOConfig) -> tuple[float, torch.Tensor]:
     return loss.item(), grad
 
 
-ROWS = torch.arange(BATCH).repeat_interleave(LENGTH)
-EVERY = torch.arange(BATCH * LENGTH)
+def every_token() -> tuple[torch.Tensor, torch.Tensor]:
+    """[b s] the row of every token, and its place among all tokens."""
+    return torch.arange(BATCH).repeat_interleave(LENGTH), torch.arange(BATCH * LENGTH)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_any_split_of_whole_sequences_and_any_packing_agree(aggregation: str) -> None:
     scenario, config = make_scenario(), config_of(aggregation)
+    rows, every = every_token()
     loss, grad = whole(scenario, config)
-    shuffled = EVERY[torch.randperm(len(EVERY))]
-    for groups in ([EVERY], [shuffled], [EVERY[ROWS == 0], EVERY[ROWS != 0]], [EVERY[r == ROWS] for r in range(BATCH)]):
-        split_loss, split_grad = parts_of(scenario, config, [(g, Sequences(ids=ROWS[g])) for g in groups])
+    shuffled = every[torch.randperm(len(every))]
+    for groups in ([every], [shuffled], [every[rows == 0], every[rows != 0]], [every[r == rows] for r in range(BATCH)]):
+        split_loss, split_grad = parts_of(scenario, config, [(g, Sequences(ids=rows[g])) for g in groups])
         # The same fp32 terms summed in another order.
         assert split_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
         torch.testing.assert_close(split_grad, grad, rtol=1e-5, atol=1e-8)
@@ -61,12 +63,13 @@ def test_any_split_of_whole_sequences_and_any_packing_agree(aggregation: str) ->
 def test_sequences_spread_over_ranks_agree(aggregation: str) -> None:
     """As context parallelism splits them: every sequence's tokens on both ranks, in its zig-zag order."""
     scenario, config = make_scenario(), config_of(aggregation)
+    rows, every = every_token()
     loss, grad = whole(scenario, config)
     lengths = scenario.loss_mask.sum(1, keepdim=True).expand(BATCH, LENGTH).reshape(-1)
     starts = ((scenario.loss_mask.cumsum(1) == 1) & scenario.loss_mask).reshape(-1)
-    position, quarter = EVERY % LENGTH, LENGTH // 4
+    position, quarter = every % LENGTH, LENGTH // 4
     outer = (position < quarter) | (position >= 3 * quarter)
-    parts = [(g, Sequences(ids=ROWS[g], lengths=lengths[g], starts=starts[g])) for g in (EVERY[outer], EVERY[~outer])]
+    parts = [(g, Sequences(ids=rows[g], lengths=lengths[g], starts=starts[g])) for g in (every[outer], every[~outer])]
     split_loss, split_grad = parts_of(scenario, config, parts)
     assert split_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
     torch.testing.assert_close(split_grad, grad, rtol=1e-5, atol=1e-8)
@@ -74,13 +77,14 @@ def test_sequences_spread_over_ranks_agree(aggregation: str) -> None:
 
 def test_a_spread_sequence_without_starts_is_an_error_not_a_wrong_denominator() -> None:
     scenario, config = make_scenario(), config_of("seq_mean_token_mean")
-    half = EVERY[EVERY % LENGTH < 4]
+    rows, every = every_token()
+    half = every[every % LENGTH < 4]
     lengths = scenario.loss_mask.sum(1, keepdim=True).expand(BATCH, LENGTH).reshape(-1)
     with pytest.raises(LossInputError, match=r"give sequences\.starts too"):
-        parts_of(scenario, config, [(half, Sequences(ids=ROWS[half], lengths=lengths[half]))])
+        parts_of(scenario, config, [(half, Sequences(ids=rows[half], lengths=lengths[half]))])
     too_short = torch.ones_like(lengths)
     with pytest.raises(LossInputError, match=r"sequences\.lengths is smaller"):
-        parts_of(scenario, config, [(EVERY, Sequences(ids=ROWS, lengths=too_short))])
+        parts_of(scenario, config, [(every, Sequences(ids=rows, lengths=too_short))])
 
 
 def test_an_empty_sequence_is_not_counted() -> None:

@@ -12,10 +12,8 @@ import torch
 from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, LossOutput, Sequences, TopK
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import AGGREGATIONS
-from megatron_dppo.ops.backend import backend_report
 from tests.loss.scenario import BATCH, LENGTH, VOCAB, Scenario, make_scenario
 
-BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]
 AT = (1, 5)  # inside the mask; (0, 0) is outside
 
 
@@ -64,7 +62,6 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("field", "value", "message"), IMPOSSIBLE, ids=lambda value: str(value)[:24])
 def test_an_impossible_value_is_named_at_once_later_or_never(
     field: str, value: Any, message: str, backend: str
@@ -126,7 +123,6 @@ def test_the_choice_is_checked() -> None:
         DPPOLoss(DPPOConfig(), vocab_size=5, checks="later")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_taking_the_rows_of_the_mask_changes_nothing(aggregation: str, backend: str) -> None:
     """Compact inputs of compact logits, every token counting, against the mask."""

@@ -20,12 +20,10 @@ from megatron_dppo import (
     vocab_parallel_policy_stats,
 )
 from megatron_dppo.loss.config import AGGREGATIONS, DIRECTIONS, DIVERGENCES, PREDICTIVE_ESTIMATORS, TRUST_REGIONS
-from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.ops.exact_divergence import vocab_parallel_divergence
 from tests.device_waits import DeviceWaits
 from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
 
-BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]
 RULES = [
     {"divergence": divergence, "direction": direction, "trust_region": trust_region, **estimator}
     for divergence, direction, trust_region in itertools.product(DIVERGENCES, DIRECTIONS, TRUST_REGIONS)
@@ -62,7 +60,7 @@ def head(vocab_rows: int = PADDED) -> LinearHead:
 CASES = list(itertools.product(AGGREGATIONS, ("deferred", "off"), (True, False)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.emulated_nightly
 @pytest.mark.parametrize("number", range(len(RULES)), ids=["-".join(rule.values()) for rule in RULES])
 @pytest.mark.parametrize("turns", [3, pytest.param(1, marks=pytest.mark.nightly)], ids=["a third", "all"])
 def test_no_rule_waits(turns: int, number: int, backend: str) -> None:
@@ -81,7 +79,6 @@ def test_no_rule_waits(turns: int, number: int, backend: str) -> None:
             assert waits_of(loss, head(), inputs) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_packed_and_split_sequences_do_not_wait(aggregation: str, backend: str) -> None:
     scenario = make_scenario()
@@ -95,16 +92,14 @@ def test_packed_and_split_sequences_do_not_wait(aggregation: str, backend: str) 
         assert waits_of(loss, scenario.logits.clone().requires_grad_(), given) == []
 
 
-def test_without_top_k_and_with_the_logits_overwritten() -> None:
+def test_without_top_k_and_with_the_logits_overwritten(backend: str) -> None:
     scenario = make_scenario()
-    for backend in BACKENDS:
-        loss = DPPOLoss(
-            DPPOConfig(direction="predictive"), vocab_size=VOCAB, backend=backend, checks="off", inplace_backward=True
-        )
-        assert waits_of(loss, scenario.logits.clone().requires_grad_() * 1, scenario.inputs()) == []
+    loss = DPPOLoss(
+        DPPOConfig(direction="predictive"), vocab_size=VOCAB, backend=backend, checks="off", inplace_backward=True
+    )
+    assert waits_of(loss, scenario.logits.clone().requires_grad_() * 1, scenario.inputs()) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("selection", ["rows", "token_mask", "all"])
 def test_the_operators_do_not_wait(selection: str, backend: str) -> None:
     scenario = make_scenario()

@@ -15,25 +15,30 @@ from megatron_dppo.errors import BackendUnavailableError
 from megatron_dppo.ops import torch_backend
 from megatron_dppo.ops.backend import backend_report, choose_backend, cpu_kernel_level
 
-LOGITS = torch.zeros(2, 3)
 BUILT = importlib.util.find_spec("megatron_dppo._C") is not None
+
+
+def _logits() -> torch.Tensor:
+    return torch.zeros(2, 3)
 
 
 def test_unknown_names_are_refused_with_the_choices() -> None:
     with pytest.raises(BackendUnavailableError, match="must be one of auto, cuda, cpu, torch, not 'triton'"):
-        choose_backend("triton", LOGITS)
+        choose_backend("triton", _logits())
 
 
 def test_a_backend_for_another_device_is_an_error() -> None:
-    with pytest.raises(BackendUnavailableError, match=r"'cuda' cannot be used: .*(on cpu|_C)"):
-        choose_backend("cuda", LOGITS)
+    device = _logits().device.type
+    other = "cpu" if device == "cuda" else "cuda"
+    with pytest.raises(BackendUnavailableError, match=rf"'{other}' cannot be used: .*(on {device}|_C)"):
+        choose_backend(other, _logits())
 
 
 def test_what_the_kernels_cannot_do_goes_to_torch_only_if_nobody_insisted() -> None:
-    assert choose_backend("auto", LOGITS.double()) is torch_backend
-    assert choose_backend("torch", LOGITS.double()) is torch_backend
+    assert choose_backend("auto", _logits().double()) is torch_backend
+    assert choose_backend("torch", _logits().double()) is torch_backend
     with pytest.raises(BackendUnavailableError, match="float64" if BUILT else "not built"):
-        choose_backend("cpu", LOGITS.double())
+        choose_backend(_logits().device.type, _logits().double())
 
 
 def test_importing_the_package_needs_torch_alone() -> None:

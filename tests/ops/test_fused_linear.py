@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 
 from megatron_dppo import PolicyStats, vocab_parallel_policy_stats
 from megatron_dppo.ops import fused_linear
-from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from tests.ops.tensor_sizes import TensorSizes
 
@@ -109,6 +109,7 @@ def test_every_tiling_gives_the_definition(
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.emulated_nightly
 @settings(max_examples=20)
 @given(
     n=st.integers(40, 80),
@@ -120,7 +121,7 @@ def test_every_tiling_gives_the_definition(
     seed=st.integers(0, 2**20),
 )
 def test_no_less_accurate_than_pytorch(
-    n: int, h: int, width: int, tile_rows: int, tile_columns: int, dtype: torch.dtype, seed: int
+    n: int, h: int, width: int, tile_rows: int, tile_columns: int, dtype: torch.dtype, seed: int, backend: str
 ) -> None:
     """The error, against float64 on the same inputs, is at most twice that of the same formulation by PyTorch.
 
@@ -133,18 +134,14 @@ def test_no_less_accurate_than_pytorch(
     arguments = problem(n, h, width, width - 5, 20, dtype)
     exact, theirs = eager(arguments, torch.float64), eager(arguments, dtype)
     with mock.patch.object(fused_linear, "_MIN_COLUMNS", tile_columns):
-        ours = fused(arguments, chunk_bytes=tile_rows * tile_columns * dtype.itemsize)
+        ours = fused(arguments, backend=backend, chunk_bytes=tile_rows * tile_columns * dtype.itemsize)
     for a, b, truth in zip(tensors(ours), tensors(theirs), tensors(exact), strict=True):
         error, allowed, size = (x.square().mean().sqrt() for x in (a - truth, b - truth, truth))
         assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * size
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_to_the_route_over_logits(compiled: bool, dtype: torch.dtype) -> None:
-    backend = torch.get_default_device().type if compiled else "torch"
-    if (state := backend_report()[backend]) != "available":
-        pytest.skip(state)
+def test_equal_to_the_route_over_logits(dtype: torch.dtype, backend: str) -> None:
     arguments = problem(50, 64, 640, 600, 20, dtype)
     expected = unfused(arguments, backend)
     for tiles in (1, 5):
@@ -185,20 +182,19 @@ def test_nothing_is_larger_than_a_tile_but_the_weight_and_its_gradient() -> None
     assert weight.nbytes < 64 * 4096 * 4  # else the logits might have hidden among them
 
 
-def test_tokens_outside_the_mask_are_not_read() -> None:
+def test_tokens_outside_the_mask_are_not_read(backend: str) -> None:
     arguments = problem()
     mask = arguments["token_mask"]
-    clean = fused(arguments)
+    clean = fused(arguments, backend=backend)
     arguments["hidden"][~mask] = torch.nan
     arguments["target"] = arguments["target"].masked_fill(~mask, -100)
-    stats, (grad_hidden, grad_weight) = fused(arguments)
+    stats, (grad_hidden, grad_weight) = fused(arguments, backend=backend)
     for a, b in zip(tensors((stats, (grad_hidden, grad_weight))), tensors(clean), strict=True):
         assert torch.equal(a, b)
     assert not grad_hidden[~mask].any()
     assert not grad_weight[arguments["vocab_size"] :].any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_rows_are_computed_as_a_mask_of_them_is(backend: str) -> None:
     arguments = problem(n=17)
     mask = arguments["token_mask"]
@@ -220,13 +216,13 @@ def test_rows_are_computed_as_a_mask_of_them_is(backend: str) -> None:
     assert not gradients[0][~mask].any()
 
 
-def test_no_tokens_give_zeros() -> None:
+def test_no_tokens_give_zeros(backend: str) -> None:
     arguments = problem(dtype=torch.bfloat16)
     for empty in (
         {**arguments, "token_mask": torch.zeros(13, dtype=torch.bool)},
         problem(n=0, dtype=torch.bfloat16),
     ):
-        stats, (grad_hidden, grad_weight) = fused(empty)
+        stats, (grad_hidden, grad_weight) = fused(empty, backend=backend)
         assert stats.topk_log_prob.shape == (empty["hidden"].shape[0], 3)
         assert grad_weight.shape == (40, 24)
         assert not any(values.any() for values in (*stats, grad_hidden, grad_weight))
@@ -299,38 +295,24 @@ def test_accumulation_into_main_grad(main_dtype: torch.dtype, elements: int) -> 
     assert (weight.main_grad.double() - before.double() - gradient).norm() <= allowed
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight": torch.zeros(40, 23)}, r"hidden \(13, 24\) and weight \(40, 23\)"),
-        (
-            {"weight": torch.zeros(40, 24, dtype=torch.bfloat16)},
-            "hidden is torch.float32 on .*, weight torch.bfloat16",
-        ),
-        (
-            {"hidden": torch.zeros(13, 24, dtype=torch.int64), "weight": torch.zeros(40, 24, dtype=torch.int64)},
-            "must be bf16",
-        ),
-        (
-            {"target": torch.zeros(12, dtype=torch.int64)},
-            r"target has shape \(12,\); hidden \(13, 24\) ask for \(13,\)",
-        ),
-        ({"vocab_size": 41}, "vocab_size is 41, but 1 shard"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"sequence_parallel": True}, "sequence_parallel=True needs tp_group"),
-        ({"accumulate_into_main_grad": True}, "the weight has no main_grad"),
-        ({"chunk_bytes": 0}, "chunk_bytes must be positive"),
-        ({"backend": "gpu"}, "backend must be one of"),
-    ],
-)
-def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
-    # The parameters are made before --device counts.
-    changes = {
-        name: value.to(torch.get_default_device()) if torch.is_tensor(value) else value
-        for name, value in changes.items()
-    }
+WRONG_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    r"hidden \(13, 24\) and weight \(40, 23\)": lambda: {"weight": torch.zeros(40, 23)},
+    "hidden is torch.float32 on .*, weight torch.bfloat16": lambda: {"weight": torch.zeros(40, 24).bfloat16()},
+    "must be bf16": lambda: {"hidden": torch.zeros(13, 24).long(), "weight": torch.zeros(40, 24).long()},
+    r"target has shape \(12,\); hidden \(13, 24\) ask for \(13,\)": lambda: {"target": torch.zeros(12).long()},
+    "vocab_size is 41, but 1 shard": lambda: {"vocab_size": 41},
+    "temperature must be positive": lambda: {"temperature": 0.0},
+    "sequence_parallel=True needs tp_group": lambda: {"sequence_parallel": True},
+    "the weight has no main_grad": lambda: {"accumulate_into_main_grad": True},
+    "chunk_bytes must be positive": lambda: {"chunk_bytes": 0},
+    "backend must be one of": lambda: {"backend": "gpu"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fused_linear_policy_stats(**{**problem(), **changes})
+        fused_linear_policy_stats(**{**problem(), **WRONG_ARGUMENTS[message]()})
 
 
 def test_an_id_outside_the_vocabulary_is_named() -> None:

@@ -1,16 +1,20 @@
 #!/bin/bash
-# Compiles csrc/cuda/*.cu with a C++ compiler against the emulation:  build.sh plain|asan|tsan OUTPUT.so [CSRC [OBJECTS]]
+# Compiles csrc/cuda/*.cu with a C++ compiler against the emulation:  build.sh KIND OUTPUT.so [CSRC [OBJECTS]]
 # Needs the CUDA toolkit's headers (CUDA_HOME, default /usr/local/cuda), no nvcc and no GPU. Object files are kept in the
 # folder OBJECTS and used again for sources that are the same, headers included.
+#
+#   plain, asan, tsan   launchers with a C interface, for ctypes (emulation_library.py); two of them under a sanitizer
+#   operators           torch.ops.megatron_dppo_emulated.*; TORCH_INCLUDES and TORCH_LIBRARIES are flags for torch's
+#                       headers and libraries (emulated_backend.py)
 set -euo pipefail
 shopt -s inherit_errexit # a compiler that fails inside of $(...) ends this
 kind=$1 output=$(realpath -m "$2") csrc=$(realpath "${3:-$(dirname "$0")/../../../csrc}")
 emulation=$(realpath "$(dirname "$0")")
 case $kind in
-  plain) sanitize="" define="" ;;
+  plain | operators) sanitize="" define="" ;;
   asan) sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" define=-DEMULATION_ASAN ;;
   tsan) sanitize="-fsanitize=thread" define=-DEMULATION_TSAN ;;
-  *) echo "build.sh: plain, asan or tsan, not $kind" >&2; exit 2 ;;
+  *) echo "build.sh: plain, asan, tsan or operators, not $kind" >&2; exit 2 ;;
 esac
 compile="${CXX:-g++} -std=c++17 -O1 -g -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas
   -Wno-unused-function -DDPPO_HOST_EMULATION -I$emulation -I$csrc -isystem ${CUDA_HOME:-/usr/local/cuda}/include"
@@ -43,11 +47,19 @@ add() {
   compilers+=($!)
 }
 add "$emulation/scheduler.cpp" $scheduler_sanitize $define
-add "$emulation/launchers.cpp" $sanitize
+libraries="-lpthread"
+if [[ $kind == operators ]]; then
+  # Its warnings are those of the extension's own build.
+  add "$emulation/operators.cpp" -std=c++20 -g0 -w -DDPPO_WITH_CUDA -DDPPO_OPERATORS=megatron_dppo_emulated $TORCH_INCLUDES
+  libraries+=" $TORCH_LIBRARIES"
+else
+  add "$emulation/launchers.cpp" $sanitize
+fi
 for source in "$csrc"/cuda/*.cu; do
   add "$source" $sanitize
 done
 for compiler in "${compilers[@]}"; do
   wait "$compiler"
 done
-${CXX:-g++} -shared $sanitize $(cat "$scratch"/*.name) -o "$output" -lpthread
+${CXX:-g++} -shared $sanitize $(cat "$scratch"/*.name) -o "$output.$$" $libraries
+mv "$output.$$" "$output"

@@ -7,8 +7,6 @@
 //                         block gets fresh fibers: slow, for small grids)
 
 #include <cuda_runtime_api.h>
-#include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -21,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "fiber_switch.h"
 #include "machine.h"
 #include "sanitizers.h"
 
@@ -30,8 +29,6 @@ Context context;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kPageBytes = 4096;
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxSharedBytes = 48 * 1024;
 constexpr uint64_t kPoison = 0x7fc0dead7fc0deadull;  // what a lane gets from one that is not there: NaN
@@ -39,7 +36,7 @@ constexpr uint64_t kPoison = 0x7fc0dead7fc0deadull;  // what a lane gets from on
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
 struct Fiber {
-  ucontext_t machine;
+  Place place;
   char* stack = nullptr;
   void* tsan = nullptr;
   void* asan_fake_stack = nullptr;
@@ -106,7 +103,7 @@ class Grid {
   std::vector<char*> used_stacks_;
   std::string error_;
   Fiber* running_ = nullptr;
-  ucontext_t main_;
+  Place main_;
   void* main_tsan_;
   void* main_fake_stack_ = nullptr;
   const void* main_stack_ = nullptr;
@@ -119,16 +116,6 @@ class Grid {
 };
 
 Grid* grid_that_runs = nullptr;
-
-char* allocate_stack() {
-  void* memory = mmap(nullptr, kStackBytes + kPageBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  mprotect(memory, kPageBytes, PROT_NONE);  // an overflow faults
-  return static_cast<char*>(memory) + kPageBytes;
-}
-
-void free_stack(char* stack) { munmap(stack - kPageBytes, kStackBytes + kPageBytes); }
 
 Grid::Grid(const char* kernel, dim3 grid, dim3 block, Body body, void* argument)
     : kernel_(kernel),
@@ -208,10 +195,7 @@ void Grid::start_block(size_t block) {
       if (fiber.tsan != nullptr) used_fibers_.push_back(fiber.tsan);
     }
     fiber.state = State::kReady;
-    getcontext(&fiber.machine);
-    fiber.machine.uc_stack.ss_sp = fiber.stack;
-    fiber.machine.uc_stack.ss_size = kStackBytes;
-    makecontext(&fiber.machine, [] { grid_that_runs->fiber_main(); }, 0);
+    prepare(fiber.place, fiber.stack, kStackBytes, [] { grid_that_runs->fiber_main(); });
   }
 }
 
@@ -258,7 +242,7 @@ void Grid::complete_barrier() {
 bool Grid::complete_exchange(int warp, unsigned mask) {
   Fiber* const lanes = &fibers_[static_cast<size_t>(warp) * kWarpSize];
   const unsigned needed = mask & live_lanes(warp);
-  for (int i = 0; i < kWarpSize; ++i)
+  for (int i = kWarpSize - 1; i >= 0; --i)  // lanes mostly come in order
     if ((needed >> i & 1) != 0 && (lanes[i].state != State::kInWarp || lanes[i].mask != mask)) return false;
   uint64_t received[kWarpSize];
   for (int i = 0; i < kWarpSize; ++i)
@@ -292,7 +276,7 @@ void Grid::resume(Fiber& fiber) {
   context.thread = fiber.index;
   start_switch(&main_fake_stack_, fiber.stack, kStackBytes);
   switch_tsan_fiber(fiber.tsan);
-  swapcontext(&main_, &fiber.machine);
+  switch_place(main_, fiber.place);
   finish_switch(main_fake_stack_, nullptr, nullptr);
 }
 
@@ -300,7 +284,7 @@ void Grid::suspend(bool for_good) {
   Fiber& fiber = *running_;
   start_switch(for_good ? nullptr : &fiber.asan_fake_stack, main_stack_, main_stack_bytes_);
   switch_tsan_fiber(main_tsan_);
-  swapcontext(&fiber.machine, &main_);
+  switch_place(fiber.place, main_);
   finish_switch(fiber.asan_fake_stack, &main_stack_, &main_stack_bytes_);
 }
 
@@ -371,9 +355,10 @@ size_t Grid::count(State state) const {
 }
 
 unsigned Grid::live_lanes(int warp) const {
+  const size_t first = static_cast<size_t>(warp) * kWarpSize;
   unsigned lanes = 0;
-  for (const Fiber& fiber : fibers_)
-    if (fiber.warp == warp && fiber.state != State::kDone) lanes |= 1u << fiber.lane;
+  for (size_t i = first; i < std::min(first + kWarpSize, fibers_.size()); ++i)
+    if (fibers_[i].state != State::kDone) lanes |= 1u << fibers_[i].lane;
   return lanes;
 }
 
@@ -406,6 +391,7 @@ cudaError_t CUDARTAPI cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+  *value = 132;  // multiprocessors, which is all that is asked: an H100's
   return cudaSuccess;
 }
+const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "the emulated runtime refuses this"; }
