@@ -39,9 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def backends_under_test(device: str) -> dict[str, str | None]:
-    """What a test that asks for ``backend`` is run with, each with the reason why it cannot be, if any.
+    """The backends of a device, each with the reason why it cannot be used here, if any.
 
-    The CUDA kernels among them: themselves where the device is a GPU, else emulated (tests/csrc/emulated_backend.py).
+    The CUDA kernels are among them: themselves where the device is a GPU, else emulated (tests/csrc/emulated_backend.py).
     """
     report = backend_report()
     reasons = {name: None if report[name] == "available" else report[name] for name in ("torch", device)}
@@ -50,21 +50,28 @@ def backends_under_test(device: str) -> dict[str, str | None]:
     return reasons
 
 
+BACKEND_ARGUMENTS = ("backend", "compiled_backend")  # of tests; the latter without plain torch
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    of_its_own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "backend" not in metafunc.fixturenames or of_its_own:
-        return
-    parameters = []
-    for name, reason in backends_under_test(metafunc.config.getoption("--device")).items():
-        marks = [pytest.mark.skip(reason=reason)] if reason else []
-        if name == "emulated" and metafunc.definition.get_closest_marker("emulated_nightly"):
-            marks.append(pytest.mark.nightly)
-        parameters.append(pytest.param(name, marks=marks))
-    metafunc.parametrize("backend", parameters)
+    with_values = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    for argument in BACKEND_ARGUMENTS:
+        if argument not in metafunc.fixturenames or any(argument in names for names in with_values):
+            continue
+        parameters = []
+        for name, reason in backends_under_test(metafunc.config.getoption("--device")).items():
+            if name == "torch" and argument == "compiled_backend":
+                continue
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            if name == "emulated" and metafunc.definition.get_closest_marker("emulated_nightly"):
+                marks.append(pytest.mark.nightly)
+            parameters.append(pytest.param(name, marks=marks))
+        metafunc.parametrize(argument, parameters)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "emulated":
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    if "emulated" in [given.get(argument) for argument in BACKEND_ARGUMENTS]:
         emulated_backend.load()
 
 

@@ -2,8 +2,10 @@
 
 megatron-core asks ``try: import transformer_engine except ImportError``. Two installations that are common defeat it: a
 Transformer Engine without its CUDA libraries raises OSError or FileNotFoundError, and the ``apex`` that pip
-installs by that name imports without error but is an unrelated toolkit. So the exact symbols are probed here,
-and ``hide_unusable_dependencies`` makes core see an unusable package as absent.
+installs by that name imports without error but is an unrelated toolkit. A third is no fault of the installation: where
+there is no GPU these packages import, core takes its optimizer from them, and the first optimizer step ends in a CUDA
+error. So a GPU is asked for here, then the exact symbols, and ``hide_unusable_dependencies`` makes core see an unusable
+package as absent.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from dataclasses import dataclass
 # What megatron-core's layers and fused kernels take from each package.
 _TRANSFORMER_ENGINE_SYMBOLS = ("LayerNormLinear", "Linear", "DotProductAttention", "RMSNorm")
 _APEX_MODULES = ("apex.normalization.fused_layer_norm", "amp_C")
-# Built with Apex, but a top-level module of its own; core's linear layers call it for gradient_accumulation_fusion, and
-# refuse that setting without it, Transformer Engine or not.
+# Built with NVIDIA's Apex, but a top-level module of its own; core's linear layers call it for
+# gradient_accumulation_fusion, and refuse that setting without it, Transformer Engine or not.
 _WEIGHT_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
 _WEIGHT_GRADIENT_SYMBOLS = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")
 
@@ -34,8 +36,8 @@ class Availability:
 @functools.cache
 def probe_transformer_engine() -> Availability:
     """Import the Transformer Engine layers that the policy's layer spec is made of. The first answer is kept."""
-    if _is_absent("transformer_engine"):
-        return Availability(False, "transformer_engine is not installed")
+    if reason := _why_not("transformer_engine"):
+        return Availability(False, reason)
     try:
         module = importlib.import_module("transformer_engine.pytorch")
         missing = [symbol for symbol in _TRANSFORMER_ENGINE_SYMBOLS if not hasattr(module, symbol)]
@@ -50,8 +52,8 @@ def probe_transformer_engine() -> Availability:
 @functools.cache
 def probe_apex() -> Availability:
     """Import the compiled Apex modules that core's fused norms and optimizers need. The first answer is kept."""
-    if _is_absent("apex"):
-        return Availability(False, "apex is not installed")
+    if reason := _why_not("apex"):
+        return Availability(False, reason)
     for name in _APEX_MODULES:
         try:
             importlib.import_module(name)
@@ -65,8 +67,8 @@ def probe_apex() -> Availability:
 @functools.cache
 def probe_weight_gradient_fusion() -> Availability:
     """Import the kernel that adds a weight's gradient to its fp32 ``main_grad`` within the matrix product."""
-    if _is_absent(_WEIGHT_GRADIENT_MODULE):
-        return Availability(False, f"{_WEIGHT_GRADIENT_MODULE} (built with NVIDIA's apex) is not installed")
+    if reason := _why_not(_WEIGHT_GRADIENT_MODULE):
+        return Availability(False, reason)
     try:
         module = importlib.import_module(_WEIGHT_GRADIENT_MODULE)
     except Exception as error:
@@ -108,8 +110,13 @@ def define_names_core_lacks_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
-def _is_absent(package: str) -> bool:
-    """True if the package is not on the path, or was hidden earlier."""
-    if package in sys.modules:
-        return sys.modules[package] is None
-    return importlib.util.find_spec(package) is None
+def _why_not(package: str) -> str | None:
+    """Why a package need not be imported to see that it is unusable: it is not there, was hidden, or has no GPU to run on."""
+    absent = sys.modules[package] is None if package in sys.modules else importlib.util.find_spec(package) is None
+    if absent:
+        return f"{package} is not installed"
+    import torch  # after the question that can be answered without
+
+    if not torch.cuda.is_available():
+        return f"{package} is installed, but torch sees no GPU that it could run on"
+    return None

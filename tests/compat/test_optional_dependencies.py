@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 _PROBE = """
 import importlib.util, sys
@@ -30,8 +32,9 @@ _SOURCE = Path(__file__).parents[2] / "megatron_dppo" / "compat" / "optional_dep
 _TRANSFORMER_ENGINE = "LayerNormLinear = Linear = DotProductAttention = RMSNorm = object\n"
 
 
-def _probe(folder: Path, files: dict[str, str], function: str, *imports: str) -> list[str]:
-    for name, text in files.items():
+def _probe(folder: Path, files: dict[str, str], function: str, *imports: str, gpu: bool = True) -> list[str]:
+    torch = {"torch/__init__.py": "import torch.cuda\n", "torch/cuda.py": f"def is_available(): return {gpu}\n"}
+    for name, text in {**torch, **files}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -74,12 +77,36 @@ def test_transformer_engine_without_the_layers_names_them(tmp_path: Path) -> Non
     assert "LayerNormLinear" in reason
 
 
+_PRESENT = {
+    "transformer_engine/__init__.py": "__version__ = '2.9'\n",
+    "transformer_engine/pytorch/__init__.py": _TRANSFORMER_ENGINE,
+    "apex/__init__.py": "",
+    "apex/normalization/__init__.py": "",
+    "apex/normalization/fused_layer_norm.py": "",
+    "amp_C.py": "",
+    "fused_weight_gradient_mlp_cuda.py": "wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp16 = object\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("package", "function"),
+    [
+        ("transformer_engine", "probe_transformer_engine"),
+        ("apex", "probe_apex"),
+        ("fused_weight_gradient_mlp_cuda", "probe_weight_gradient_fusion"),
+    ],
+)
+def test_what_works_on_a_gpu_is_hidden_where_there_is_none_and_not_even_imported(
+    package: str, function: str, tmp_path: Path
+) -> None:
+    files = {name: f"{text}print('{name} was imported')\n" for name, text in _PRESENT.items()}
+    answer = _probe(tmp_path, files, function, package, gpu=False)
+    reason = f"{package} is installed, but torch sees no GPU that it could run on"
+    assert answer == ["False", reason, f"ImportError {package}"]
+
+
 def test_present_transformer_engine(tmp_path: Path) -> None:
-    files = {
-        "transformer_engine/__init__.py": "__version__ = '2.9'\n",
-        "transformer_engine/pytorch/__init__.py": _TRANSFORMER_ENGINE,
-    }
-    answer = _probe(tmp_path, files, "probe_transformer_engine", "transformer_engine.pytorch")
+    answer = _probe(tmp_path, _PRESENT, "probe_transformer_engine", "transformer_engine.pytorch")
     assert answer == ["True", "transformer_engine 2.9", "imports transformer_engine.pytorch"]
 
 
@@ -91,13 +118,7 @@ def test_the_unrelated_package_called_apex_is_unusable_and_hidden_from_core(tmp_
 
 
 def test_present_apex(tmp_path: Path) -> None:
-    files = {
-        "apex/__init__.py": "",
-        "apex/normalization/__init__.py": "",
-        "apex/normalization/fused_layer_norm.py": "",
-        "amp_C.py": "",
-    }
-    usable, _, imported = _probe(tmp_path, files, "probe_apex", "apex")
+    usable, _, imported = _probe(tmp_path, _PRESENT, "probe_apex", "apex")
     assert usable == "True"
     assert imported == "imports apex"
 
@@ -128,3 +149,30 @@ def test_the_weight_gradient_kernel_is_probed_without_apex(
 
 def test_an_absent_weight_gradient_kernel(tmp_path: Path) -> None:
     assert "not installed" in _probe(tmp_path, {}, "probe_weight_gradient_fusion")[1]
+
+
+_WHERE_CORE_GOT_ITS_OPTIMIZER = """
+import megatron_dppo.training
+from megatron.core.optimizer import Adam, clip_grads
+print(Adam.__module__, clip_grads.l2_norm_impl.__module__)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_core_takes_no_optimizer_that_needs_a_gpu_where_there_is_none(tmp_path: Path) -> None:
+    """Transformer Engine imports on such a machine, and its optimizer's first step is a CUDA error."""
+    optimizers = "FusedAdam = FusedSGD = multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = object\n"
+    files = {**_PRESENT, "transformer_engine/pytorch/optimizers.py": optimizers}
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", _WHERE_CORE_GOT_ITS_OPTIMIZER],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{_SOURCE.parents[2]}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.stdout.split() == ["torch.optim.adamw", "megatron.core.utils"], done.stderr
