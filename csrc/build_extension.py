@@ -60,6 +60,9 @@ def extension_modules() -> list[Any]:
         settings["include_dirs"].append(str(cuda_home / "include"))
         settings["library_dirs"] = [str(cuda_home / "lib64")]
         settings["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+        if _needs_c10_cuda():
+            macros.append(("DPPO_STREAM_OF_C10_CUDA", "1"))
+            settings["libraries"].append("c10_cuda")
     sources = [CSRC / "module.cpp", *(path for folder in ("operators", "cpu") for path in sorted((CSRC / folder).glob("*.cpp")))]
     relative = [os.path.relpath(source, CSRC.parent) for source in sources]
     # The servers' process has its own OpenMP runtime, and no need of ours.
@@ -159,11 +162,26 @@ def _has_headers(cuda_home: Path) -> bool:
 
 
 def _cuda_home_if_wanted() -> Path | None:
+    """The toolkit to build CUDA kernels with; None to build without."""
+    import torch
+
     wanted = _choice("MEGATRON_DPPO_CUDA")
     cuda_home = None if wanted == "0" else find_cuda_home()
     if wanted == "1" and cuda_home is None:
         raise RuntimeError("MEGATRON_DPPO_CUDA=1, but there is no CUDA toolkit: put nvcc on PATH or set CUDA_HOME")
+    if cuda_home is not None and _needs_c10_cuda() and torch.version.cuda is None:
+        if wanted == "1":
+            raise RuntimeError(f"MEGATRON_DPPO_CUDA=1, but torch {torch.__version__} is a CPU build and older than 2.11")
+        return None  # no tensor of this torch is ever on a GPU
     return cuda_home
+
+
+def _needs_c10_cuda() -> bool:
+    """Whether torch is older than c10::Stream::native_handle(), which came with 2.11."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) < (2, 11)
 
 
 def _choice(variable: str) -> str:

@@ -1,4 +1,4 @@
-"""What csrc/binding.cpp compiles to. Importing it registers torch.ops.megatron_dppo.
+"""What csrc/module.cpp and csrc/operators compile to. Importing it registers torch.ops.megatron_dppo.
 
 Attributes:
     cuda_archs: such as ``"80;90a;100+PTX"``; empty where only the CPU kernels are in.

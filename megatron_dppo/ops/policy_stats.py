@@ -107,8 +107,13 @@ def vocab_parallel_policy_stats(
     shard = VocabShard.locate(logits.shape[-1], vocab_size, tp_group)
     if checks == "now":
         check_ids(ids, selection, shape, shard.vocab_size)
+    # Autograd gives the gradient the shape of the logits again. Where they had to be copied, it is the copy that is kept, and
+    # that a gradient in place overwrites.
+    logits_NV = as_matrix(logits)
+    if inplace_backward:
+        _check_rows_apart(logits_NV)
     results = _PolicyStatsFunction.apply(
-        logits, *ids, *selection, shard, float(temperature), inplace_backward, choose_backend(backend, logits)
+        logits_NV, *ids, *selection, shard, float(temperature), inplace_backward, choose_backend(backend, logits)
     )
     return shaped_stats(results, shape, has_topk=topk_ids is not None)
 
@@ -132,7 +137,7 @@ class _PolicyStatsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: torch.Tensor,
+        logits_NV: torch.Tensor,
         target_n: torch.Tensor,
         topk_ids_nK: torch.Tensor | None,
         rows: torch.Tensor | None,
@@ -142,16 +147,11 @@ class _PolicyStatsFunction(torch.autograd.Function):
         inplace: bool,
         backend: Backend,
     ) -> tuple[torch.Tensor, ...]:
-        logits_NV, selection = as_matrix(logits), RowSelection(rows, mask)
-        if inplace:
-            _check_rows_apart(logits_NV)
+        selection = RowSelection(rows, mask)
         partials_nC = backend.shard_partials(logits_NV, TokenIds(target_n, topk_ids_nK), selection, shard, temperature)
         merged = backend.merge_shards(gather_shards(partials_nC, shard.group), mask)
 
-        # If the logits could not be viewed as a matrix, keep the copy: it is what an in-place gradient may overwrite.
-        kept = logits if logits_NV.data_ptr() == logits.data_ptr() else logits_NV
-        ctx.save_for_backward(kept, target_n, rows, mask, *merged.state)
-        ctx.logits_shape = logits.shape
+        ctx.save_for_backward(logits_NV, target_n, rows, mask, *merged.state)
         ctx.shard, ctx.temperature, ctx.inplace, ctx.backend = shard, temperature, inplace, backend
         ctx.mark_non_differentiable(merged.collision, merged.topk_log_prob)
         ctx.set_materialize_grads(False)
@@ -162,8 +162,8 @@ class _PolicyStatsFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any) -> Any:
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 9
-        kept, target_n, rows, mask, *state_n = ctx.saved_tensors
-        logits_NV, selection = kept.detach().view(-1, kept.shape[-1]), RowSelection(rows, mask)
+        saved_NV, target_n, rows, mask, *state_n = ctx.saved_tensors
+        logits_NV, selection = saved_NV.detach(), RowSelection(rows, mask)
         num_rows = logits_NV.shape[0]
         grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         # Every row is written, with 0 where it was not selected: the few numbers of each row are spread out for that.
@@ -178,4 +178,4 @@ class _PolicyStatsFunction(torch.autograd.Function):
             ctx.shard,
             ctx.temperature,
         )
-        return (grad_NV.view(ctx.logits_shape), *(None,) * 8)
+        return (grad_NV, *(None,) * 8)

@@ -21,6 +21,21 @@ def test_different_dtypes_are_compared_in_the_wider(kind: str, backend: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["tv", "kl"])
+def test_wide_rows_are_those_of_the_definition(kind: str, backend: str) -> None:
+    """Several segments of each row on a GPU, whose parts are added up."""
+    vocab = 40_001
+    policy, rollout = 3 * torch.randn(2, 3, vocab + 2)
+    got = vocab_parallel_divergence(policy, rollout, kind=kind, vocab_size=vocab, backend=backend)
+    log_pi, log_mu = (logits[:, :vocab].double().log_softmax(-1) for logits in (policy, rollout))
+    mu, pi = log_mu.exp(), log_pi.exp()
+    terms = mu * (log_mu - log_pi) if kind == "kl" else 0.5 * (mu - pi).abs()
+    # As in test_policy_stats.py, the sums' roundings; and each exponent's, which scales a probability by 30 * 2^-24 at most.
+    error = 4 * (vocab / 16) ** 0.5 * 2.0**-24 + 30 * 2.0**-24
+    allowed = error * (terms.abs() + mu + pi).sum(-1)
+    assert bool(((got.double() - terms.sum(-1)).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("kind", ["tv", "kl"])
 def test_rows_and_a_mask_of_them_are_the_same(kind: str, backend: str) -> None:
     mask = torch.tensor([[True, False, True], [False, False, True]])
     policy, rollout = torch.randn(2, 2, 3, 17)

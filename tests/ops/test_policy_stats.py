@@ -59,6 +59,33 @@ def test_values_and_gradients_are_those_of_the_definition(
     assert not stats.topk_log_prob.requires_grad
 
 
+# Four segments of each row on a GPU, whose last block merges them; rows that begin at odd places; vectors with a rest.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_rows_are_those_of_the_definition(dtype: torch.dtype, backend: str) -> None:
+    vocab, temperature = 40_001, 0.8
+    logits = (3 * torch.randn(3, vocab + 2)).to(dtype).requires_grad_()
+    target, ids = torch.tensor([0, 20_000, vocab - 1]), torch.randint(0, vocab, (3, 2))
+    stats = stats_of(backend, logits, target, ids, temperature=temperature, vocab_size=vocab)
+    exact = logits.detach().double().requires_grad_()
+    expected = dense(exact[:, :vocab], target, ids, temperature)
+    # No sum has more than vocab / 16 additions in a row; their roundings add up like a random walk, of which four times the
+    # typical length is allowed: that is the error of a sum, and of what is a sum's logarithm or scaled by one.
+    sums = 4 * (vocab / 16) ** 0.5 * 2.0**-24
+    for ours, theirs in zip(stats, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=sums, atol=sums)
+    g1, g2 = torch.randn(2, 3)
+    (grad,) = torch.autograd.grad((g1 * stats.log_prob + g2 * stats.entropy).sum(), logits)
+    (expected_grad,) = torch.autograd.grad((g1 * expected.log_prob + g2 * expected.entropy).sum(), exact)
+    rounded = torch.finfo(dtype).eps / 2
+    # A probability's exponent, at most 30, is rounded before it is taken; log p + entropy may be nearly 0.
+    torch.testing.assert_close(
+        grad.double(),
+        expected_grad,
+        rtol=rounded + sums + 30 * 2.0**-24,
+        atol=2 * sums * float(expected_grad.abs().max()),
+    )
+
+
 def test_gradcheck_in_float64() -> None:
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     target, mask = torch.tensor([1, 5, 0]), torch.tensor([True, False, True])

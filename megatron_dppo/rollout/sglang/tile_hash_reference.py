@@ -36,7 +36,7 @@ def tile_hash(
     first_words: Sequence[int],
     first_tiles: Sequence[int],
 ) -> None:
-    """The operator ``torch.ops.megatron_dppo.tile_hash`` (csrc/binding.cpp), but for its checks.
+    """The operator ``torch.ops.megatron_dppo.tile_hash`` (csrc/operators/tile_hash.cpp), but for its checks.
 
     Args:
         sums: int32 [2, tiles], to which the sums of every piece's words are added, modulo 2**32.

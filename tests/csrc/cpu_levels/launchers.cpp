@@ -15,7 +15,7 @@ DPPO_EXPORT void merge_partials(const MergeArguments* args) { cpu::merge_partial
 DPPO_EXPORT void policy_backward(const BackwardArguments* args) { cpu::policy_backward(*args); }
 DPPO_EXPORT void shard_divergence(const DivergenceArguments* args) { cpu::shard_divergence(*args); }
 DPPO_EXPORT void tile_hash(const TileHashArguments* args) { cpu::tile_hash(*args); }
-// How the launcher's caller sees a piece (csrc/binding.cpp).
+// How the launcher's caller sees a piece (csrc/operators/tile_hash.cpp).
 DPPO_EXPORT void describe_piece(TilePiece* piece, const TileMatrix* matrix, int64_t first_word, int64_t first_tile,
                                 int64_t first_task) {
   *piece = tile_piece(*matrix, first_word, first_tile, first_task);

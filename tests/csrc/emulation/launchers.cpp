@@ -63,7 +63,7 @@ DPPO_EXPORT const char* emulated_token_objective(const TokenObjectiveArguments* 
 DPPO_EXPORT const char* emulated_tile_hash(const TileHashArguments* args) {
   return guarded([&] { return cuda::launch_tile_hash(*args, nullptr); });
 }
-// How the launcher's caller sees a piece (csrc/binding.cpp).
+// How the launcher's caller sees a piece (csrc/operators/tile_hash.cpp).
 DPPO_EXPORT void describe_piece(TilePiece* piece, const TileMatrix* matrix, int64_t first_word, int64_t first_tile,
                                 int64_t first_task) {
   *piece = tile_piece(*matrix, first_word, first_tile, first_task);
