@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
@@ -114,12 +113,11 @@ def add_backend(backend: Backend) -> None:
 
 def backend_report() -> dict[str, str]:
     """Every backend and whether it can be used here: ``"available"``, or the reason why not."""
-    native, reason = _native_module()
     report = {"torch": "available"}
     for device in ("cpu", "cuda"):
-        if native is None:
-            report[device] = str(reason)
-        elif device not in native.DEVICES:
+        if _NATIVE is None:
+            report[device] = str(_WHY_NOT_NATIVE)
+        elif device not in _NATIVE.DEVICES:
             report[device] = f"megatron_dppo._C was built without kernels for {device}"
         elif device == "cuda" and not torch.cuda.is_available():
             report[device] = "compiled in, but torch sees no CUDA device"
@@ -130,8 +128,7 @@ def backend_report() -> dict[str, str]:
 
 def native_operators(device: torch.device) -> Any | None:
     """``torch.ops.megatron_dppo`` where it is built and has kernels for the device; else None."""
-    native, _ = _native_module()
-    return None if native is None or device.type not in native.DEVICES else native.operators
+    return None if _NATIVE is None or device.type not in _NATIVE.DEVICES else _NATIVE.operators
 
 
 def cpu_kernel_level() -> str:
@@ -139,12 +136,10 @@ def cpu_kernel_level() -> str:
 
     Empty without compiled kernels, and for those of other processors.
     """
-    native, _ = _native_module()
-    return native.CPU_LEVEL if native is not None else ""
+    return _NATIVE.CPU_LEVEL if _NATIVE is not None else ""
 
 
-@cache
-def _native_module() -> tuple[ModuleType | None, str | None]:
+def _import_native_module() -> tuple[ModuleType | None, str | None]:
     """ops/native_backend.py, or why it cannot be used."""
     try:
         return importlib.import_module("megatron_dppo.ops.native_backend"), None
@@ -154,17 +149,20 @@ def _native_module() -> tuple[ModuleType | None, str | None]:
         # Built, but for another torch, interpreter or version of this package: falling back in silence would cost a
         # factor of many.
         reason = f"the extension megatron_dppo._C does not load ({error})"
-        warnings.warn(f"{reason}; the slower plain-torch kernels are used", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{reason}; the slower plain-torch kernels are used", RuntimeWarning, stacklevel=2)
         return None, reason
+
+
+# At import: torch.compile cannot look into one.
+_NATIVE, _WHY_NOT_NATIVE = _import_native_module()
 
 
 def _compiled_backend(name: str, device: torch.device) -> tuple[Backend | None, str | None]:
     """The compiled kernels for a device, or why they cannot be used; ``name`` is that of the backend asked for."""
-    native, reason = _native_module()
-    if native is None:
-        return None, reason
+    if _NATIVE is None:
+        return None, _WHY_NOT_NATIVE
     if name not in ("auto", device.type):
         return None, f"the logits are on {device}"
-    if device.type not in native.DEVICES:
+    if device.type not in _NATIVE.DEVICES:
         return None, f"megatron_dppo._C was built without kernels for {device.type}"
-    return native.NativeBackend(device.type), None
+    return _NATIVE.NativeBackend(device.type), None

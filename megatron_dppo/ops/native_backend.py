@@ -19,7 +19,8 @@ import megatron_dppo._C as _C
 from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.shard_merge import MergedRows
 
-operators = torch.ops.megatron_dppo
+NAMESPACE = "megatron_dppo"  # of the operators
+operators = getattr(torch.ops, NAMESPACE)
 if not hasattr(operators, "tile_hash"):
     raise ImportError("it was built by an older version of this package: build it again")
 if not _C.cpu_level_is_supported:
@@ -38,8 +39,13 @@ class NativeBackend:
     """The compiled kernels of one kind of device; ``name`` is ``cpu`` or ``cuda``. The methods are those of ``Backend``."""
 
     name: str
+    namespace: str = NAMESPACE
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    operators: Any = operators
+
+    @property
+    def operators(self) -> Any:
+        """See Backend. Looked up at each use, as torch.compile asks for."""
+        return getattr(torch.ops, self.namespace)
 
     def shard_partials(
         self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
@@ -162,4 +168,4 @@ def register_shapes(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", shapes)
 
 
-register_shapes("megatron_dppo")
+register_shapes(NAMESPACE)

@@ -45,7 +45,7 @@ def load() -> None:
         _compile(library)
         torch.ops.load_library(str(library))
     register_shapes(NAMESPACE)
-    add_backend(NativeBackend("emulated", operators=getattr(torch.ops, NAMESPACE)))
+    add_backend(NativeBackend("emulated", NAMESPACE))
 
 
 def _compile(library: Path) -> None:
