@@ -71,6 +71,22 @@ def test_they_say_what_their_names_say(backend: str) -> None:
     assert final["entropy"] == pytest.approx(float(entropy.mean()))
 
 
+def test_many_tokens_are_added_up_as_the_definition_says(compiled_backend: str) -> None:
+    """More than one block of a GPU has, so blocks' totals are added up as well."""
+    n, vocab = 600, 5
+    logits = 2 * torch.randn(n, vocab)
+    target = torch.randint(0, vocab, (n,))
+    log_mu = (logits + 0.5 * torch.randn(n, vocab)).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    inputs = LossInputs(target=target, loss_mask=None, advantages=torch.randn(n), rollout_log_probs=log_mu)
+    ours, defined = (
+        DPPOLoss(DPPOConfig(), vocab_size=vocab, backend=backend)(logits, inputs).metrics
+        for backend in (compiled_backend, "torch")
+    )
+    assert torch.equal(ours.histogram, defined.histogram)
+    # Totals are float64 sums of values of order 1 that are rounded to fp32, and of logarithms and exponentials of such.
+    assert ours.finalize() == pytest.approx(defined.finalize(), rel=1e-5, abs=1e-6)
+
+
 def of_divergences(divergence: torch.Tensor) -> MetricSums:
     where = torch.ones_like(divergence, dtype=torch.bool)
     return MetricSums(
