@@ -63,7 +63,10 @@ def extension_modules() -> list[Any]:
         if _needs_c10_cuda():
             macros.append(("DPPO_STREAM_OF_C10_CUDA", "1"))
             settings["libraries"].append("c10_cuda")
-    sources = [CSRC / "module.cpp", *(path for folder in ("operators", "cpu") for path in sorted((CSRC / folder).glob("*.cpp")))]
+    sources = [
+        CSRC / "module.cpp",
+        *(path for folder in ("operators", "cpu") for path in sorted((CSRC / folder).glob("*.cpp"))),
+    ]
     relative = [os.path.relpath(source, CSRC.parent) for source in sources]
     # The servers' process has its own OpenMP runtime, and no need of ours.
     server_flags = [flag for flag in flags if flag != "-fopenmp"]
@@ -171,7 +174,9 @@ def _cuda_home_if_wanted() -> Path | None:
         raise RuntimeError("MEGATRON_DPPO_CUDA=1, but there is no CUDA toolkit: put nvcc on PATH or set CUDA_HOME")
     if cuda_home is not None and _needs_c10_cuda() and torch.version.cuda is None:
         if wanted == "1":
-            raise RuntimeError(f"MEGATRON_DPPO_CUDA=1, but torch {torch.__version__} is a CPU build and older than 2.11")
+            raise RuntimeError(
+                f"MEGATRON_DPPO_CUDA=1, but torch {torch.__version__} is a CPU build and older than 2.11"
+            )
         return None  # no tensor of this torch is ever on a GPU
     return cuda_home
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import tests.hypothesis_profiles  # noqa: F401  loads one
+from megatron_dppo.compat.optional_dependencies import hide_unusable_dependencies
 from megatron_dppo.ops.backend import backend_report
 from tests.csrc import emulated_backend
 from tests.rank_pool import RankPools
 
+hide_unusable_dependencies()  # before a test imports megatron.core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

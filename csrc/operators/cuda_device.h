@@ -1,6 +1,7 @@
 // Where the CUDA kernels run. Guard and stream come from c10's device-neutral interface: no CUDA header or library of
 // torch is needed, so that the operators compile, link and import against a CPU build of torch too. torch before 2.11
-// does not hand out a stream's handle there; build_extension.py then sets DPPO_STREAM_OF_C10_CUDA and links libc10_cuda.
+// does not hand out a stream's handle there; build_extension.py then sets DPPO_STREAM_OF_C10_CUDA and links
+// libc10_cuda.
 //
 // DPPO_HOST_EMULATION (tests/csrc/emulation): the operators take tensors on the CPU for such on a GPU.
 #pragma once

@@ -88,11 +88,9 @@ def choose_backend(name: str, logits: torch.Tensor) -> Backend:
     Raises:
         BackendUnavailableError: the name is unknown, or that backend cannot be used for these logits.
     """
-    if name not in (*BACKENDS, *_ADDED):
+    if name not in BACKENDS and name not in _OTHERS:
         raise BackendUnavailableError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
-    if name == "torch":
-        return torch_backend
-    backend, reason = (_ADDED[name], None) if name in _ADDED else _compiled_backend(name, logits.device)
+    backend, reason = (_OTHERS[name], None) if name in _OTHERS else _compiled_backend(name, logits.device)
     if backend is not None and logits.dtype in backend.dtypes:
         return backend
     if name == "auto":
@@ -101,14 +99,14 @@ def choose_backend(name: str, logits: torch.Tensor) -> Backend:
     raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}. Use 'torch' or 'auto'")
 
 
-_ADDED: dict[str, Backend] = {}
+_OTHERS: dict[str, Backend] = {"torch": torch_backend}  # than the compiled kernels of the logits' device
 
 
 def add_backend(backend: Backend) -> None:
     """Let ``choose_backend`` find a backend that is not this package's, by its name; ``auto`` never takes it."""
     if backend.name in BACKENDS:
         raise ValueError(f"{backend.name!r} is the name of one of this package's backends")
-    _ADDED[backend.name] = backend
+    _OTHERS[backend.name] = backend
 
 
 def backend_report() -> dict[str, str]:

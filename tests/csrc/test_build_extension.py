@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests.csrc.cpu_level_library import CSRC, load_build
 
@@ -98,6 +99,33 @@ def test_architectures_can_be_chosen(build: ModuleType, monkeypatch: pytest.Monk
     monkeypatch.setenv("MEGATRON_DPPO_CUDA_ARCHS", "90a; 120+PTX")
     flags = [build._gencode(arch) for arch in build.cuda_archs()]
     assert flags == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_120,code=[sm_120,compute_120]"]
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "kernels", "c10_cuda"),
+    [("2.11.0", None, True, False), ("2.10.0+cu128", "12.8", True, True), ("2.6.0", None, False, False)],
+)
+def test_an_older_torch_gives_its_stream_by_its_cuda_library(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    version: str,
+    cuda: str | None,
+    kernels: bool,
+    c10_cuda: bool,
+) -> None:
+    """Of the CPU build of one there is no such library, nor ever a tensor on a GPU."""
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(build, "find_cuda_home", lambda: tmp_path)
+    extension = build.extension_modules()[0]
+    macros = dict(extension.define_macros)
+    assert ("DPPO_WITH_CUDA" in macros) == kernels
+    assert ("DPPO_STREAM_OF_C10_CUDA" in macros) == ("c10_cuda" in extension.libraries) == c10_cuda
+    monkeypatch.setenv("MEGATRON_DPPO_CUDA", "1")
+    if not kernels:
+        with pytest.raises(RuntimeError, match=r"torch 2.6.0 is a CPU build and older than 2.11"):
+            build.extension_modules()
 
 
 @pytest.mark.slow

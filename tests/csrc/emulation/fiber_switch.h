@@ -1,7 +1,7 @@
 // Where a fiber is, and going from one to another.
 //
-// swapcontext asks the kernel twice at every switch (it saves the signal mask), which was nine tenths of a kernel's time.
-// Once a fiber runs, switches are jumps. Sanitizers watch swapcontext and would take such jumps for errors.
+// swapcontext asks the kernel twice at every switch (it saves the signal mask), which was nine tenths of a kernel's
+// time. Once a fiber runs, switches are jumps. Sanitizers watch swapcontext and would take such jumps for errors.
 #pragma once
 
 #include <setjmp.h>
