@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from dataclasses import dataclass
 
 # What megatron-core's layers and fused kernels take from each package.
@@ -92,6 +93,13 @@ def hide_unusable_dependencies() -> None:
     ):
         if availability.usable:
             continue
+        if _optimizer_is_from(package):
+            warnings.warn(
+                f"megatron.core was imported before megatron_dppo.training and takes its optimizer from {package}, which "
+                f"cannot be used ({availability.reason}): import megatron_dppo.training first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
             sys.modules[name] = None  # type: ignore[assignment]
         # The documented meaning of None: importing the name raises ModuleNotFoundError.
@@ -108,6 +116,12 @@ def define_names_core_lacks_without_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _optimizer_is_from(package: str) -> bool:
+    """Whether core has been imported, and has chosen."""
+    optimizer = getattr(sys.modules.get("megatron.core.optimizer"), "Adam", None)
+    return getattr(optimizer, "__module__", "").partition(".")[0] == package
 
 
 def _why_not(package: str) -> str | None:

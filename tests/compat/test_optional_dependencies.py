@@ -32,14 +32,16 @@ _SOURCE = Path(__file__).parents[2] / "megatron_dppo" / "compat" / "optional_dep
 _TRANSFORMER_ENGINE = "LayerNormLinear = Linear = DotProductAttention = RMSNorm = object\n"
 
 
-def _probe(folder: Path, files: dict[str, str], function: str, *imports: str, gpu: bool = True) -> list[str]:
+def _probe(
+    folder: Path, files: dict[str, str], function: str, *imports: str, gpu: bool = True, before: str = ""
+) -> list[str]:
     torch = {"torch/__init__.py": "import torch.cuda\n", "torch/cuda.py": f"def is_available(): return {gpu}\n"}
     for name, text in {**torch, **files}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     # -S: no installed packages, only the standard library and the fakes.
-    command = [sys.executable, "-S", "-c", _PROBE, str(_SOURCE), function, *imports]
+    command = [sys.executable, "-S", "-c", before + _PROBE, str(_SOURCE), function, *imports]
     done = subprocess.run(
         command, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=60, check=False
     )
@@ -149,6 +151,18 @@ def test_the_weight_gradient_kernel_is_probed_without_apex(
 
 def test_an_absent_weight_gradient_kernel(tmp_path: Path) -> None:
     assert "not installed" in _probe(tmp_path, {}, "probe_weight_gradient_fusion")[1]
+
+
+def test_core_that_chose_before_is_reported(tmp_path: Path) -> None:
+    files = {
+        "transformer_engine/__init__.py": "class FusedAdam: pass\n",
+        "megatron/core/optimizer.py": "from transformer_engine import FusedAdam as Adam\nmulti = Adam\n",
+    }
+    before = "import megatron.core.optimizer, warnings; warnings.simplefilter('error')\n"
+    with pytest.raises(
+        AssertionError, match=r"takes its optimizer from transformer_engine, which cannot be used .* first"
+    ):
+        _probe(tmp_path, files, "probe_transformer_engine", before=before, gpu=False)
 
 
 _WHERE_CORE_GOT_ITS_OPTIMIZER = """
