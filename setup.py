@@ -93,7 +93,7 @@ setup(
     packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
     package_data={"megatron_dppo": ["py.typed", "*.pyi"]},
     **native_extension(),
-    # The one place that says so. From 2.11 on the kernels' stream comes without torch's CUDA library: csrc/build_extension.py.
+    # The one place that says so. csrc/build_extension.py says what is different before 2.11.
     install_requires=["torch>=2.6"],
     extras_require=EXTRAS,
 )

@@ -1,4 +1,4 @@
-"""Policy statistics of whole logits: right values and gradients, in place on request, nothing outside the mask touched."""
+"""Policy statistics of whole logits: right values and gradients, nothing outside the mask touched."""
 
 from __future__ import annotations
 
@@ -11,26 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dppo import PolicyStats, vocab_parallel_policy_stats
+from megatron_dppo import vocab_parallel_policy_stats
 from megatron_dppo.ops import torch_backend
-
-
-def dense(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> PolicyStats:
-    """The definition, in float64."""
-    log_p = (logits.double() / temperature).log_softmax(-1)
-    p = log_p.exp()
-    return PolicyStats(
-        log_p.gather(-1, target[..., None])[..., 0],
-        -torch.where(p > 0, p * log_p, 0.0).sum(-1),
-        p.square().sum(-1),
-        log_p.gather(-1, ids),
-    )
-
-
-def stats_of(
-    backend: str, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor | None = None, **kw: Any
-) -> PolicyStats:
-    return vocab_parallel_policy_stats(logits, target, topk_ids=ids, backend=backend, **kw)
+from tests.ops.dense_statistics import dense, stats_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -171,76 +154,12 @@ def test_padded_columns_are_not_vocabulary(backend: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inplace_backward_writes_into_the_logits_storage(masked: bool, dtype: torch.dtype, backend: str) -> None:
-    source = torch.randn(2, 3, 10).to(dtype).requires_grad_()
-    target = torch.randint(0, 8, (2, 3))
-    mask = torch.tensor([[True, False, True], [True, True, False]]) if masked else None
-    grads, address = {}, 0
-    for inplace in (False, True):
-        logits = source * 1
-        seen = []
-        logits.register_hook(lambda grad, seen=seen: seen.append(grad.data_ptr()))
-        stats = stats_of(backend, logits, target, vocab_size=8, token_mask=mask, inplace_backward=inplace)
-        address = logits.data_ptr()
-        (grads[inplace],) = torch.autograd.grad(stats.log_prob.sum() + stats.entropy.sum(), source)
-        assert (seen[0] == address) == inplace
-    assert torch.equal(grads[True], grads[False])
-
-
-@pytest.mark.parametrize("other", ["a loss that saved them", "a second loss in place", "the same loss again"])
-def test_inplace_backward_is_an_error_where_the_logits_are_needed_afterwards(other: str, backend: str) -> None:
-    source = torch.randn(3, 4, requires_grad=True)
-    logits, target = source * 1, torch.tensor([0, 1, 2])
-    stats = stats_of(backend, logits, target, inplace_backward=True)
-    later = {
-        "a loss that saved them": lambda: logits.square().sum(),
-        "a second loss in place": lambda: stats_of(backend, logits, target, inplace_backward=True).entropy.sum(),
-        "the same loss again": lambda: stats.log_prob.sum(),
-    }[other]()
-    stats.log_prob.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        later.backward()
-
-
-@pytest.mark.parametrize(
-    "make", [lambda x: x.expand(3, 5), lambda x: x.as_strided((2, 3), (1, 1))], ids=["expanded", "overlapping"]
-)
-def test_rows_that_share_memory_are_not_written(make: Callable[[torch.Tensor], torch.Tensor], backend: str) -> None:
-    source = torch.randn(1, 5, requires_grad=True)
-    shared, apart = make(source * 1), make(source * 1).contiguous()
-    target = torch.zeros(shared.shape[0], dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"rows of the logits share memory .*: pass logits.contiguous\(\)"):
-        stats_of(backend, shared, target, inplace_backward=True)
-    grads = []
-    for logits, inplace in ((shared, False), (apart, True)):
-        stats = stats_of(backend, logits, target, inplace_backward=inplace)
-        grads += torch.autograd.grad(stats.log_prob.sum() + stats.entropy.sum(), source, retain_graph=True)
-    # Sums of at most 5 terms below 1, in the kernels' order and over rows.
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("masked", [False, True])
 def test_no_top_k_ids_give_no_top_k_log_probs(masked: bool, backend: str) -> None:
     logits, target = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
     mask = torch.tensor([[True, False, True], [False, False, True]]) if masked else None
     stats = stats_of(backend, logits, target, torch.zeros(2, 3, 0, dtype=torch.int64), token_mask=mask)
     assert stats.topk_log_prob is not None
     assert stats.topk_log_prob.shape == (2, 3, 0)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_non_contiguous_logits(inplace: bool, backend: str) -> None:
-    base = torch.randn(6, 4, 9)
-    target = torch.randint(0, 9, (4, 5))
-    for make in (lambda x: x[1:].transpose(0, 1), lambda x: x.permute(1, 2, 0).contiguous().transpose(1, 2)[:, :5]):
-        x = base.clone().requires_grad_()
-        view = make(x * 1)
-        assert not view.is_contiguous()
-        stats_of(backend, view, target, inplace_backward=inplace).log_prob.sum().backward()
-        y = base.clone().requires_grad_()
-        stats_of(backend, make(y * 1).contiguous(), target).log_prob.sum().backward()
-        assert torch.equal(x.grad, y.grad)
 
 
 def test_temporaries_are_bounded_whatever_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
