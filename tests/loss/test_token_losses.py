@@ -11,11 +11,8 @@ import torch
 from megatron_dppo import DPPOConfig, DPPOLoss, TokenLosses, token_losses, vocab_parallel_policy_stats
 from megatron_dppo.errors import ConfigError, LossInputError
 from megatron_dppo.loss.config import TRUST_REGIONS
-from megatron_dppo.ops.backend import backend_report
 from tests.device_waits import DeviceWaits
 from tests.loss.scenario import VOCAB, Scenario, make_scenario
-
-BACKENDS = [name for name in ("torch", "cpu") if backend_report()[name] == "available"]
 
 
 def call(scenario: Scenario, config: DPPOConfig, logits: torch.Tensor, **options: Any) -> TokenLosses:
@@ -28,7 +25,6 @@ def call(scenario: Scenario, config: DPPOConfig, logits: torch.Tensor, **options
     return token_losses(config, stats.log_prob, **{**fields, **options})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["binary_tv", "binary_kl"])
 @pytest.mark.parametrize("trust_region", TRUST_REGIONS)
 def test_it_is_the_whole_loss_token_by_token(trust_region: str, divergence: str, backend: str) -> None:
@@ -104,7 +100,6 @@ def test_a_policys_nan_is_found_and_a_token_without_probability_is_none() -> Non
     assert bool(log_probs.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("checks", ["deferred", "off"])
 def test_it_does_not_wait_for_the_device(checks: str, backend: str) -> None:
     scenario = make_scenario()
