@@ -301,7 +301,6 @@ def test_accumulation_into_main_grad(main_dtype: torch.dtype, elements: int) -> 
     g1, g2 = incoming(stats.log_prob.shape)
     (g1 * stats.log_prob + g2 * stats.entropy).sum().backward()
     assert weight.grad_added_to_main_grad
-    assert (weight.grad.dtype, weight.grad.device) == (weight.dtype, weight.device)
     assert not weight.grad.any()
     tiles = -(-60 * 40 // elements)
     allowed = _other_order(torch.bfloat16, tiles) * gradient.norm()
