@@ -66,6 +66,7 @@ EXTRAS["dev"] = sorted(
             for requirement in EXTRAS[name]
         ),
         "coverage>=7.10",
+        "mutmut==3.8.1",  # tools/check/mutation_score.py reads the files that it leaves
         "ruff>=0.6",
         "mypy>=1.11",
         "clang-format>=18",

@@ -6,9 +6,11 @@ in their environment; everything else is as if they had been started from a shel
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing as mp
 import os
+import random
 import runpy
 import socket
 import sys
@@ -35,14 +37,18 @@ _given_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """One that nobody uses, and that was not given before: its user may not have taken it yet."""
+    """One that nobody uses, and that was not given before: its user may not have taken it yet.
+
+    Nor may it be one that the system gives away, to the near end of somebody's connection.
+    """
+    first_given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port
+        port = random.SystemRandom().randrange(10000, first_given_away)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -14,3 +14,6 @@ import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 import megatron_dppo.rollout.embedded.engine
 import megatron_dppo.training.run  # noqa: F401
 import tests.rank_pool  # noqa: F401
+from megatron_dppo.ops.backend import backend_report
+
+backend_report()  # the compiled kernels, where they are built: torch takes half a second to learn of their operators

@@ -287,6 +287,15 @@ def test_an_adapter_needs_its_framework_and_torch_alone(fresh: Fresh) -> None:
     assert code == 0, said
 
 
+def test_a_process_that_grades_imports_no_torch() -> None:
+    code = (
+        "import sys, megatron_dppo, megatron_dppo.tasks.scoring_worker\n"
+        "print(hasattr(megatron_dppo, 'no_such_name'), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
 @pytest.mark.parametrize(
     "statement",
     [

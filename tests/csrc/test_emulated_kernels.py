@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,36 +67,45 @@ def run_driver(library: Path, way: str, order: str = "forward") -> tuple[bool, s
     return done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled sources are kept: a seeded bug compiles the files that it is in, and no others."""
-    return tmp_path_factory.mktemp("emulation_objects")
+Said = Callable[..., tuple[bool, str]]
 
 
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory, objects: Path) -> Callable[[str], Path]:
-    """``emulation(way)``: the library to run that way, compiled once a session."""
-    folder = tmp_path_factory.mktemp("emulation")
+@pytest.fixture(scope="module")
+def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Said]:
+    """``said(**parameters of a test)``: what the driver said. All selected runs start at once: each takes one core."""
+    # Where compiled sources are kept: a seeded bug compiles the files that it is in, and no others.
+    objects, folder = (tmp_path_factory.mktemp(name) for name in ("emulation_objects", "emulation"))
+    selected = [item.callspec.params for item in request.session.items if item.path == request.path]
+    ways = {parameters.get("way", "plain") for parameters in selected if "bug" not in parameters}
+    libraries = {kind: compile_emulation(kind, CSRC, folder / f"{kind}.so", objects) for kind in {*map(kind_of, ways)}}
 
-    def library(way: str) -> Path:
-        kind = "tsan" if way == "interblock" else way
-        path = folder / f"{kind}.so"
-        return path if path.exists() else compile_emulation(kind, CSRC, path, objects)
+    def run(bug: str | None = None, way: str = "plain", order: str = "forward") -> tuple[bool, str]:
+        if bug is not None:
+            return run_with_a_bug(bug, tmp_path_factory.mktemp("bug"), objects)
+        return run_driver(libraries[kind_of(way)], way, order)
 
-    return library
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [(parameters, pool.submit(run, **parameters)) for parameters in selected]
+        yield lambda **parameters: next(future for of, future in runs if of == parameters).result()
+        pool.shutdown(cancel_futures=True)
+
+
+def kind_of(way: str) -> str:
+    """How the library is compiled that is run this way."""
+    return "tsan" if way == "interblock" else way
 
 
 @pytest.mark.parametrize("order", ["forward", "random:1", nightly("reverse"), nightly("random:2")])
-def test_every_schedule_gives_the_right_numbers(emulation: Callable[[str], Path], order: str) -> None:
-    fine, said = run_driver(emulation("plain"), "plain", order)
-    assert fine, said
+def test_every_schedule_gives_the_right_numbers(said: Said, order: str) -> None:
+    fine, answer = said(order=order)
+    assert fine, answer
 
 
 @pytest.mark.parametrize("way", ["asan", "tsan", "interblock"])
 @pytest.mark.parametrize("order", ["forward", nightly("random:3")])
-def test_sanitizers_find_nothing(emulation: Callable[[str], Path], way: str, order: str) -> None:
-    fine, said = run_driver(emulation(way), way, order)
-    assert fine, said
+def test_sanitizers_find_nothing(said: Said, way: str, order: str) -> None:
+    fine, answer = said(way=way, order=order)
+    assert fine, answer
 
 
 # name: (file, text, replacement, the way of running that must catch it, what it must say)
@@ -280,15 +290,18 @@ BUGS_OF_EVERY_PUSH = (
 )
 
 
-@pytest.mark.parametrize("bug", [bug if bug in BUGS_OF_EVERY_PUSH else nightly(bug) for bug in BUGS])
-def test_a_seeded_bug_is_caught(bug: str, tmp_path: Path, objects: Path) -> None:
-    file, text, replacement, way, message = BUGS[bug]
-    csrc = tmp_path / "csrc"
+def run_with_a_bug(bug: str, folder: Path, objects: Path) -> tuple[bool, str]:
+    file, text, replacement, way, _ = BUGS[bug]
+    csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     source = (csrc / file).read_text()
     assert text in source, f"{file} no longer contains {text!r}: seed this bug anew"
     (csrc / file).write_text(source.replace(text, replacement))
-    library = compile_emulation("tsan" if way == "interblock" else way, csrc, tmp_path / "emulation.so", objects)
-    fine, said = run_driver(library, way)
+    return run_driver(compile_emulation(kind_of(way), csrc, folder / "emulation.so", objects), way)
+
+
+@pytest.mark.parametrize("bug", [bug if bug in BUGS_OF_EVERY_PUSH else nightly(bug) for bug in BUGS])
+def test_a_seeded_bug_is_caught(said: Said, bug: str) -> None:
+    fine, answer = said(bug=bug)
     assert not fine
-    assert message in said, said
+    assert BUGS[bug][-1] in answer, answer

@@ -40,7 +40,7 @@ def test_what_ranks_have_in_common_is_said_once_and_the_rest_by_each(tmp_path: P
     script.write_text(
         f"import os\n{EVERY_RANK}rank = os.environ['RANK']\n"
         "for message in ('common', 'common', f'of rank {rank}', 'a \\ud835'):\n"
-        "    if first(message): print('said:', ascii(message), flush=True)\n"
+        "    if first(message): print(f'said: {message!a}\\n', end='', flush=True)\n"  # in one piece, of three processes
     )
     done = run_on_ranks(script, ranks=3)
     assert done.returncode == 0, done.stderr

@@ -294,7 +294,11 @@ def _update(policy: TrainablePolicy, parallel: ParallelConfig, column: Column, m
     """One update with a fresh optimizer; the policy has its old weights back afterwards."""
     config = Config(
         parallel=parallel,
-        algorithm=AlgorithmConfig(loss=loss_of(column.aggregation), routing_replay=column.routing_replay),
+        algorithm=AlgorithmConfig(
+            loss=loss_of(column.aggregation),
+            routing_replay=column.routing_replay,
+            max_mismatch=0.0,  # made-up rollouts
+        ),
         train=TrainConfig(
             updates_per_rollout=1,
             batching=column.batching,

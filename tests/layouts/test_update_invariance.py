@@ -54,7 +54,9 @@ def _update(
     policy = wrap_for_training(chunks, hf_config, torch.float32)
     config = Config(
         parallel=parallel,
-        algorithm=AlgorithmConfig(loss=dataclasses.replace(LOSS, **loss), anchor=anchor),
+        algorithm=AlgorithmConfig(
+            loss=dataclasses.replace(LOSS, **loss), anchor=anchor, max_mismatch=0.0
+        ),  # made-up rollouts
         train=TrainConfig(updates_per_rollout=1, **train),
     )
     optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)

@@ -87,7 +87,7 @@ def test_any_number_of_shards_gives_the_same(ranks: Any, world_size: int, backen
 
 
 def _edge_shards() -> list[Any]:
-    """A shard of -inf only, a shard of padding only, the maximum on either shard, equal maxima, -inf targets, no tokens."""
+    """A shard of -inf only, one of padding only, the maximum on either shard, equal maxima, -inf targets, no token, one."""
     group = dist.group.WORLD
     rank = dist.get_rank(group)
     logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
@@ -118,6 +118,9 @@ def _edge_shards() -> list[Any]:
         shard(logits, group), target, tp_group=group, token_mask=torch.zeros(6, dtype=torch.bool), backend="torch"
     )
     assert not empty.entropy.any()
+    kw = {"token_mask": torch.arange(6) == 5, "backend": "torch"}
+    alone = vocab_parallel_policy_stats(shard(logits, group), target, tp_group=group, **kw)
+    torch.testing.assert_close(alone.entropy, vocab_parallel_policy_stats(logits, target, **kw).entropy)
     return problems
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_dppo import DPPOConfig, DPPOLoss, LossOutput, Sequences
+from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, LossOutput, Sequences
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.loss.config import AGGREGATIONS
 from tests.loss.scenario import BATCH, LENGTH, VOCAB, Scenario, make_scenario
@@ -44,6 +44,22 @@ def whole(scenario: Scenario, config: DPPOConfig) -> tuple[float, torch.Tensor]:
 def every_token() -> tuple[torch.Tensor, torch.Tensor]:
     """[b s] the row of every token, and its place among all tokens."""
     return torch.arange(BATCH).repeat_interleave(LENGTH), torch.arange(BATCH * LENGTH)
+
+
+def test_a_response_of_one_token_weighs_as_much_as_a_long_one() -> None:
+    """On the policy itself a token's loss is -A: the mean over sequences of their means."""
+    log_probs = torch.tensor([0.5, 0.25, 0.25]).log()
+    logits = log_probs.expand(4, 3)
+    target, advantages = torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 2.0, 4.0, 6.0])
+    inputs = LossInputs(
+        target=target,
+        loss_mask=None,
+        advantages=advantages,
+        rollout_log_probs=log_probs[target],
+        sequences=Sequences(ids=torch.tensor([0, 1, 1, 1])),
+    )
+    out = DPPOLoss(DPPOConfig(aggregation="seq_mean_token_mean"), vocab_size=3, backend="torch")(logits, inputs)
+    assert float(out.loss / out.num_tokens) == pytest.approx(-(1.0 + (2.0 + 4.0 + 6.0) / 3) / 2)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, MetricSums
-from megatron_dppo.loss.metrics import divergence_histogram
+from megatron_dppo.loss.metrics import HISTOGRAM_HIGHEST, HISTOGRAM_LOWEST, divergence_histogram
 from tests.loss.scenario import LENGTH, VOCAB, make_scenario
 from tests.metric_names import LOSS_METRICS
 from tests.rank_pool import RankPools
@@ -87,6 +87,16 @@ def test_many_tokens_are_added_up_as_the_definition_says(compiled_backend: str) 
     assert ours.finalize() == pytest.approx(defined.finalize(), rel=1e-5, abs=1e-6)
 
 
+def test_an_update_is_bad_where_a_likely_token_was_punished_and_has_all_but_gone() -> None:
+    """The first was rewarded, if little; the last has not gone."""
+    pi, advantages = torch.tensor([0.2, 0.2, 0.5]), torch.tensor([0.5, -0.5, -0.5])
+    logits = torch.stack([pi.log(), (1 - pi).log()], dim=1)
+    target, log_mu = torch.zeros(3, dtype=torch.int64), torch.full((3,), 0.9).log()
+    inputs = LossInputs(target=target, loss_mask=None, advantages=advantages, rollout_log_probs=log_mu)
+    final = DPPOLoss(DPPOConfig(), vocab_size=2, backend="torch")(logits, inputs).metrics.finalize()
+    assert final["dppo/bad_update_fraction"] == pytest.approx(1 / 3)
+
+
 def of_divergences(divergence: torch.Tensor) -> MetricSums:
     where = torch.ones_like(divergence, dtype=torch.bool)
     return MetricSums(
@@ -103,6 +113,13 @@ def test_p99_is_within_its_stated_three_percent(scale: float) -> None:
     divergence = scale * torch.rand(5000).square()
     exact = divergence.sort().values[math.ceil(0.99 * 5000) - 1]
     assert of_divergences(divergence).finalize()["dppo/divergence_p99"] == pytest.approx(float(exact), rel=0.03)
+
+
+@pytest.mark.parametrize("divergence", [1.01 * 10.0**HISTOGRAM_LOWEST, 0.99 * 10.0**HISTOGRAM_HIGHEST])
+def test_the_histograms_first_and_last_bin_are_read_like_all_others(divergence: float) -> None:
+    """Behind them are those for what lies outside, of which no value is known."""
+    sums = of_divergences(torch.tensor([divergence] * 199 + [1e4]))
+    assert sums.finalize()["dppo/divergence_p99"] == pytest.approx(divergence, rel=0.03)
 
 
 def test_divergences_outside_the_histogram_still_count() -> None:

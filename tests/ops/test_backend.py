@@ -42,10 +42,13 @@ def test_what_the_kernels_cannot_do_goes_to_torch_only_if_nobody_insisted() -> N
 
 
 def test_importing_the_package_needs_torch_alone() -> None:
-    """Neither Megatron nor the heavy parts of the stack may be imported by `import megatron_dppo`."""
-    code = "import sys, megatron_dppo; print([m for m in ('megatron', 'transformers', 'sglang') if m in sys.modules])"
+    """Neither Megatron nor the heavy parts of the stack may be imported with the public names."""
+    code = (
+        "import sys; from megatron_dppo import *; print('torch' in sys.modules, "
+        "[m for m in ('megatron', 'transformers', 'sglang') if m in sys.modules])"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert answer.stdout.strip() == "[]"
+    assert answer.stdout.strip() == "True []"
 
 
 def test_the_report_names_the_level_of_the_cpu_kernels() -> None:

@@ -272,6 +272,20 @@ def test_what_is_frozen_costs_no_gradient(frozen: str) -> None:
     assert arguments[frozen].grad is None
 
 
+def test_many_tiles_lose_no_digits_of_a_bf16_weights_gradient() -> None:
+    """They are summed in fp32. In bf16 each of 60 sums would be rounded, to 2^-9 of what it has come to: sqrt(60) / 3 of that
+    in all, beside the 2.5 times 2^-9 that are there for one tile, from logits in bf16.
+    """
+    arguments = problem(240, 24, 40, 37, 0, torch.bfloat16)
+    expected = eager(arguments, torch.float64)[1][1]
+
+    def error(elements_of_a_tile: int) -> float:
+        gradient = fused(arguments, chunk_bytes=2 * elements_of_a_tile)[1][1]
+        return float((gradient.double() - expected).norm() / expected.norm())
+
+    assert error(4 * 40) <= 1.25 * error(10**6)
+
+
 @pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("elements", [10**6, 1000])
 def test_accumulation_into_main_grad(main_dtype: torch.dtype, elements: int) -> None:

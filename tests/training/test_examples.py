@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forked_ranks import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,18 +44,12 @@ def test_the_readme_loss_snippets_run_as_they_stand(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_megatron_loop_example_learns_until_the_trust_region_stops_it():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "examples" / "dppo_in_megatron_loop.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = [float(x) for x in re.findall(r"loss ([+-]\d+\.\d+)", done.stdout)]
-    masked = [float(x) for x in re.findall(r"masked (\d+\.\d)%", done.stdout)]
+def test_the_megatron_loop_example_learns_until_the_trust_region_stops_it(tmp_path):
+    """By torchrun a run is started in training/test_killed_runs.py."""
+    code, output = run_script(ROOT / "examples/dppo_in_megatron_loop.py", [], ranks=2, folder=tmp_path, timeout=240)
+    assert code == 0, output[-3000:]
+    losses = [float(x) for x in re.findall(r"loss ([+-]\d+\.\d+)", output)]
+    masked = [float(x) for x in re.findall(r"masked (\d+\.\d)%", output)]
     assert len(losses) == 10
     assert losses[1] < losses[0]  # the surrogate improves ...
     assert masked[0] == 0.0  # ... from a policy that is the rollout policy ...

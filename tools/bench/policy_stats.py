@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import shlex
 import statistics
 import sys
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -146,8 +147,21 @@ def with_table(page: str, charts: dict[str, dict[str, Result]]) -> str:
 
 def run_ranks(size: int, options: argparse.Namespace) -> dict[tuple[str, str], dict[str, Result]]:
     with tempfile.TemporaryDirectory() as folder:
-        spawn(rank_main, args=(size, options, folder), nprocs=size)
+        start_ranks(rank_main, (size, options, folder), size, options.device)
         return torch.load(f"{folder}/results.pt", weights_only=False)
+
+
+def start_ranks(function: Callable[..., None], arguments: tuple[Any, ...], size: int, device: str) -> None:
+    """Run ``function(rank, *arguments)`` in so many processes.
+
+    CUDA does not survive a fork. On a CPU they are forked from one process that has imported what takes seconds.
+    """
+    method = "spawn" if device == "cuda" else "forkserver"
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(
+            ["megatron.core.fusions.fused_cross_entropy", "megatron_dppo.ops.policy_stats"]
+        )
+    start_processes(function, args=arguments, nprocs=size, start_method=method)
 
 
 def rank_main(rank: int, size: int, options: argparse.Namespace, folder: str) -> None:

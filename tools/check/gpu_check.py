@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -207,7 +206,7 @@ def two_gpus(options: Namespace) -> list[Row]:
     if options.device == "cuda" and torch.cuda.device_count() < 2:
         return [Row("two GPUs over NCCL", None, "only one GPU here")]
     with tempfile.TemporaryDirectory() as folder:
-        spawn(compare_shards, args=(options.device, folder), nprocs=2)
+        bench_policy_stats.start_ranks(compare_shards, (options.device, folder), 2, options.device)
     return [Row("two shards give what one gives", True, ""), *policy_stats(options, ranks=2)]
 
 

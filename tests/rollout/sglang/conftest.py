@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
+from megatron_dppo.rollout.sglang.servers import guarded_process
 from megatron_dppo.rollout.sglang.servers.served_policy import prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -79,6 +80,14 @@ def checkpoint_tensors(hf_model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def tiny_weights(kind: str, seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     hf_model = tiny_hf_model(kind, seed)
     return hf_model, checkpoint_tensors(hf_model)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_end_at_once() -> Iterator[None]:
+    """One that is asked to end waits for requests that nobody sends any more, until it is killed: 3 s for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guarded_process, "_TERMINATE_GRACE_S", 0.2)
+        yield
 
 
 @pytest.fixture(scope="session")

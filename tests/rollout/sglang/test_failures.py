@@ -98,15 +98,15 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
     try:
         hf_model, tensors = tiny_weights("llama", seed=1)
         subject = EngineUnderTest(engine, hf_model, lambda *_: None)
-        # Some 10,000 tokens: seconds of work for two servers, so that they die in the midst of it.
-        prompts, long = make_prompts(250, [4] * 12), SamplingParams(max_new_tokens=100, samples_per_prompt=8)
+        # Some 4,000 tokens: seconds of work for two servers, so that they die in the midst of it.
+        prompts, long = make_prompts(250, [4] * 12), SamplingParams(max_new_tokens=60, samples_per_prompt=6)
         engine.update_weights(WholeWeights(tensors), version=1)
         _assert_only_who_has_the_keys_is_let_in(_servers_of(engine)[0].url, tmp_path)
 
         killer = signal_when_they_work(_servers_of(engine)[:1])
         samples = engine.generate(prompts, long)
         killer.join()
-        assert [len(sample.response_ids) for sample in samples] == [100] * 96
+        assert [len(sample.response_ids) for sample in samples] == [60] * 72
         assert_log_probs_match(subject, samples[::29], 1.0)
         with pytest.raises(RolloutError, match="cannot be reached"):
             engine.health()
@@ -123,9 +123,9 @@ def test_requests_of_a_dead_server_go_to_the_others_and_it_comes_back(tmp_path, 
         killer = signal_when_they_work(_servers_of(engine))
         samples = engine.generate(prompts, long)
         killer.join()
-        assert len(samples) == 96
+        assert len(samples) == 72
         lost = [sample for sample in samples if isinstance(sample, FailedSample)]
-        assert len(lost) > 50  # what was complete before is kept
+        assert len(lost) > 36  # what was complete before is kept
         assert any("no SGLang server is left" in sample.reason for sample in lost)
     finally:
         engine.close()

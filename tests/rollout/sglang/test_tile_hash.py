@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dppo.errors import WeightSyncError
-from megatron_dppo.rollout.sglang import SGLangConfig, server, tile_hash
+from megatron_dppo.rollout.sglang import SGLangConfig, tile_hash
+from megatron_dppo.rollout.sglang.servers import server
 from megatron_dppo.rollout.sglang.tile_hash import Piece, TileSums, hash_pieces
 from megatron_dppo.rollout.sglang.tile_hash_reference import TILE_WORDS, checksum
 
-SHIM = Path(server.__file__).with_name("cpu_shim")
+SHIM = Path(server.__file__).parents[1] / "cpu_shim"
 
 
 @pytest.fixture(params=["compiled", "in torch"])

@@ -51,6 +51,9 @@ def _hand_over(layout: dict[str, int]) -> tuple[int, int, dict[int, dict[str, An
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     layers = range(LAYERS)[stage * LAYERS // stages : (stage + 1) * LAYERS // stages]
     hand_over = HandOver(FIELDS, layers)
+    is_last = stage == stages - 1  # which alone computes the loss
+    expected = {"rollout_log_probs": is_last, "topk": 3 if is_last else 0, "routed_experts": (len(layers), 2)}
+    assert hand_over.fields == dataclasses.replace(FIELDS, **expected)
     headers = {number: header(number, number % replicas) for number in range(7)}
     owners = {number: (number // 2) % replicas for number in range(7) if number != 4}  # nobody learns from 4
     sampled = {n: example(n) for n in headers if n % replicas == replica} if hand_over.is_leader else {}

@@ -120,6 +120,19 @@ def test_padding_inside_a_packed_row_counts_as_part_of_its_sequence():
     assert batch.tokens.tolist() == [[3, 4, 5, 0, 2, 0]]  # chunks 1 and 2 of four of each sequence
 
 
+def test_a_sample_teaches_what_its_response_earned():
+    topk_ids, topk_log_probs = torch.tensor([[3, 5], [4, 6]]), torch.tensor([[-0.5, -2.0], [-0.25, -3.0]])
+    sample = Sample(
+        Prompt("p/0", (1, 2)), [3, 4], [-0.5, -0.25], "stop", [(1, 2)], topk_ids=topk_ids, topk_log_probs=topk_log_probs
+    )
+    batch = make_micro_batch([example_from_sample(sample, -1.5)], [0], padded_layout([4], 4))
+    assert batch.inputs.target.tolist() == [3, 4]
+    assert batch.inputs.advantages.tolist() == [-1.5, -1.5]
+    assert batch.inputs.rollout_log_probs.tolist() == [-0.5, -0.25]
+    assert torch.equal(batch.inputs.rollout_topk.ids.long(), topk_ids)
+    assert torch.equal(batch.inputs.rollout_topk.log_probs, topk_log_probs)
+
+
 def test_an_aborted_sample_keeps_its_place_but_teaches_nothing():
     sample = Sample(Prompt("p/0", (1, 2)), [3, 4], [-0.5, -0.25], "abort", [(1, 2)])
     batch = make_micro_batch([example_from_sample(sample, 1.0)], [0], padded_layout([4], 4), 1, 0)

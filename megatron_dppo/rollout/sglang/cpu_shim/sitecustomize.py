@@ -10,6 +10,8 @@
 * With DP attention, idle ranks ask the attention backend for a number that only backends of GPUs have.
 * With expert parallelism, a token's choice of another rank's expert has the number -1, which the CPU's experts take for a
   wrong index: they are made to leave it out.
+* SGLang spawns its processes, as CUDA does not survive a fork, and each imports everything anew: 10 s of a core. Without CUDA
+  they are forked, with what the first process has imported.
 """
 
 import ctypes
@@ -125,9 +127,24 @@ def _leave_out_experts_of_others(fused_moe_native: Any) -> None:
     fused_moe_native.moe_forward_native = moe_forward_native
 
 
+def _fork_processes(engine: Any) -> None:
+    """Replace what the module that starts the other processes sees of multiprocessing."""
+    import multiprocessing
+
+    class Forking(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(multiprocessing, name)
+
+        def set_start_method(self, method: str, force: bool = False) -> None:
+            multiprocessing.set_start_method("fork", force=force)
+
+    engine.mp = Forking("multiprocessing")
+
+
 sys.meta_path.insert(0, _BeforeTorchvision())
 sys.meta_path.insert(0, _After("sglang.srt.layers.attention.torch_native_backend", _lend_a_sequence_length))
 sys.meta_path.insert(0, _After("sglang.srt.layers.moe.fused_moe_native", _leave_out_experts_of_others))
 sys.meta_path.insert(0, _After("sglang.srt.utils.weight_checker", _hash_as_on_a_gpu))
+sys.meta_path.insert(0, _After("sglang.srt.entrypoints.engine", _fork_processes))
 if os.environ.get("MEGATRON_DPPO_SEEDED_SAMPLING"):
     sys.meta_path.insert(0, _After("sglang.srt.sampling.sampling_batch_info", _seed_sampling))
