@@ -70,6 +70,7 @@ class LossOutput:
         metrics: to be added up over micro-batches and ranks, then finalised.
         weight: [...] fp32 trust-region weight per token, 0 outside the mask, detached.
         divergence: [...] fp32 D(mu || pi) per token, 0 outside the mask, detached.
+        log_prob: [...] fp32 log pi of the target, 0 outside the mask, detached.
         backend: which kernels ran: cuda | cpu | torch.
         checks: what is wrong with the inputs, to be looked at later; None with ``checks="off"``.
     """
@@ -79,6 +80,7 @@ class LossOutput:
     metrics: MetricSums
     weight: torch.Tensor
     divergence: torch.Tensor
+    log_prob: torch.Tensor
     backend: str
     checks: InputChecks | None
 
@@ -159,6 +161,7 @@ class DPPOLoss:
             metrics=objective.metrics.with_means(reported).with_updates(objective.coefficient, tokens.count()),
             weight=objective.weight.view(shape),
             divergence=objective.divergence.view(shape),
+            log_prob=tokens.masked(stats.log_prob.detach()).view(shape),
             backend=backend.name,
             checks=checks,
         )

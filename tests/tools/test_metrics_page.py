@@ -12,7 +12,7 @@ from tests.metric_names import STEP_METRICS
 ROOT = Path(__file__).parents[2]
 ROWS = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
 LISTED = [name for row in ROWS for name in re.findall("`([^`]+)`", row)]
-GROUPS = "batch|dppo|eval|memory|mismatch|reference|reward|rollout|throughput|time|train"
+GROUPS = "batch|bound|dppo|eval|memory|mismatch|reference|reward|rollout|throughput|time|train"
 # Made from parts of a name ...
 MASKED_BY_MU = {
     f"dppo/mask_fraction_mu_{low:g}_{high:g}" for low, high in itertools.pairwise(metrics.ROLLOUT_PROBABILITY_BINS)

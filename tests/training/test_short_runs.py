@@ -66,6 +66,7 @@ def test_a_finished_run_that_is_continued_exports_its_last_weights(policy, tmp_p
 
 
 TOPK_KL = ("algorithm.loss.divergence=topk_kl", "algorithm.loss.direction=predictive", "algorithm.topk=5")
+BOUND = "logging.improvement_bound=true"
 EXACT_TV = ("algorithm.loss.divergence=exact_tv", "algorithm.loss.entropy_coef=0.01", "train.batching=packed")
 PACKED_AND_FUSED = ("train.batching=packed", "train.fused_linear=true")
 SMOOTH = ("algorithm.loss.trust_region=smooth", "algorithm.advantage=rloo")
@@ -78,7 +79,7 @@ REPLAY = ("algorithm.routing_replay=true", "model.recompute_activations=true")
     "overrides",
     [
         pytest.param((*TOPK_KL, *PACKED_AND_FUSED, *PENALTY), id="topk_kl and penalty"),
-        pytest.param((*EXACT_TV, "algorithm.advantage=rloo"), id="exact_tv and rloo"),
+        pytest.param((*EXACT_TV, "algorithm.advantage=rloo", BOUND), id="exact_tv, rloo and the improvement bound"),
         pytest.param((*REPLAY, *PACKED_AND_FUSED, *RECOMPUTED, *SMOOTH[:1]), id="replay, recomputed anchor and smooth"),
         # Each alone.
         pytest.param((*TOPK_KL, *PACKED_AND_FUSED), id="topk_kl", marks=pytest.mark.nightly),
@@ -94,6 +95,14 @@ def test_every_kind_of_divergence_anchor_and_penalty_trains(policy, tmp_path, ov
     assert [record["step"] for record in records] == [0, 1, 2]
     assert max(record["mismatch/abs_log_ratio"] for record in records[1:]) < MISMATCH
     assert max(record["grad_norm"] for record in records[1:]) < 1e3
+    for record in records[1:]:
+        if BOUND in overrides:
+            assert record["bound/surrogate"] - record["bound/penalty"] == pytest.approx(record["bound/improvement"])
+            assert (
+                min(record["bound/penalty"], record["bound/penalty_quadratic"]) > 0
+            )  # the second update is off-policy
+        else:
+            assert not [name for name in record if name.startswith("bound/")]
 
 
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")

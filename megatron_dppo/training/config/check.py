@@ -154,6 +154,11 @@ def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
             f"algorithm.loss.divergence={algorithm.loss.divergence} compares whole distributions and needs logits, which"
             " train.fused_linear never makes: set one of them otherwise"
         )
+    if config.logging.improvement_bound and (algorithm.advantage == "grpo" or algorithm.anchor == "recomputed"):
+        raise ConfigError(
+            "logging.improvement_bound compares the rewards expected of the engine's policy and of the trained one: set it to"
+            " false, or algorithm.anchor=rollout and algorithm.advantage to mean_baseline or rloo, which do not rescale them"
+        )
     if algorithm.routing_replay and not is_moe(hf_config):
         raise ConfigError(
             f"algorithm.routing_replay=true, but a {hf_config.model_type} model routes no tokens: set it to false"

@@ -264,10 +264,13 @@ class LoggingConfig:
     Attributes:
         tensorboard: write TensorBoard files.
         samples_per_step: decoded samples written to samples.jsonl.
+        improvement_bound: report ``bound/*``: how much more reward than the rollout policy's the policy before the last
+            optimizer step of a batch gets at least (docs/algorithm.md). Off, as it needs advantages in units of the reward.
     """
 
     tensorboard: bool = True
     samples_per_step: int = 4
+    improvement_bound: bool = False
 
 
 @dataclass

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import MismatchError
 from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead
+from megatron_dppo.loss.improvement_bound import ResponseSums
 from megatron_dppo.loss.metrics import MetricSums
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.models.routing_replay import RoutingReplay
@@ -24,7 +26,7 @@ from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.data.schedule import PADDING, Scheduler
-from megatron_dppo.training.metrics.loss import global_metrics
+from megatron_dppo.training.metrics.loss import global_bound, global_metrics
 from megatron_dppo.training.metrics.step import BatchMetrics
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy.head_outputs import response_log_probs
@@ -103,6 +105,7 @@ class DPPOStep:
         batch = self._with_extra_log_probs(batch)
         on_policy: dict[str, float] | None = None  # of the first optimizer step that is applied
         every: MetricSums | None = None
+        of_last_step: list[ResponseSums] = []  # that was applied: the one whose policy is furthest from the engine's
         batches = BatchMetrics()
         outcome = StepOutcome(grad_norm=math.nan, lr=self._optimizer_state.lr)
         skipped = 0
@@ -110,6 +113,7 @@ class DPPOStep:
             micro_batches = self._batcher.micro_batches(batch, step)
             batches.add(micro_batches)
             parts: list[MetricSums] = []
+            responses: list[ResponseSums] = []
 
             def check(parts: list[MetricSums] = parts) -> None:
                 nonlocal on_policy
@@ -121,7 +125,7 @@ class DPPOStep:
                     self._policy,
                     self._optimizer_state,
                     micro_batches,
-                    partial(self._loss_of, parts),
+                    partial(self._loss_of, parts, responses),
                     self._rollout_weights,
                     self._replay,
                     check,
@@ -132,13 +136,18 @@ class DPPOStep:
                 self._keep_evidence(error.suspects)
                 continue
             self.skipped_in_a_row = 0
+            of_last_step = responses
             if parts:  # on the last pipeline stage
                 step_metrics = MetricSums.total(parts)
                 every = step_metrics if every is None else every + step_metrics
+        bound = {}
+        if self._config.logging.improvement_bound:
+            bound = global_bound(reduce(add, of_last_step) if of_last_step else None)
         replayed = {} if self._replay is None else {"mismatch/rerouted_share": self._replay.replayed_differently()}
         return {
             **global_metrics(every),
             **(on_policy or {}),
+            **bound,
             **replayed,
             **batches.reduce(),
             "backend": self._backend,
@@ -160,9 +169,14 @@ class DPPOStep:
         return {name: value for name, value in metrics.items() if name.startswith("mismatch/")}
 
     def _loss_of(
-        self, parts: list[MetricSums], batch: MicroBatch, hidden: torch.Tensor, rollout_logits: torch.Tensor | None
+        self,
+        parts: list[MetricSums],
+        responses: list[ResponseSums],
+        batch: MicroBatch,
+        hidden: torch.Tensor,
+        rollout_logits: torch.Tensor | None,
     ) -> MicroBatchLoss:
-        """The loss of a micro-batch from the last stage's hidden states; its metrics go to ``parts``."""
+        """The loss of a micro-batch from the last stage's hidden states; its metrics go to ``parts`` and ``responses``."""
         if batch.inputs is None:
             raise ValueError("the examples have no rollout log-probs, which the loss is anchored on")
         head = PolicyHead(self._policy.chunks[-1])
@@ -179,6 +193,10 @@ class DPPOStep:
             policy = head.logits(hidden_nh)
         output = self._loss(policy, dataclasses.replace(batch.inputs, rollout_logits=rollout_logits))
         parts.append(output.metrics)
+        if self._config.logging.improvement_bound:
+            rollout = self._config.rollout
+            most = rollout.prompts_per_step * rollout.samples_per_prompt
+            responses.append(ResponseSums.of(batch.inputs, output, most))
         return MicroBatchLoss(output.loss, output.num_tokens, output.checks)
 
     def _with_extra_log_probs(self, batch: ReplicaBatch) -> ReplicaBatch:

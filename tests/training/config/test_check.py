@@ -40,6 +40,8 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
             r"algorithm\.topk=100000",
         ),
         (["algorithm.loss.divergence=topk_kl", "algorithm.anchor=recomputed"], 2, "anchor=recomputed"),
+        (["logging.improvement_bound=true", "algorithm.advantage=grpo"], 2, "improvement_bound compares"),
+        (["logging.improvement_bound=true", "algorithm.anchor=recomputed"], 2, "improvement_bound compares"),
         (["algorithm.loss.kl_coef=0.1"], 2, "kl_coef with warm_start"),
         (["train.updates_per_rollout=1000"], 2, r"updates_per_rollout=1000 is more than the \d+ samples"),
         (["rollout.log_prob_floor=0"], 2, r"log_prob_floor must be below 0"),

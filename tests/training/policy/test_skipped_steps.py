@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron_dppo import DPPOConfig
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
+from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, LoggingConfig, TrainConfig
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
@@ -24,8 +24,8 @@ class StepWithNaN(DPPOStep):
 
     poisoned: tuple[int, ...] = ()
 
-    def _loss_of(self, parts, batch, hidden, rollout_logits):
-        made = super()._loss_of(parts, batch, hidden, rollout_logits)
+    def _loss_of(self, parts, responses, batch, hidden, rollout_logits):
+        made = super()._loss_of(parts, responses, batch, hidden, rollout_logits)
         step = min(batch.example_indices) % 2 if min(batch.example_indices) >= 0 else None
         if parallel_state.get_data_parallel_rank() == 1 and step in self.poisoned:
             return made._replace(loss=made.loss * float("nan"))
@@ -41,7 +41,11 @@ def _train(
     chunks = build_policy(hf_config, ParallelConfig(), torch.float32)
     initialize_randomly(chunks, seed=3)
     policy = wrap_for_training(chunks, hf_config, torch.float32)
-    config = Config(algorithm=AlgorithmConfig(loss=LOSS), train=TrainConfig(updates_per_rollout=2, micro_batch_size=2))
+    config = Config(
+        algorithm=AlgorithmConfig(loss=LOSS),
+        train=TrainConfig(updates_per_rollout=2, micro_batch_size=2),
+        logging=LoggingConfig(improvement_bound=True),
+    )
     evidence: list[MicroBatch] = []
     step = StepWithNaN(config, policy, build_optimizer(policy, AdamConfig(lr=1e-2), total_steps=2), evidence.extend)
     step.poisoned = poisoned
@@ -60,7 +64,7 @@ def test_a_skipped_step_leaves_no_trace_in_weights_or_metrics(ranks: RankPools) 
             assert metrics["train/skipped_steps"] == 1.0
             assert in_a_row == (1 if poisoned == 1 else 0)  # the last step ends a row, if it was applied
             assert all(torch.equal(weights[name], reference[name]) for name in reference)
-            for name in ("loss", "grad_norm", "entropy", "lr"):
+            for name in ("loss", "grad_norm", "entropy", "lr", "bound/improvement"):
                 assert metrics[name] == expected[name], name
 
 
@@ -74,4 +78,4 @@ def test_what_may_be_to_blame_is_kept_where_it_is(ranks: RankPools) -> None:
 def test_steps_that_are_all_skipped_add_up(ranks: RankPools) -> None:
     for metrics, _, in_a_row, _ in ranks(2).run(_train, (0, 1), None):
         assert in_a_row == metrics["train/skipped_steps"] == 2
-        assert "loss" not in metrics  # a mean over no tokens
+        assert not {"loss", "bound/improvement"} & metrics.keys()  # means over no tokens
