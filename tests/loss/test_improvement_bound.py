@@ -186,6 +186,33 @@ def test_dppo_steps_improve_the_policy_by_at_least_the_bound() -> None:
         assert true > 0.05
 
 
+def test_verdicts_of_sampled_responses_are_rarely_wrong() -> None:
+    """64 responses of each of the 1,000 rollout policies: the true improvement has the sign that a verdict says."""
+    wrong = given_verdicts = 0
+    for updates in tiny.thousand_updates():
+        tree, true = updates.responses, updates.improvement()
+        log_mu = tiny.token_log_probs(tree, updates.rollout)
+        log_ratio = tiny.token_log_probs(tree, updates.policy) - log_mu
+        advantages = updates.rewards - tiny.expected_reward(tree, updates.rollout, updates.rewards)[:, None]
+        excess = log_ratio.expm1()
+        of_tokens = (
+            advantages[..., None] * excess,
+            excess,
+            log_ratio,
+            excess.abs(),
+            excess**2,
+            tree.mask.expand_as(excess),
+        )
+        sums = torch.stack([values.sum(-1) for values in of_tokens], dim=-1)
+        drawn = torch.multinomial(log_mu.sum(-1).exp(), 64, replacement=True)
+        for number, responses in enumerate(drawn):
+            verdict = ResponseSums(sums[number, responses]).finalize(tiny.REWARD_RANGE)["bound/verdict"]
+            given_verdicts += verdict != VACUOUS
+            wrong += verdict * float(true[number]) < 0
+    assert given_verdicts > 400
+    assert wrong <= 0.01 * given_verdicts
+
+
 def scenario_inputs(**sequences: torch.Tensor) -> tuple[torch.Tensor, LossInputs]:
     scenario = make_scenario()
     inputs = scenario.inputs()

@@ -106,7 +106,7 @@ def test_every_kind_of_divergence_anchor_and_penalty_trains(policy, tmp_path, ov
 
 
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1")
-ONE_STEP = (*SMALL, "train.steps=1", "eval.temperature=0")
+ONE_STEP = (*SMALL, "train.steps=1", "eval.temperature=0", BOUND)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,7 @@ def test_other_layouts_learn_the_same_from_the_same_first_batch(policy, tmp_path
     reference, records = one_step_of_tp2_ep2, train(policy, tmp_path, "other", *ONE_STEP, *overrides)
     assert records[0]["eval/reward_mean"] == pytest.approx(reference[0]["eval/reward_mean"], abs=1e-6)
     assert records[1]["mismatch/abs_log_ratio"] < MISMATCH
+    assert 0 < records[1]["bound/penalty"] < 0.1  # of one small update, whichever ranks hold the responses
 
 
 # Two stages: log-probs of a reference policy travel back from the last one, and so do metrics; routing travels with samples.
