@@ -15,6 +15,7 @@ import pytest
 
 from megatron_dppo.errors import ConfigError, RolloutError, StoppedWaitingError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.servers import pool as pool_module
 from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
 from megatron_dppo.rollout.sglang.servers.source import Found, NamedServers
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -189,12 +190,13 @@ def test_a_server_that_fails_to_start_ends_the_start_of_a_run_but_no_run(servers
     assert source.starts == 2, "it is started again"
 
 
-def test_a_host_that_is_gone_is_waited_for_once(transport):
+def test_a_host_that_is_gone_is_waited_for_once(transport, monkeypatch):
     """It answers nothing, not even that nobody listens: later updates give it less time."""
+    monkeypatch.setattr(pool_module, "_TO_ANSWER_AGAIN_S", 0.2)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as mute:
         url = f"http://127.0.0.1:{mute.getsockname()[1]}"
-        pool = ServerPool(SGLangConfig(control_timeout_s=4.0), transport, NamedServers([url]))
-        for limit in (4, 2, 2):
+        pool = ServerPool(SGLangConfig(control_timeout_s=0.4), transport, NamedServers([url]))
+        for limit in (0.4, 0.2, 0.2):
             with pytest.raises(RolloutError, match=rf"did not answer within {limit} s"):
                 pool.fit(0)
 
