@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,16 @@ from tests.loss.scenario import BATCH, LENGTH, VOCAB, make_scenario
 from tests.rank_pool import RankPools
 
 ROUNDING = 1e-12  # float64 sums of at most 400 terms of size 1, differences of which are compared
-TREE = tiny.all_responses(3, 4, stop=False)
+
+
+@functools.cache
+def tree() -> tiny.Responses:
+    return tiny.all_responses(3, 4, stop=False)
+
+
+@functools.cache
+def small_tree() -> tiny.Responses:
+    return tiny.all_responses(2, 3, stop=False)  # 7 prefixes, 8 responses
 
 
 def test_no_bound_is_ever_above_the_true_improvement() -> None:
@@ -45,7 +56,6 @@ def test_the_remainder_bound_is_the_smallest_and_some_reward_attains_it() -> Non
             torch.testing.assert_close(error, sign * penalties["remainder"], rtol=1e-9, atol=1e-9)
 
 
-SMALL = tiny.all_responses(2, 3, stop=False)  # 7 prefixes, 8 responses
 LOGITS = st.lists(st.floats(-30, 30), min_size=14, max_size=14)
 
 
@@ -56,21 +66,21 @@ def test_no_bound_is_above_for_any_two_policies_and_any_reward(
 ) -> None:
     """Logits up to 30 apart: tokens that the rollout policy draws once in e^60 are certain under the other."""
     of_mu, of_pi = (torch.tensor(x, dtype=torch.float64).view(1, 7, 2) for x in (rollout, policy))
-    updates = tiny.Updates(SMALL, of_mu, of_pi, torch.tensor([right], dtype=torch.float64))
+    updates = tiny.Updates(small_tree(), of_mu, of_pi, torch.tensor([right], dtype=torch.float64))
     error = float(updates.improvement() - updates.surrogate())
-    for name, penalty in tiny.penalties(SMALL, of_mu, of_pi).items():
+    for name, penalty in tiny.penalties(small_tree(), of_mu, of_pi).items():
         assert abs(error) <= float(penalty) * (1 + ROUNDING) + ROUNDING, name
 
 
 def test_the_baseline_of_a_prompt_changes_nothing() -> None:
-    updates = tiny.random_updates(7, 50, TREE)
+    updates = tiny.random_updates(7, 50, tree())
     shifted = dataclasses.replace(updates, rewards=updates.rewards - 0.3)
     torch.testing.assert_close(shifted.surrogate(), updates.surrogate(), rtol=0, atol=1e-9)
 
 
 def test_sampled_ratios_estimate_the_exact_total_variation_and_the_binary_divergence_less() -> None:
     """In expectation over the rollout policy's token: |r - 1| / 2 is TV, |mu - pi| is at most that."""
-    updates = tiny.random_updates(8, 200, TREE)
+    updates = tiny.random_updates(8, 200, tree())
     mu, pi = updates.rollout.softmax(-1), updates.policy.softmax(-1)
     exact = tiny.total_variation(updates.rollout, updates.policy)
     torch.testing.assert_close((mu * (pi / mu - 1).abs()).sum(-1) / 2, exact, rtol=1e-9, atol=1e-12)
@@ -223,31 +233,43 @@ def sums_of(logits: torch.Tensor, inputs: LossInputs, responses: int = BATCH) ->
     return ResponseSums.of(inputs, DPPOLoss(DPPOConfig(), vocab_size=VOCAB, backend="torch")(logits, inputs), responses)
 
 
-ROWS = torch.arange(BATCH).repeat_interleave(LENGTH)
-EVERY = torch.arange(BATCH * LENGTH)
+def every_token() -> torch.Tensor:
+    return torch.arange(BATCH * LENGTH)
 
 
-@pytest.mark.parametrize("part", [EVERY % LENGTH < 3, ROWS == 1, EVERY % 2 == 0], ids=["cut", "split", "interleaved"])
-def test_parts_of_responses_and_of_batches_add_up_to_the_whole(part: torch.Tensor) -> None:
+def response_of_token() -> torch.Tensor:
+    return every_token() // LENGTH
+
+
+PARTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cut": lambda token: token % LENGTH < 3,
+    "split": lambda token: token // LENGTH == 1,
+    "interleaved": lambda token: token % 2 == 0,
+}
+
+
+@pytest.mark.parametrize("divided", PARTS)
+def test_parts_of_responses_and_of_batches_add_up_to_the_whole(divided: str) -> None:
     """As micro-batches, packing and context parallelism divide them."""
     logits, inputs = scenario_inputs()
-    whole = sums_of(logits, inputs)
-    packed = dataclasses.replace(inputs, sequences=Sequences(ids=ROWS.view(BATCH, LENGTH)))
-    parts = [sums_of(logits.flatten(0, 1)[rows], packed.take(rows)) for rows in (EVERY[part], EVERY[~part].flip(0))]
+    whole, tokens = sums_of(logits, inputs), every_token()
+    part = PARTS[divided](tokens)
+    packed = dataclasses.replace(inputs, sequences=Sequences(ids=response_of_token().view(BATCH, LENGTH)))
+    parts = [sums_of(logits.flatten(0, 1)[rows], packed.take(rows)) for rows in (tokens[part], tokens[~part].flip(0))]
     # The loss computes log-probs in fp32 by rows: the same numbers, summed in fp64 in another order.
     torch.testing.assert_close((parts[0] + parts[1]).sums, whole.sums, rtol=1e-13, atol=1e-13)
     assert whole.sums[:, -1].tolist() == inputs.loss_mask.sum(1).tolist()
 
 
 def _reduced(rank_rows: list[torch.Tensor]) -> dict[str, float]:
-    logits, inputs = scenario_inputs(ids=ROWS.view(BATCH, LENGTH))
+    logits, inputs = scenario_inputs(ids=response_of_token().view(BATCH, LENGTH))
     rows = rank_rows[torch.distributed.get_rank()]
     return sums_of(logits.flatten(0, 1)[rows], inputs.take(rows)).all_reduce().finalize(1.0)
 
 
 def test_reduced_over_ranks_it_is_that_of_the_whole(ranks: RankPools) -> None:
-    whole = sums_of(*scenario_inputs()).finalize(1.0)
-    for final in ranks(2).run(_reduced, [EVERY[::3], torch.cat([EVERY[1::3], EVERY[2::3]])]):
+    whole, tokens = sums_of(*scenario_inputs()).finalize(1.0), every_token()
+    for final in ranks(2).run(_reduced, [tokens[::3], torch.cat([tokens[1::3], tokens[2::3]])]):
         assert final == pytest.approx(whole, rel=1e-12)
 
 
@@ -259,7 +281,7 @@ def test_what_is_outside_the_mask_counts_nowhere_and_nothing_waits() -> None:
     spoilt = {
         name: getattr(inputs, name).masked_fill(outside, torch.nan) for name in ("advantages", "rollout_log_probs")
     }
-    ids = ROWS.view(BATCH, LENGTH).masked_fill(outside, -100)
+    ids = response_of_token().view(BATCH, LENGTH).masked_fill(outside, -100)
     given_ids = dataclasses.replace(inputs, sequences=Sequences(ids=ids), **spoilt)
     with DeviceWaits() as waits:
         sums = ResponseSums.of(given_ids, output, BATCH) + ResponseSums.of(inputs, output, BATCH)
@@ -270,7 +292,7 @@ def test_what_is_outside_the_mask_counts_nowhere_and_nothing_waits() -> None:
 def test_packed_tokens_of_unknown_responses_are_refused() -> None:
     logits, inputs = scenario_inputs()
     with pytest.raises(LossInputError, match=r"improvement bound needs sequences\.ids"):
-        sums_of(logits.flatten(0, 1), inputs.take(EVERY))
+        sums_of(logits.flatten(0, 1), inputs.take(every_token()))
 
 
 def of_responses(*log_ratios: float, advantage: float, times: int = 1) -> ResponseSums:
