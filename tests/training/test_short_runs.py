@@ -140,7 +140,9 @@ def test_other_layouts_learn_the_same_from_the_same_first_batch(policy, tmp_path
     reference, records = one_step_of_tp2_ep2, train(policy, tmp_path, "other", *ONE_STEP, *overrides)
     assert records[0]["eval/reward_mean"] == pytest.approx(reference[0]["eval/reward_mean"], abs=1e-6)
     assert records[1]["mismatch/abs_log_ratio"] < MISMATCH
-    assert 0 < records[1]["bound/penalty"] < 0.1  # of one small update, whichever ranks hold the responses
+    # How much moves between its updates depends on how a layout divides the batch among them.
+    assert records[1]["bound/penalty"] > 0
+    assert records[1]["bound/surrogate"] - records[1]["bound/penalty"] == pytest.approx(records[1]["bound/improvement"])
 
 
 # Two stages: log-probs of a reference policy travel back from the last one, and so do metrics; routing travels with samples.
