@@ -43,8 +43,12 @@ def test_every_host_is_given_the_command_with_its_words_intact(launch, tmp_path)
 def test_without_hosts_the_command_runs_once(launch, tmp_path):
     servers = launch(f"{{serve}} >> {tmp_path}/said; cat", [], ["echo", "one"])
     servers.start()
+    wait_until(lambda: lines(tmp_path / "said") != [], within_s=10, what="the command speaks")
+    running = servers._processes["servers"].pid
     servers.start()
-    wait_until(lambda: lines(tmp_path / "said") == ["one"], within_s=10, what="the command speaks")
+    assert servers._processes["servers"].pid == running, "it is not started again while it runs"
+    servers.close()
+    assert lines(tmp_path / "said") == ["one"]
 
 
 def test_a_command_that_ends_says_why_and_is_started_again(launch, tmp_path):

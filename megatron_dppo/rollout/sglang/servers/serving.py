@@ -84,4 +84,5 @@ def address_of_this_host() -> str:
             probe.connect(("192.0.2.1", 9))
             return str(probe.getsockname()[0])
         except OSError:
+            _log.warning("this host has no route to others: servers listen on 127.0.0.1, where only it reaches them")
             return "127.0.0.1"
