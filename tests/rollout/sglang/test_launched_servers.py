@@ -9,6 +9,7 @@ import pytest
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.servers import guarded_process
 from megatron_dppo.rollout.sglang.servers.launched import LaunchedServers
 from megatron_dppo.rollout.sglang.servers.registry import RegisteredServers
 from tests.waiting import wait_until
@@ -88,3 +89,15 @@ def test_what_runs_on_the_host_is_told_the_end_by_its_standard_input(launch, tmp
 def test_a_launch_that_cannot_work_is_refused(options, named):
     with pytest.raises(ConfigError, match=named):
         SGLangConfig(**options).check()
+
+
+def test_hosts_are_given_the_time_to_end_their_servers_all_at_once(launch, tmp_path):
+    slow_to_end = f"trap 'sleep 1; echo {{host}} >> {tmp_path}/ended; exit' TERM; echo {{host}} >> {tmp_path}/up"
+    hosts = [f"node-{number}" for number in range(4)]
+    servers = launch(f"{slow_to_end}; while :; do sleep 0.05; done", hosts, ["true"])
+    servers.start()
+    wait_until(lambda: lines(tmp_path / "up") == hosts, within_s=10, what="all commands run")
+    patience_of_one = guarded_process._TERMINATE_GRACE_S  # 0.2 s here: see conftest.py
+    assert patience_of_one < 1
+    servers.close()
+    assert lines(tmp_path / "ended") == hosts

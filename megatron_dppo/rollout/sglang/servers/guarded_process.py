@@ -22,7 +22,13 @@ _LOG_TAIL_BYTES = 4000
 class GuardedProcess:
     """Started when it is made, in a session of its own; what it says is appended to a log."""
 
-    def __init__(self, command: Sequence[str], log_path: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        log_path: Path,
+        environment: Mapping[str, str],
+        extra_grace_s: float = 0.0,
+    ) -> None:
         """Raises RolloutError if the command cannot be started.
 
         Args:
@@ -30,7 +36,9 @@ class GuardedProcess:
                 has ended, however that came about.
             log_path: of its output, after a line with the command. The folder is made.
             environment: all of its environment.
+            extra_grace_s: that it may take, beyond the usual, to end by itself once it was told to.
         """
+        self._extra_grace_s = extra_grace_s
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, str(_GUARD), str(os.getpid())]
@@ -68,16 +76,20 @@ class GuardedProcess:
         """Where the log is, and how it ends."""
         return f"The end of {self.log_path}:\n{self.output()[-_LOG_TAIL_BYTES:].decode(errors='replace')}"
 
-    def end(self) -> None:
-        """End it and every process of its group. Safe to call twice."""
-        atexit.unregister(self.end)
-        group = self._process.pid
+    def ask_to_end(self) -> None:
+        """Tell it and every process of its group to end, without waiting: for several that are to end at the same time."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
-        deadline = time.monotonic() + _TERMINATE_GRACE_S
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """End it and every process of its group. Safe to call twice."""
+        atexit.unregister(self.end)
+        group = self._process.pid
+        self.ask_to_end()
+        deadline = time.monotonic() + _TERMINATE_GRACE_S + self._extra_grace_s
         while _group_exists(group) and time.monotonic() < deadline:
             self._process.poll()  # reap it: a zombie would keep the group alive
             time.sleep(0.05)

@@ -12,6 +12,9 @@ from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 from megatron_dppo.rollout.sglang.servers.registry import RegisteredServers
 from megatron_dppo.rollout.sglang.servers.source import Found
 
+# Whoever serves gives its servers the usual grace: killed before that is over, it could not end them.
+_EXTRA_GRACE_S = 7.0
+
 
 class LaunchedServers:
     """A ``ServerSource``: a process here for every host, which ends its servers there when it ends.
@@ -50,7 +53,7 @@ class LaunchedServers:
             process = self._processes.get(host)
             if process is None or not process.is_running():
                 log = self._log_folder / f"launch_{re.sub(r'[^A-Za-z0-9.-]', '_', host)}.log"
-                self._processes[host] = GuardedProcess(["sh", "-c", command], log, os.environ)
+                self._processes[host] = GuardedProcess(["sh", "-c", command], log, os.environ, _EXTRA_GRACE_S)
 
     def find(self) -> Found:
         """See ``ServerSource.find``."""
@@ -67,6 +70,8 @@ class LaunchedServers:
 
     def close(self) -> None:
         """End them, and thereby the servers that they started."""
+        for process in self._processes.values():
+            process.ask_to_end()
         for process in self._processes.values():
             process.end()
         self._processes.clear()

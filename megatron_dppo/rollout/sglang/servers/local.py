@@ -104,6 +104,8 @@ class LocalServers:
     def close(self) -> None:
         """End them."""
         for server in self.servers:
+            server.ask_to_end()
+        for server in self.servers:
             server.close()
         self._loading.clear()
         self._ready.clear()

@@ -180,6 +180,11 @@ class SGLangServer:
         """Of the process group of the server and all that it started; None: it was not started."""
         return None if self._process is None else self._process.pid
 
+    def ask_to_end(self) -> None:
+        """Tell it to end, without waiting."""
+        if self._process is not None:
+            self._process.ask_to_end()
+
     def close(self) -> None:
         """End the server and every process of its group. Safe to call twice."""
         self._key_file.unlink(missing_ok=True)
