@@ -16,6 +16,7 @@ _OF_ADMINISTRATORS = frozenset(
         "/destroy_weights_update_group",
         "/end_weight_update",
         "/flush_cache",
+        "/freeze_gc",
         "/init_weights_update_group",
         "/pause_generation",
         "/release_memory_occupation",

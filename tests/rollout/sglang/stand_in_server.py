@@ -1,4 +1,4 @@
-"""What is started in place of an SGLang server where a test is about processes: it is healthy, and does nothing else."""
+"""What is started in place of an SGLang server where a test is about processes: it is healthy, says what it is asked, and does nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        print("asked for", self.path, flush=True)
 
     def log_message(self, *arguments):
         pass

@@ -56,3 +56,14 @@ def test_a_server_that_finds_no_port_is_given_up(tmp_path: Path, transport: Tran
         server.wait_until_ready(transport)
     assert (tmp_path / "starts").read_text().count("start") == 3
     server.close()
+
+
+def test_a_server_that_is_ready_has_set_aside_what_it_imported(tmp_path: Path, transport: Transport) -> None:
+    """Otherwise a CPU server looks through all of it for garbage whenever its cache is flushed, in every weight update."""
+    server = _server(tmp_path, failures=0)
+    try:
+        server.start()
+        server.wait_until_ready(transport)
+        assert "asked for /freeze_gc" in server.log_path.read_text()
+    finally:
+        server.close()
