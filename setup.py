@@ -93,6 +93,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
     package_data={"megatron_dppo": ["py.typed", "*.pyi"]},
+    entry_points={"console_scripts": ["megatron-dppo = megatron_dppo.cli:main"]},
     **native_extension(),
     # The one place that says so. csrc/build_extension.py says what is different before 2.11.
     install_requires=["torch>=2.6"],

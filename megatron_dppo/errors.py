@@ -87,3 +87,8 @@ STOPPED = (
     RolloutError,
     ScoringError,
 )
+
+# Exit codes of the commands. 4 is that of a rank that ends because another has failed (distributed/lifeline.py).
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # the rollout engine gave out, a checkpoint cannot be read or written, a gradient is NaN, ...
+EXIT_START_AGAIN = 75  # EX_TEMPFAIL: asked to stop, and saved

@@ -1,4 +1,4 @@
-"""Serve a run's policy on this host: ``python -m megatron_dppo.serve --config examples/conf/NAME.yaml key.sub=value ...``.
+"""Serve a run's policy on this host: ``megatron-dppo serve --config examples/conf/NAME.yaml key.sub=value ...``.
 
 Starts one SGLang server for every ``rollout.sglang.tensor_model_parallel_size`` GPUs of the host, registers those that are
 ready in ``rollout.sglang.registry``, where the trainer finds them, and starts again those that end. Until the trainer has
@@ -15,18 +15,13 @@ import signal
 import sys
 import threading
 
-from megatron_dppo.errors import BAD_INPUT, RolloutError
-from megatron_dppo.rollout.sglang.servers.nodes import Nodes
-from megatron_dppo.training.config.load import load_config
-
-EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3
+from megatron_dppo.errors import BAD_INPUT, EXIT_BAD_INPUT, EXIT_STOPPED, RolloutError
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_dppo.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="megatron-dppo serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="the run's YAML file")
     parser.add_argument("--registry", help="folder to register in; default: rollout.sglang.registry")
@@ -49,6 +44,9 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
     """Run servers until ``stop`` is set."""
     if options.directory:
         os.chdir(options.directory)
+    from megatron_dppo.rollout.sglang.servers.nodes import Nodes  # help needs no torch
+    from megatron_dppo.training.config.load import load_config
+
     config = load_config(options.config, options.overrides)
     from megatron_dppo.training.serving import serve_policy  # its HTTP client is an extra
 
@@ -65,10 +63,10 @@ def _set_at_eof(stop: threading.Event) -> None:
     threading.Thread(target=wait, name="until-eof", daemon=True).start()
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     logging.basicConfig(format="%(asctime)s %(message)s")
-    options = parse_arguments(sys.argv[1:])
+    options = parse_arguments(arguments)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -86,4 +84,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

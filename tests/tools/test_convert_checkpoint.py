@@ -69,6 +69,6 @@ def test_a_checkpoint_of_any_layout_becomes_a_hugging_face_folder(ranks, tmp_pat
 )
 def test_what_cannot_be_converted_is_one_clear_line(tmp_path, arguments, message):
     code, output = convert(tmp_path, *arguments)
-    assert code == 1
+    assert code == 2
     assert message in output
     assert "Traceback" not in output

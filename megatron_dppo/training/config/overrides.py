@@ -12,15 +12,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dppo.errors import ConfigError
-from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.config.spelling import as_written, option_types, text_as_typed, without_none
 
 _KEY = re.compile(r"[^.\[\]\s]+(\[\d+\])*(\.[^.\[\]\s]+(\[\d+\])*)*")
 _STEP = re.compile(r"[^.\[\]]+")
 
 
-def set_option(tree: DictConfig, override: str) -> None:
-    """Set one option, e.g. ``train.steps=5`` or ``tasks.train[0].size=5``, in ``tree``.
+def set_option(tree: DictConfig, override: str, root: type) -> None:
+    """Set one option, e.g. ``train.steps=5`` or ``tasks.train[0].size=5``, in ``tree``, whose schema is ``root``.
 
     Mappings are merged into what is there, lists replace it. Whether the key exists is left to the caller.
 
@@ -34,16 +33,16 @@ def set_option(tree: DictConfig, override: str) -> None:
         raise ConfigError(f"override {override!r}: {key!r} is no key; write section.key or section.list[0].key")
     steps = _STEP.findall(key)
     try:
-        hint = _type_at(tree, steps)
+        hint = _type_at(tree, steps, root)
         value = _value(text, hint, key)
         OmegaConf.update(tree, ".".join(steps), value, merge=True)
     except (ConfigError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from error
 
 
-def _type_at(tree: DictConfig, steps: list[str]) -> Any:
+def _type_at(tree: DictConfig, steps: list[str], root: type) -> Any:
     """The type of the option that ``steps`` lead to; Any for what the schema does not know, or leaves free."""
-    hint: Any = Config
+    hint: Any = root
     node: Any = tree
     for depth, step in enumerate(steps):
         kind, name = without_none(hint), ".".join(steps[:depth])

@@ -116,9 +116,8 @@ def test_servers_that_keep_failing_end_it_with_what_they_said(serve):
 def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, capsys, override, named):
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["serve", "--config", "run.yaml", override])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert main() == 2
+    assert main(["--config", "run.yaml", override]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert named in line

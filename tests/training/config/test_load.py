@@ -128,6 +128,26 @@ def test_an_entry_of_a_list_can_be_changed(tmp_path):
     assert (first.name, first.size, second.name, second.parameters) == ("one", 5, "two", {"a": 1, "b": 2, "c": 3})
 
 
+def test_the_section_of_the_launcher_is_nothing_to_a_run(tmp_path):
+    run = write(tmp_path / "run.yaml", "launch: {trainer_nodes: 2, anything: [1]}\ntrain: {steps: 3}")
+    assert load_config(run, ["launch.more=1"]) == load_config(write(tmp_path / "bare.yaml", "train: {steps: 3}"))
+
+
+def test_a_choice_puts_another_file_of_the_folder_in_its_place(tmp_path):
+    (tmp_path / "cluster").mkdir()
+    for name, steps in (("local", 1), ("slurm", 2)):
+        write(tmp_path / "cluster" / f"{name}.yaml", f"train: {{steps: {steps}}}")
+    mine = write(tmp_path / "mine.yaml", "train: {steps: 3}")
+    write(tmp_path / "base.yaml", "defaults: [cluster/local.yaml]")
+    run = write(tmp_path / "run.yaml", "defaults: [base.yaml]")
+    chosen = [load_config(run, choice).train.steps for choice in ([], ["cluster=slurm"], [f"cluster={mine}"])]
+    assert chosen == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"slrum.yaml: no such configuration file; there are local.yaml, slurm.yaml"):
+        load_config(run, ["cluster=slrum"])
+    with pytest.raises(ConfigError, match=r"cluster=slurm replaces nothing"):
+        load_config(mine, ["cluster=slurm"])
+
+
 def test_a_missing_file_lists_those_there_are(tmp_path):
     write(tmp_path / "quickstart.yaml", "")
     with pytest.raises(ConfigError, match=r"there are quickstart\.yaml"):
