@@ -1,4 +1,4 @@
-"""What is started in place of an SGLang server where a test is about processes: it is healthy, says what it is asked, no more."""
+"""What is started in place of an SGLang server in tests of processes: it is healthy, says what it is asked, and no more."""
 
 from __future__ import annotations
 
