@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_dppo.models.hf import export
 from megatron_dppo.models.hf.export import Bucket, PolicyWeights
+from megatron_dppo.rollout.sglang.weight_route import flatten, num_bytes
 from tests.models.policy_runs import loaded_policy
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rank_pool import RankPools
@@ -135,3 +136,38 @@ def test_up_to_four_ranks_send_every_tensor_once(
 
 def test_weights_travel_in_the_type_that_is_served(ranks: RankPools, tmp_path: Path) -> None:
     assert _check("qwen3_moe", TP2 | EP2, 2, 2, ranks, tmp_path, dtype=torch.bfloat16) == [0, 1]
+
+
+def _peaks_while_sending(folder: str, layout: dict[str, Any], bucket_bytes: int) -> tuple[float, float]:
+    """What an update takes of memory here, at its peak, and what this rank sends; in buckets."""
+    weights = PolicyWeights(loaded_policy(folder, layout))
+    buckets = weights.buckets(dtype=torch.float32, bucket_bytes=bucket_bytes, max_senders=4)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before, sent = _memory("VmRSS"), 0
+    on_its_way, free = (torch.empty(bucket_bytes, dtype=torch.uint8) for _ in range(2))  # as BroadcastRoute has them
+    for index, tensors in weights.fetch(buckets, dtype=torch.float32, wait=lambda work: work.wait()):
+        sent += flatten(tensors, free).nbytes
+        on_its_way, free = free, on_its_way
+        del tensors
+        assert num_bytes(buckets[index], torch.float32) <= bucket_bytes
+    peak = _memory("VmHWM") - before
+    dist.barrier()
+    return peak / bucket_bytes, sent / bucket_bytes
+
+
+def _memory(field: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.slow
+def test_sending_takes_a_few_buckets_however_large_the_policy(ranks: RankPools, tmp_path: Path) -> None:
+    """Two buffers, a bucket that is put together, halves of it and of the next one from the other rank, two for that rank.
+
+    That makes five; putting experts together, and the allocator, take about one more. Each rank sends a dozen.
+    """
+    wide = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 4, "num_experts": 16}
+    write_tiny_hf_model("qwen3_moe", tmp_path, **wide)
+    results = ranks(4).run(_peaks_while_sending, str(tmp_path), TP2 | PP2, 4 * 2**20)
+    assert all(sent > 10 for _, sent in results)
+    assert max(peak for peak, _ in results) < 8

@@ -184,6 +184,7 @@ class BroadcastRoute:
             names = [name for name, _ in buckets[index].tensors]
             # What was put together is hashed, not what was made of it to be sent.
             hash_tensors(kinds, zip(names, tensors, strict=True))
+            del tensors  # before the next bucket's are put together
         if on_its_way is not None:
             self._watch.wait(on_its_way)
 
