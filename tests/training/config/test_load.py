@@ -154,7 +154,9 @@ def test_a_missing_file_lists_those_there_are(tmp_path):
         load_config(tmp_path / "quick_start.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*CONF.glob("*.yaml"), *CONF.glob("recipe/*.yaml")]), ids=lambda path: path.name
+)
 def test_every_example_loads_and_survives_saving(path, tmp_path):
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
