@@ -36,4 +36,6 @@ def check_servers(config: Config) -> list[Report]:
         source = choose_source(sglang, policy, transport, logs, serve_command(logs / "config.yaml"))
         pool = stack.enter_context(closing(ServerPool(sglang, transport, source)))
         pool.prepare()
-        return Preflight(sglang, policy, transport, longest).examine(sorted(pool.fit(0).urls))
+        urls = sorted(pool.fit(0).urls)
+        software = {url: source.software_of(url) for url in urls}
+        return Preflight(sglang, policy, transport, longest).examine(urls, software)

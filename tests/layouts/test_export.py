@@ -82,12 +82,12 @@ def _check(
     stored = load_file(folder / "model.safetensors")
     assert dict(sent).keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name].to(dtype)) for name, tensor in sent)
-    for rank, (_, tensors, num_bytes) in enumerate(results):
+    for rank, (_, tensors, came) in enumerate(results):
         # Vocabulary rows of padding travel as well, to whoever sends an embedding.
         padded = 6 * math.prod(stored["model.embed_tokens.weight"].shape[1:]) * dtype.itemsize
         tables = sum(name in tensors for name in ("model.embed_tokens.weight", "lm_head.weight"))
-        assert num_bytes <= sum(tensor.nbytes for tensor in tensors.values()) + tables * padded, f"rank {rank}"
-        assert tensors or num_bytes == 0
+        assert came <= sum(tensor.nbytes for tensor in tensors.values()) + tables * padded, f"rank {rank}"
+        assert tensors or came == 0
     for bucket in plans[0]:
         size = dtype.itemsize * sum(math.prod(shape) for _, shape in bucket.tensors)
         assert size <= BUCKET_BYTES or len(bucket.parameters) == 1

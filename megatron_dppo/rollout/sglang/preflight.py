@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_dppo.errors import RefusedRequestError, RolloutError
 from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.probe_byte import ProbeByte
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
-from megatron_dppo.rollout.sglang.server_settings import TESTED_VERSION, Finding, examine_settings
+from megatron_dppo.rollout.sglang.server_settings import TESTED_VERSION, Finding, examine_settings, examine_software
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
+from megatron_dppo.rollout.sglang.servers.software import Software, software_here
 from megatron_dppo.rollout.sglang.transport import Transport
-from megatron_dppo.rollout.sglang.update_group import address_seen_from, join_update_group, open_store
 
-_NOBODYS_TENSOR = "megatron_dppo.preflight"
 _TOP = 8
 _PROBE_TEMPERATURE = 0.5
 # Of log-probs that ought to be twice as far apart: between them and those that are not there is room for any rounding.
 _LEAST_SPREAD = 0.05
-_TRY_AGAIN_S = 0.2
+_NOTHING_KNOWN: Mapping[str, Software | None] = {}
 
 
 @dataclass
@@ -71,12 +68,17 @@ class Preflight:
         self._transport = transport
         self._longest = longest
 
-    def examine(self, urls: Sequence[str]) -> list[Report]:
-        """A report for each server, and one for what needs all of them."""
+    def examine(self, urls: Sequence[str], software: Mapping[str, Software | None] = _NOTHING_KNOWN) -> list[Report]:
+        """A report for each server, and one for what needs all of them. ``software``: of servers, as far as it is known."""
         reports, servers = [], []
         for url in urls:
             report = Report(url)
             facts = self._examine_one(url, report)
+            if facts is not None:
+                on_gpu = facts.layout.device_type == "cuda" and not self._config.colocated
+                there = software.get(url)
+                report.facts += [str(there)] if there is not None else []
+                report.findings += examine_software(there, software_here(), by_nccl=on_gpu)
             reports.append(report)
             if facts is not None:
                 servers.append(facts)
@@ -153,102 +155,20 @@ class Preflight:
                 Finding("no byte was sent: the servers have GPUs, this host has none", remedy, False)
             )
             return report
-        software = f"torch {torch.__version__}"
-        if on_cuda:
-            software += ", NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
-        report.facts.append(software)
+        report.facts.append(str(software_here()))
         began = time.monotonic()
         try:
-            _Byte(servers, self._config, self._transport, "nccl" if on_cuda else "gloo").send()
+            ProbeByte(servers, self._config, self._transport, "nccl" if on_cuda else "gloo").send()
             report.facts.append(f"a byte arrived after {time.monotonic() - began:.1f} s")
         except (RolloutError, RuntimeError) as error:
             report.findings.append(
                 Finding(
                     f"no byte arrived: {error}",
                     "ports between the hosts must be open, rollout.sglang.master_address an address of this host that servers"
-                    f" reach, and NCCL the same version on both sides (here: {software}; docs/servers.md names a pair)",
+                    f" reach, and NCCL the same version on both sides (here: {software_here()}; see docs/servers.md)",
                 )
             )
         return report
 
     def _call(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return self._transport.call(url, path, body, self._config.control_timeout_s)
-
-
-class _Byte:
-    """A byte for every rank of every server, by the way that weights take."""
-
-    def __init__(
-        self, servers: Sequence[ServerFacts], config: SGLangConfig, transport: Transport, backend: str
-    ) -> None:
-        self._servers = servers
-        self._config = config
-        self._transport = transport
-        self._backend = backend
-        self._deadline = time.monotonic() + config.control_timeout_s
-        self._name = f"megatron_dppo_preflight_{uuid.uuid4().hex}"
-
-    def send(self) -> None:
-        """Raises RolloutError or RuntimeError if it does not arrive."""
-        timeout = timedelta(seconds=self._config.control_timeout_s)
-        address = self._config.master_address or address_seen_from(self._servers[0].url)
-        store = open_store(address, timeout)
-        size = 1 + sum(server.num_ranks for server in self._servers)
-        asked, offset = [], 1
-        for server in self._servers:
-            body = {
-                "master_address": address,
-                "master_port": store.port,
-                "rank_offset": offset,
-                "world_size": size,
-                "group_name": self._name,
-                "backend": self._backend,
-            }
-            asked.append(self._post(server.url, "/init_weights_update_group", body))
-            offset += server.num_ranks
-        group = join_update_group(self._name, store, size, self._backend, timeout)
-        try:
-            for answer in asked:
-                answer.result()
-            self._broadcast(group)
-        finally:
-            left = [
-                self._post(s.url, "/destroy_weights_update_group", {"group_name": self._name}) for s in self._servers
-            ]
-            for answer in left:
-                answer.exception()
-            dist.destroy_process_group(group)
-
-    def _broadcast(self, group: dist.ProcessGroup) -> None:
-        for server in self._servers:
-            self._begin(server.url)
-        body = {
-            "names": [_NOBODYS_TENSOR],
-            "dtypes": ["uint8"],
-            "shapes": [[1]],
-            "group_name": self._name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        asked = [self._post(server.url, "/update_weights_from_distributed", body) for server in self._servers]
-        byte = torch.ones(1, dtype=torch.uint8, device="cuda" if self._backend == "nccl" else "cpu")
-        dist.broadcast(byte, group_src=0, group=group)
-        for answer in asked:
-            answer.result()
-        for server in self._servers:
-            self._post(server.url, "/end_weight_update", {}).result()
-
-    def _begin(self, url: str) -> None:
-        """Another host of the trainer's may be at it: one after the other."""
-        while True:
-            try:
-                self._post(url, "/begin_weight_update", {}).result()
-                return
-            except RefusedRequestError:
-                if time.monotonic() > self._deadline:
-                    raise
-                time.sleep(_TRY_AGAIN_S)
-
-    def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
-        left = max(0.1, self._deadline - time.monotonic())
-        return self._transport.submit(self._transport.request(url, path, body, left))

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.servers.server import EXPERT_CHOICES_FLAG, FP32_HEAD_FLAG
+from megatron_dppo.rollout.sglang.servers.software import Software
 
 # What every statement about SGLang in this package was tried with.
 TESTED_VERSION = "0.5.23"
@@ -34,6 +35,18 @@ class Finding:
 def examine_settings(info: dict[str, Any], policy: ServedPolicy) -> list[Finding]:
     """Compare a server's ``/server_info`` with the policy that it is to serve."""
     return [*_other_numbers(info, policy), *_other_software(info)]
+
+
+def examine_software(there: Software | None, here: Software, *, by_nccl: bool) -> list[Finding]:
+    """NCCL refuses to talk to another version of itself, with an error that does not say so."""
+    if there is None or not by_nccl or there.nccl == here.nccl:
+        return []
+    return [
+        Finding(
+            f"its NCCL is {there.nccl}, and that of this host is {here.nccl}: weights cannot travel between them",
+            "install the same torch, or the same nvidia-nccl, on both sides; docs/servers.md names a pair",
+        )
+    ]
 
 
 def _other_numbers(info: dict[str, Any], policy: ServedPolicy) -> Iterator[Finding]:

@@ -10,8 +10,9 @@ import pytest
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.preflight import Preflight
-from megatron_dppo.rollout.sglang.server_settings import TESTED_VERSION, examine_settings
+from megatron_dppo.rollout.sglang.server_settings import TESTED_VERSION, examine_settings, examine_software
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
+from megatron_dppo.rollout.sglang.servers.software import Software
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.server_check import check_servers
@@ -115,6 +116,16 @@ def test_real_servers_pass_and_keep_their_weights(servers):
             assert fault in str(report)
     finally:
         transport.close()
+
+
+@pytest.mark.parametrize(
+    ("nccl_there", "by_nccl", "is_fatal"),
+    [("2.30.7", True, False), ("2.27.3", True, True), (None, True, True), ("2.27.3", False, False)],
+)
+def test_another_nccl_is_found_where_bytes_travel_by_it(nccl_there, by_nccl, is_fatal):
+    here, there = Software("2.14.1", "2.30.7"), Software("2.13.0", nccl_there)
+    assert [finding.is_fatal for finding in examine_software(there, here, by_nccl=by_nccl)] == [True] * is_fatal
+    assert examine_software(None, here, by_nccl=by_nccl) == []  # who has not said is asked by the byte
 
 
 @pytest.mark.sglang

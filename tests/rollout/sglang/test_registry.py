@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang.servers.registry import RegisteredServers, Registration, Registry, read_registry
+from megatron_dppo.rollout.sglang.servers.software import Software, software_here, software_of
 
 
 def of(url: str) -> Registration:
@@ -50,6 +53,23 @@ def test_more_servers_than_expected_are_welcome(tmp_path):
         Registry(tmp_path).enter(f"node-{index}", of(f"http://10.0.0.{index}:1"))
     found = RegisteredServers(tmp_path, expected=2).find()
     assert (len(found.urls), found.awaited) == (3, ())
+
+
+def test_what_servers_run_on_is_told_by_those_who_know(tmp_path):
+    said = Software("2.14.1", "2.30.7")
+    Registry(tmp_path).enter("node-1", Registration("http://10.0.0.1:1", "node-1", 17, said))
+    Registry(tmp_path).enter("node-2", of("http://10.0.0.2:1"))
+    registered = RegisteredServers(tmp_path, expected=2)
+    assert registered.software_of("http://10.0.0.1:1") == said
+    assert registered.software_of("http://10.0.0.2:1") is None
+    assert registered.software_of("http://10.0.0.3:1") is None
+
+
+@pytest.mark.slow
+def test_an_interpreter_is_asked_what_it_brings(tmp_path):
+    assert software_of(sys.executable, os.environ) == software_here()
+    assert software_of(str(tmp_path / "no_python"), os.environ) is None
+    assert software_of("true", os.environ) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"url": "10.0.0.1:1"}), json.dumps({"url": None})])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 from megatron_dppo.rollout.sglang.servers.registry import RegisteredServers
+from megatron_dppo.rollout.sglang.servers.software import Software
 from megatron_dppo.rollout.sglang.servers.source import Found
 
 # Whoever serves gives its servers the usual grace: killed before that is over, it could not end them.
@@ -67,6 +68,10 @@ class LaunchedServers:
 
     def end(self, url: str) -> None:
         """One alone cannot be ended: they share a process here."""
+
+    def software_of(self, url: str) -> Software | None:
+        """As it has registered."""
+        return self._registered.software_of(url)
 
     def close(self) -> None:
         """End them, and thereby the servers that they started."""

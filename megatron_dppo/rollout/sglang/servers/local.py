@@ -10,6 +10,7 @@ from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy, prepare_served_folder
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer
+from megatron_dppo.rollout.sglang.servers.software import Software
 from megatron_dppo.rollout.sglang.servers.source import Found
 from megatron_dppo.rollout.sglang.transport import Transport
 
@@ -24,6 +25,7 @@ class LocalServers:
         self._loading: set[SGLangServer] = set()
         self._ready: set[SGLangServer] = set()
         self._failures: dict[SGLangServer, str] = {}
+        self._software: Software | None = None
 
     @classmethod
     def of(
@@ -100,6 +102,12 @@ class LocalServers:
         for server in self.servers:
             if server.url == url:
                 server.close()
+
+    def software_of(self, url: str) -> Software | None:
+        """They all have the same interpreter."""
+        if self._software is None:
+            self._software = self.servers[0].software()
+        return self._software
 
     def close(self) -> None:
         """End them."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dppo.errors import RolloutError
+from megatron_dppo.rollout.sglang.servers.software import Software
 from megatron_dppo.rollout.sglang.servers.source import Found
 
 _SUFFIX = ".server.json"
@@ -25,11 +26,13 @@ class Registration:
         url: where it is reached.
         host: where it runs, for people.
         pid: of the process that runs it there, for people.
+        software: that it runs on; None if its interpreter does not say.
     """
 
     url: str
     host: str
     pid: int
+    software: Software | None = None
 
 
 class Registry:
@@ -65,28 +68,31 @@ def read_registry(path: Path) -> list[str]:
     Empty if there is nothing at ``path`` yet. Raises RolloutError, naming the place, for what is no registration and no
     address.
     """
+    return list(_read(path))
+
+
+def _read(path: Path) -> dict[str, Software | None]:
+    """Address -> what the server runs on, as far as it has said so."""
     if path.is_file():
         lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-        return _distinct([_checked(line, path) for line in lines if line])
-    found = []
+        return {_checked(line, path): None for line in lines if line}
+    found: dict[str, Software | None] = {}
     for file in sorted(path.glob(f"*{_SUFFIX}")):
         try:
-            found.append(_checked(json.loads(file.read_text(encoding="utf-8"))["url"], file))
+            said = json.loads(file.read_text(encoding="utf-8"))
+            software = said.get("software")
+            found.setdefault(_checked(said["url"], file), Software(**software) if software else None)
         except FileNotFoundError:  # it has left since it was listed
             continue
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RolloutError(f"{file} is no registration of a server ({error}): remove it") from error
-    return _distinct(found)
+    return found
 
 
 def _checked(url: object, place: Path) -> str:
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise RolloutError(f"{place}: {url!r} does not start with http:// or https://")
     return url.rstrip("/")
-
-
-def _distinct(urls: list[str]) -> list[str]:
-    return list(dict.fromkeys(urls))
 
 
 class RegisteredServers:
@@ -113,6 +119,10 @@ class RegisteredServers:
 
     def end(self, url: str) -> None:
         """They are not this process's to end."""
+
+    def software_of(self, url: str) -> Software | None:
+        """As it has registered."""
+        return _read(self._path).get(url)
 
     def close(self) -> None:
         """They are not this process's to end."""

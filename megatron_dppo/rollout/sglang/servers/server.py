@@ -18,6 +18,7 @@ from megatron_dppo.errors import ConfigError, RolloutError, TransientServerError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 from megatron_dppo.rollout.sglang.servers.nodes import Nodes
+from megatron_dppo.rollout.sglang.servers.software import Software, software_of
 from megatron_dppo.rollout.sglang.transport import Transport
 
 _CPU_SHIM = Path(__file__).parents[1] / "cpu_shim"
@@ -92,6 +93,7 @@ class SGLangServer:
         self._index = index
         self._return_routed_experts = return_routed_experts
         self._fp32_head = fp32_head
+        self._python = config.python or sys.executable
         self._process: GuardedProcess | None = None
         self._starts_left = 0
         self._ready_by = 0.0
@@ -112,8 +114,7 @@ class SGLangServer:
 
     def _command(self, port: int) -> list[str]:
         config = self._config
-        python = config.python or sys.executable
-        command = [python, "-m", "sglang.launch_server", "--model-path", str(self._model_folder)]
+        command = [self._python, "-m", "sglang.launch_server", "--model-path", str(self._model_folder)]
         command += ["--host", config.host, "--port", str(port), "--dtype", self._dtype]
         command += [
             "--tp-size",
@@ -183,6 +184,10 @@ class SGLangServer:
     def pid(self) -> int | None:
         """Of the process group of the server and all that it started; None: it was not started."""
         return None if self._process is None else self._process.pid
+
+    def software(self) -> Software | None:
+        """What its interpreter brings, asked of the interpreter; None if that does not say."""
+        return software_of(self._python, server_environment(self._config))
 
     def ask_to_end(self) -> None:
         """Tell it to end, without waiting."""

@@ -59,7 +59,7 @@ class ServingHost:
 
     def _enter(self, name: str, url: str) -> None:
         if self._registry is not None:
-            self._registry.enter(name, Registration(url, self._host, os.getpid()))
+            self._registry.enter(name, Registration(url, self._host, os.getpid(), self._servers.software_of(url)))
 
     def _leave(self, name: str) -> None:
         if self._registry is not None:

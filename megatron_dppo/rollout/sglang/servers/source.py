@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_dppo.rollout.sglang.servers.software import Software
+
 
 @dataclass(frozen=True)
 class Found:
@@ -42,6 +44,10 @@ class ServerSource(Protocol):
         """End a server, if it is this source's to end; ``start`` starts it again."""
         ...
 
+    def software_of(self, url: str) -> Software | None:
+        """What a server that is ready runs on; None if that is not known here."""
+        ...
+
     def close(self) -> None:
         """End what was started. Safe to call twice."""
         ...
@@ -68,6 +74,9 @@ class NamedServers:
 
     def end(self, url: str) -> None:
         """They are not this process's to end."""
+
+    def software_of(self, url: str) -> None:
+        """It is not known."""
 
     def close(self) -> None:
         """Nothing was started."""
