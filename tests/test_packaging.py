@@ -319,7 +319,7 @@ def test_the_check_of_the_loss_sees_what_it_must_not_do(fresh: Fresh, statement:
     ("package", "module", "extra"),
     [
         ("reasoning_gym", "megatron_dppo.tasks.reasoning_gym_task", "tasks"),
-        ("math_verify", "megatron_dppo.tasks.jsonl_task", "tasks"),
+        ("math_verify", "megatron_dppo.tasks.math_task", "tasks"),
         ("aiohttp", "megatron_dppo.rollout.sglang.engine", "sglang"),
         ("tenacity", "megatron_dppo.rollout.sglang.engine", "sglang"),
         ("tensorboard", "megatron_dppo.training.metrics.sinks", "train"),

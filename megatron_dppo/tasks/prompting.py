@@ -9,6 +9,7 @@ from megatron_dppo.errors import PromptTooLongError, TaskError
 from megatron_dppo.tasks.build import tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.graded_part import END_OF_THINKING
+from megatron_dppo.tasks.rows.open_rows import FILE_KINDS
 from megatron_dppo.tasks.task import Problem, Task
 
 
@@ -85,7 +86,7 @@ class PromptEncoder:
         that are made on the spot have none, and to make all of them would take its time.)
         """
         for task in tasks:
-            if self._configs[task.name].kind == "jsonl":
+            if self._configs[task.name].kind in FILE_KINDS:
                 own = (task[index] for index in range(len(task)))
                 first = next((problem for problem in own if problem.metadata.get("system_prompt") is not None), None)
                 if first is not None:
