@@ -32,7 +32,7 @@ EXTRAS_OF = {
     "megatron_dppo/models": ("train",),
     "megatron_dppo/rollout": ("train",),
     "megatron_dppo/rollout/sglang": ("train", "sglang"),
-    "megatron_dppo/tasks": ("tasks",),
+    "megatron_dppo/tasks": ("tasks", "data", "http-reward"),
     "megatron_dppo/training": ("train",),
     "examples": ("train",),
     "tests": ("dev",),
@@ -320,6 +320,8 @@ def test_the_check_of_the_loss_sees_what_it_must_not_do(fresh: Fresh, statement:
     [
         ("reasoning_gym", "megatron_dppo.tasks.reasoning_gym_task", "tasks"),
         ("math_verify", "megatron_dppo.tasks.math_task", "tasks"),
+        ("pyarrow", "megatron_dppo.tasks.rows.arrow_rows", "data"),
+        ("aiohttp", "megatron_dppo.tasks.http_reward", "http-reward"),
         ("aiohttp", "megatron_dppo.rollout.sglang.engine", "sglang"),
         ("tenacity", "megatron_dppo.rollout.sglang.engine", "sglang"),
         ("tensorboard", "megatron_dppo.training.metrics.sinks", "train"),

@@ -62,6 +62,13 @@ def check_task(config: TaskConfig) -> None:
     if config.kind not in _UNUSED:
         known = ", ".join(list(_UNUSED)[:-1])
         raise TaskError(f"task {config.name}: kind {config.kind!r} is unknown; choose {known} or {list(_UNUSED)[-1]}")
+    rewards = [name for name in ("reward", "http_reward", "code_reward") if getattr(config, name) is not None]
+    if len(rewards) > 1:
+        raise TaskError(f"task {config.name}: {' and '.join(rewards)} are two rewards; keep one")
+    if config.code_reward is not None and config.answer_extraction != TaskConfig().answer_extraction:
+        raise TaskError(
+            f"task {config.name}: code_reward takes the last code block; it has no use for answer_extraction"
+        )
     for setting in _UNUSED[config.kind]:
         if getattr(config, setting) != getattr(TaskConfig(), setting):
             raise TaskError(f"task {config.name}: kind {config.kind} has no use for {setting}")
@@ -123,7 +130,11 @@ def build_file_problems(config: TaskConfig, checked: bool = True) -> FileProblem
     if config.size is not None and config.size < 1:
         raise TaskError(f"task {config.name}: size must be at least 1, not {config.size}")
     paths = [config.path] if config.path is not None else config.paths
-    answer_kind: AnswerKind = "value" if config.reward is None else "optional"
+    answer_kind: AnswerKind = "value"
+    if config.code_reward is not None:
+        answer_kind = "tests"
+    elif config.reward is not None or config.http_reward is not None:
+        answer_kind = "optional"
     columns = needed_columns(config.fields, answer_kind)
     try:
         rows = open_rows(config.kind, paths, config.size, columns)
@@ -142,6 +153,14 @@ def _with_reward(problems: Task | FileProblems, config: TaskConfig) -> Task:
     task: Task
     if config.reward is not None:
         task = CustomRewardTask(problems, config.reward, config.answer_extraction)
+    elif config.http_reward is not None:
+        from megatron_dppo.tasks.http_reward import HttpRewardTask
+
+        task = HttpRewardTask(problems, config.http_reward, config.answer_extraction)
+    elif config.code_reward is not None:
+        from megatron_dppo.tasks.code.code_task import CodeTask
+
+        task = CodeTask(problems, config.code_reward)
     elif isinstance(problems, FileProblems):
         from megatron_dppo.tasks.math_task import MathTask
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from megatron_dppo.errors import TaskError
+from megatron_dppo.tasks.code.test_cases import read_tests
 from megatron_dppo.tasks.config import FieldsConfig
 from megatron_dppo.tasks.number_spelling import plain_decimal
 from megatron_dppo.tasks.rows.row import Row
@@ -66,6 +67,11 @@ def read_problem(row: Row, problem_id: str, fields: FieldsConfig, answer_kind: A
     metadata = _metadata(values, fields, question_field, row.place)
     if system_prompt is not None:
         metadata["system_prompt"] = system_prompt
+    if answer_kind == "tests" and answer is not None:
+        try:
+            read_tests(answer, metadata)
+        except ValueError as error:
+            raise TaskError(f"{row.place}: {answer_field}: {error}") from None
     return Problem(problem_id, question, answer, metadata)
 
 
