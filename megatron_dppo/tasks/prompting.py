@@ -75,6 +75,14 @@ class PromptEncoder:
         self._too_long.add(problem.problem_id)
         return False
 
+    def length(self, problem: Problem) -> int:
+        """How many tokens the prompt has, too long or not. Raises TaskError if the chat template refuses it."""
+        return len(self._tokens(problem))
+
+    def shown(self, problem: Problem) -> str:
+        """The prompt as the model reads it, special tokens and all."""
+        return str(self._tokenizer.decode(list(self._tokens(problem))))
+
     def decode(self, response_ids: Sequence[int]) -> str:
         """The response as text, special tokens (the stop token among them) left out."""
         return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))

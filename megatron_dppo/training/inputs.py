@@ -82,6 +82,12 @@ def read_run_inputs(config: Config, world_size: int) -> RunInputs:
     )
 
 
+def tokenizer_at_hand(config: Config) -> PreTrainedTokenizerBase | None:
+    """The run's tokenizer, if its folder is there. Raises ConfigError if nothing loads from it."""
+    folder = Path(config.model.tokenizer or config.model.path)
+    return _read_tokenizer(folder) if config.model.path and folder.is_dir() else None
+
+
 def _prompt(encoder: PromptEncoder, problem: Problem) -> Prompt:
     return Prompt(problem.problem_id, encoder.encode(problem), {"problem": problem})
 
@@ -101,16 +107,20 @@ def _existing_folder(path: str) -> Path:
 
 
 def _load_tokenizer(folder: Path, hf_config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:
-        raise ConfigError(f"model.tokenizer: {folder} holds no tokenizer that loads ({error})") from error
+    tokenizer = _read_tokenizer(folder)
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {hf_config.vocab_size}: they do not"
             " belong together"
         )
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise ConfigError(f"model.tokenizer: {folder} holds no tokenizer that loads ({error})") from error
 
 
 def _stop_token_ids(folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
