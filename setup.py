@@ -11,6 +11,7 @@ The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an
     te              Transformer Engine (GPU hosts; NVIDIA's apex is used too, but only its source can be installed)
     gguf            reading GGUF weights (tools/setup/prepare_smollm2.py)
     plots           tools/plot_run.py and the charts of tools/bench
+    docs            the documentation as a site (tools/build_docs.sh)
     test            tests of the loss and its operators (tests/loss, tests/ops)
     dev             everything that the tests, the linters and the tools need
 
@@ -59,6 +60,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.0"],
     "gguf": ["gguf>=0.17", "accelerate>=1.0"],
     "plots": ["matplotlib>=3.8"],
+    "docs": ["sphinx>=8.1", "furo>=2024.8", "myst-parser>=4"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", OMEGACONF],
 }
 EXTRAS["sglang-server"] = [*EXTRAS["sglang"], "sglang>=0.5.20"]

@@ -65,6 +65,8 @@ def check_task(config: TaskConfig) -> None:
     rewards = [name for name in ("reward", "http_reward", "code_reward") if getattr(config, name) is not None]
     if len(rewards) > 1:
         raise TaskError(f"task {config.name}: {' and '.join(rewards)} are two rewards; keep one")
+    if config.code_reward is not None and config.kind == "reasoning_gym":
+        raise TaskError(f"task {config.name}: code_reward needs tests, which problems of reasoning_gym have not")
     if config.code_reward is not None and config.answer_extraction != TaskConfig().answer_extraction:
         raise TaskError(
             f"task {config.name}: code_reward takes the last code block; it has no use for answer_extraction"
