@@ -14,8 +14,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dppo.errors import BAD_INPUT, EXIT_BAD_INPUT
+
+if TYPE_CHECKING:
+    from megatron_dppo.tasks.prompting import PromptEncoder
+    from megatron_dppo.training.config.schema import Config
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -37,20 +43,26 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     from megatron_dppo.launch.recipes import load_recipe  # help needs none of this
     from megatron_dppo.tasks.data_check import DataCheck
-    from megatron_dppo.tasks.prompting import PromptEncoder
-    from megatron_dppo.training.inputs import tokenizer_at_hand
 
     try:
         config = load_recipe(options.recipe, options.overrides)
-        tokenizer = None if options.no_tokenizer else tokenizer_at_hand(config)
-        tasks = [*config.tasks.train, *config.tasks.eval]
-        encoder = None
-        if tokenizer is not None:
-            encoder = PromptEncoder(tokenizer, tasks, config.rollout.max_prompt_tokens, chat=config.model.chat)
-        elif not options.no_tokenizer:
+        encoder = None if options.no_tokenizer else _encoder_at_hand(config)
+        if encoder is None and not options.no_tokenizer:
             print("no tokenizer is at hand (model.path, model.tokenizer): tokens are not counted")
         check = DataCheck(encoder, config.rollout.max_prompt_tokens, options.samples, options.lines, print)
         return 0 if check.check(config.tasks.train, config.tasks.eval) else 1
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _encoder_at_hand(config: Config) -> PromptEncoder | None:
+    """Of the run's tokenizer, if its folder is there. Raises ConfigError if nothing loads from it, or TaskError."""
+    folder = Path(config.model.tokenizer or config.model.path)
+    if not config.model.path or not folder.is_dir():
+        return None
+    from megatron_dppo.tasks.prompting import PromptEncoder
+    from megatron_dppo.training.inputs import read_tokenizer  # transformers take seconds
+
+    tasks = [*config.tasks.train, *config.tasks.eval]
+    return PromptEncoder(read_tokenizer(folder), tasks, config.rollout.max_prompt_tokens, chat=config.model.chat)

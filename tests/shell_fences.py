@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 _FENCE = re.compile(r"^([ \t]*)(`{3,})[ \t]*(\w*)[^\n]*\n(.*?)^\1\2[ \t]*$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(
-    r"<!-- (?:run(?:: exit (?P<code>\d+))?|(?P<kind>not run|not run, of an example): (?P<reason>\S.*))-->\n[ \t]*\Z"
+    r"<!-- (?:run(?:: exit (?P<code>\d+))?|(?P<kind>not run|not run, of an example): (?P<reason>\S.*?)) -->\n[ \t]*\Z"
 )
 
 

@@ -93,8 +93,8 @@ def test_blocks_of_python_and_yaml_can_be_read(fence: Fence) -> None:
     [
         ("<!-- run -->\n", True, None, None),
         ("text\n\n<!-- run: exit 1 -->\n", True, "1", None),
-        ("<!-- not run: needs GPUs -->\n", False, None, "needs GPUs "),
-        ("<!-- not run, of an example: hf is one -->\n", False, None, "hf is one "),
+        ("<!-- not run: needs GPUs -->\n", False, None, "needs GPUs"),
+        ("<!-- not run, of an example: hf is one -->\n", False, None, "hf is one"),
         ("<!-- not run: -->\n", False, None, None),
         ("<!-- run -->\n\ntext\n", False, None, None),
         ("", False, None, None),

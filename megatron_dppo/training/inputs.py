@@ -82,12 +82,6 @@ def read_run_inputs(config: Config, world_size: int) -> RunInputs:
     )
 
 
-def tokenizer_at_hand(config: Config) -> PreTrainedTokenizerBase | None:
-    """The run's tokenizer, if its folder is there. Raises ConfigError if nothing loads from it."""
-    folder = Path(config.model.tokenizer or config.model.path)
-    return _read_tokenizer(folder) if config.model.path and folder.is_dir() else None
-
-
 def _prompt(encoder: PromptEncoder, problem: Problem) -> Prompt:
     return Prompt(problem.problem_id, encoder.encode(problem), {"problem": problem})
 
@@ -107,7 +101,7 @@ def _existing_folder(path: str) -> Path:
 
 
 def _load_tokenizer(folder: Path, hf_config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {hf_config.vocab_size}: they do not"
@@ -116,7 +110,8 @@ def _load_tokenizer(folder: Path, hf_config: PretrainedConfig) -> PreTrainedToke
     return tokenizer
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises ConfigError if nothing loads from it."""
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:

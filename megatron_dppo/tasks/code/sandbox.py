@@ -83,7 +83,7 @@ def run_sandboxed(
     with ``process`` what did not leave its process group.
     """
     with contextlib.ExitStack() as cleanup:
-        folder = "/tmp"
+        folder = os.path.realpath("/tmp")
         if isolation == "process":
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="program_", ignore_cleanup_errors=True))
         job = _job(program, files, stdin, limits, isolation, folder)

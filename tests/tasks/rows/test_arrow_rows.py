@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dppo.errors import TaskError
-from megatron_dppo.tasks.build import build_file_problems, build_grader
+from megatron_dppo.tasks.build import build_file_problems, build_grader, build_mixture
 from megatron_dppo.tasks.config import FieldsConfig, TaskConfig
 from megatron_dppo.tasks.file_problems import FileProblems
 from megatron_dppo.tasks.rows.arrow_rows import read_arrow, read_parquet
@@ -174,6 +174,18 @@ def test_a_damaged_dataset_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(TaskError, match="as Arrow"):
         problems("dataset", folder)
+
+
+def test_a_mixture_of_files_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(VERL), tmp_path / "p.parquet")
+    saved(tmp_path / "saved", pa.Table.from_pylist(VERL))
+    configs = [
+        TaskConfig(name="a", kind="parquet", path=str(tmp_path / "p.parquet"), weight=3),
+        TaskConfig(name="b", kind="dataset", path=str(tmp_path / "saved")),
+    ]
+    whole = build_mixture(configs, seed=1).problems(0, 1200)
+    assert build_mixture(configs, seed=1).problems(400, 800) == whole[400:]
+    assert sum(problem.task_name == "a" for problem in whole[:1000]) == 750
 
 
 def test_graders_read_no_file(tmp_path: Path) -> None:
