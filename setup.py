@@ -4,11 +4,14 @@ The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an
 
     train           what the trainer and its models need: Megatron-core, Hugging Face, configuration, metrics
     tasks           reasoning-gym problems, and math-verify to grade JSONL files
+    data            parquet files and saved Hugging Face datasets
+    http-reward     rewards that a service gives
     sglang          the client of SGLang servers that run elsewhere: another host, container or virtual environment
     sglang-server   the server too, in the trainer's own environment (GPU hosts; tools/setup/install_sglang_cpu.sh for CPUs)
     te              Transformer Engine (GPU hosts; NVIDIA's apex is used too, but only its source can be installed)
     gguf            reading GGUF weights (tools/setup/prepare_smollm2.py)
     plots           tools/plot_run.py and the charts of tools/bench
+    docs            the documentation as a site (tools/build_docs.sh)
     test            tests of the loss and its operators (tests/loss, tests/ops)
     dev             everything that the tests, the linters and the tools need
 
@@ -51,10 +54,13 @@ EXTRAS = {
         "psutil>=5.9",  # without it a checkpoint save of core never returns
     ],
     "tasks": [OMEGACONF, "reasoning-gym>=0.1.25", "math-verify>=0.9"],
+    "data": ["pyarrow>=15"],
+    "http-reward": ["aiohttp>=3.9", "tenacity>=8.2"],
     "sglang": ["aiohttp>=3.9", "tenacity>=8.2"],
     "te": ["transformer-engine[pytorch]>=2.0"],
     "gguf": ["gguf>=0.17", "accelerate>=1.0"],
     "plots": ["matplotlib>=3.8"],
+    "docs": ["sphinx>=8.1", "furo>=2024.8", "myst-parser>=4"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", OMEGACONF],
 }
 EXTRAS["sglang-server"] = [*EXTRAS["sglang"], "sglang>=0.5.20"]
@@ -62,7 +68,7 @@ EXTRAS["dev"] = sorted(
     {
         *(
             requirement
-            for name in ("train", "tasks", "sglang", "gguf", "plots", "test")
+            for name in ("train", "tasks", "data", "sglang", "gguf", "plots", "test")
             for requirement in EXTRAS[name]
         ),
         "coverage>=7.10",

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "serve": {"errors", "rollout", "training"},
     "train": {"errors", "training"},
     "convert": {"errors", "training"},
+    "data": {"errors", "launch", "tasks", "training"},
     "launch": MODEL_LAYERS | {"rollout", "tasks", "training"},
     "cli": {"errors"},  # commands are modules that it imports by name
     "__main__": {"cli"},

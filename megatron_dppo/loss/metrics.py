@@ -126,7 +126,7 @@ class MetricSums:
 
         A mean over no tokens is left out. ``dppo/divergence_p99`` is within 3 % for D between 1e-6 and 100 and never above
         ``dppo/divergence_max``. ``mismatch/effective_sample_size`` is (sum r)^2 / (n sum r^2), in (0, 1].
-        ``dppo/largest_token_share`` is the largest |w r A| over the sum of all.
+        ``dppo/largest_token_share`` is the largest ``|w r A|`` over the sum of all.
         """
         final = {}
         sums = dict(zip(self.mean_names, self.means.tolist(), strict=True))

@@ -16,6 +16,8 @@ ANSWER_EXTRACTIONS = ("none", "last_line", "last_number", "boxed", "tag")
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)  # an escaped brace is a character, not a group
 _TAGS = re.compile(r"<(/?)answer>")
 _MARKUP_LINE = re.compile(r"[`~]{3,}\w*|[-*_=]{3,}|\$\$|\\\]")  # closes a block or rules it off, and says nothing
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
+_PYTHON = ("python", "py", "python3", "")
 _EMPHASIS = re.compile(r"(\*\*\*|\*\*|[*`])(?=\S)((?:(?!\1).)+)(?<=\S)\1")
 
 
@@ -58,6 +60,19 @@ def extract_answer(response: str, extraction: str) -> str | None:
     check_answer_extraction(extraction)
     boxes = complete_boxes(response)
     return boxes[-1].content(response) if boxes else None
+
+
+def last_code_block(response: str) -> str | None:
+    """The content of the last fenced block that is closed and that says it is Python, or says nothing; None without one."""
+    block, opening = None, None
+    for fence in _FENCE.finditer(response):
+        if opening is None:
+            opening = fence
+        elif fence[1].startswith(opening[1]) and not fence[2]:
+            if opening[2].lower() in _PYTHON:
+                block = (opening.end() + 1, fence.start())
+            opening = None
+    return None if block is None else response[slice(*block)]
 
 
 def complete_boxes(response: str) -> list[Box]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.answer_extraction import check_answer_extraction, extract_answer
 from megatron_dppo.tasks.dotted_path import load_object
-from megatron_dppo.tasks.task import Problem, Task
+from megatron_dppo.tasks.task import Problem, Problems
 
 RewardFunction = Callable[..., float]
 
@@ -25,7 +25,7 @@ class CustomRewardTask:
     Raises TaskError if ``reward`` cannot be loaded or cannot be called that way.
     """
 
-    def __init__(self, problems: Task, reward: str, answer_extraction: str = "none") -> None:
+    def __init__(self, problems: Problems, reward: str, answer_extraction: str = "none") -> None:
         check_answer_extraction(answer_extraction)
         self.name = problems.name
         self._problems = problems

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from megatron_dppo.errors import TaskError
-from megatron_dppo.tasks.task import Problem, Task
+from megatron_dppo.tasks.task import Problem, Task, score_each
 
 GRADED_PARTS = ("all", "after_thinking")
 
@@ -37,3 +39,10 @@ class AfterThinkingTask:
         """The task's own score of what follows the thoughts; raises what the task raises."""
         _, mark, answer = response.rpartition(END_OF_THINKING)
         return self._task.score(problem, answer) if mark else 0.0
+
+    def score_each(self, pairs: Sequence[tuple[Problem, str]]) -> Iterator[float | Exception]:
+        """``score`` of every pair; those that have an answer are handed to the task together."""
+        parts = [(problem, response.rpartition(END_OF_THINKING)) for problem, response in pairs]
+        scores = score_each(self._task, [(problem, answer) for problem, (_, mark, answer) in parts if mark])
+        for _, (_, mark, _) in parts:
+            yield next(scores) if mark else 0.0

@@ -9,6 +9,7 @@ from megatron_dppo.errors import PromptTooLongError, TaskError
 from megatron_dppo.tasks.build import tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.graded_part import END_OF_THINKING
+from megatron_dppo.tasks.rows.open_rows import FILE_KINDS
 from megatron_dppo.tasks.task import Problem, Task
 
 
@@ -74,6 +75,14 @@ class PromptEncoder:
         self._too_long.add(problem.problem_id)
         return False
 
+    def length(self, problem: Problem) -> int:
+        """How many tokens the prompt has, too long or not. Raises TaskError if the chat template refuses it."""
+        return len(self._tokens(problem))
+
+    def shown(self, problem: Problem) -> str:
+        """The prompt as the model reads it, special tokens and all."""
+        return str(self._tokenizer.decode(list(self._tokens(problem))))
+
     def decode(self, response_ids: Sequence[int]) -> str:
         """The response as text, special tokens (the stop token among them) left out."""
         return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
@@ -85,7 +94,7 @@ class PromptEncoder:
         that are made on the spot have none, and to make all of them would take its time.)
         """
         for task in tasks:
-            if self._configs[task.name].kind == "jsonl":
+            if self._configs[task.name].kind in FILE_KINDS:
                 own = (task[index] for index in range(len(task)))
                 first = next((problem for problem in own if problem.metadata.get("system_prompt") is not None), None)
                 if first is not None:

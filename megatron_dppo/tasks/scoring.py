@@ -103,7 +103,8 @@ class Scorer:
         Raises ScoringError only if no worker can be started at all: a run without any verifier would train on zeros.
         """
         results: list[ScoreResult | None] = [None] * len(pairs)
-        queue = deque(range(len(pairs)))
+        # Neighbours of one task: a worker hands them to it together.
+        queue = deque(sorted(range(len(pairs)), key=lambda index: pairs[index][0].task_name))
         while queue or any(worker.pending for worker in self._workers):
             if queue:
                 self.start()  # replaces workers that were ended

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 
 from megatron_dppo.errors import TaskError
-from megatron_dppo.tasks.build import build_task, tasks_by_name
+from megatron_dppo.tasks.build import build_grader, tasks_by_name
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.custom_reward import check_reward
-from megatron_dppo.tasks.task import Problem, Task
+from megatron_dppo.tasks.task import Problem, Task, score_each
 
 
 def main(connection: Connection) -> None:
@@ -33,30 +34,45 @@ def main(connection: Connection) -> None:
     configs: list[TaskConfig]
     configs, timeout_s = connection.recv()
     try:
-        tasks = {name: build_task(config) for name, config in tasks_by_name(configs).items()}
+        tasks = {name: build_grader(config) for name, config in tasks_by_name(configs).items()}
     except TaskError as error:
         connection.send(("failed", str(error)))
         return
     connection.send(("ready", None))
     while True:
-        for problem, response in connection.recv():
+        answers = grade(tasks, connection.recv())
+        while True:
             # Should the parent die while a scorer hangs, nobody is left to end this process; the watchdog needs no GIL.
             faulthandler.dump_traceback_later(timeout_s + 5.0, exit=True)
-            connection.send(grade(tasks, problem, response))
-            faulthandler.cancel_dump_traceback_later()
+            answer = next(answers, None)
+            if answer is None:
+                break
+            connection.send(answer)
+        faulthandler.cancel_dump_traceback_later()
 
 
-def grade(tasks: Mapping[str, Task], problem: Problem, response: str) -> tuple[str, float | str]:
-    """``("reward", r)``, or what went wrong: the scorer raised (``error``) or returned no reward (``invalid``)."""
-    task = tasks.get(problem.task_name)
-    if task is None:
-        return "error", f"{problem.problem_id} is from no task of this run ({', '.join(tasks)})"
+def grade(tasks: Mapping[str, Task], pairs: Sequence[tuple[Problem, str]]) -> Iterator[tuple[str, float | str]]:
+    """For every pair ``("reward", r)``, or what went wrong: ``error``, the scorer raised; ``invalid``, it gave no reward.
+
+    Neighbours of one task are handed to it together.
+    """
+    for name, group in itertools.groupby(pairs, key=lambda pair: pair[0].task_name):
+        same = list(group)
+        task = tasks.get(name)
+        if task is None:
+            known = ", ".join(tasks)
+            for problem, _ in same:
+                yield "error", f"{problem.problem_id} is from no task of this run ({known})"
+            continue
+        for (problem, _), score in zip(same, score_each(task, same), strict=True):
+            yield _answer(problem, score)
+
+
+def _answer(problem: Problem, score: float | Exception) -> tuple[str, float | str]:
+    if isinstance(score, Exception):
+        return "error", f"{problem.problem_id}: {type(score).__name__}: {score}"
     try:
-        reward = task.score(problem, response)
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
-        return "error", f"{problem.problem_id}: {type(error).__name__}: {error}"
-    try:
-        return "reward", check_reward(reward)
+        return "reward", check_reward(score)
     except ValueError as error:
         return "invalid", f"{problem.problem_id}: {error}"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Problem:
         return self.problem_id.rpartition("/")[0]
 
 
-class Task(Protocol):
-    """A finite, deterministic list of problems with a scorer: the same arguments give the same problems."""
+class Problems(Protocol):
+    """A finite, deterministic list of problems: the same arguments give the same problems."""
 
     name: str
 
@@ -37,6 +38,31 @@ class Task(Protocol):
 
     def __getitem__(self, index: int) -> Problem: ...
 
+
+class Task(Problems, Protocol):
+    """Problems with a scorer."""
+
     def score(self, problem: Problem, response: str) -> float:
         """Grade a decoded response. May raise; callers go through ``scoring.Scorer``, which guards it."""
         ...
+
+
+@runtime_checkable
+class BatchTask(Protocol):
+    """A task that grades many responses at once better than one by one: what it waits for, it can wait for together."""
+
+    def score_each(self, pairs: Sequence[tuple[Problem, str]]) -> Iterator[float | Exception]:
+        """The score of every ``(problem, decoded response)`` in order, or what failed for it, as soon as it is there."""
+        ...
+
+
+def score_each(task: Task, pairs: Sequence[tuple[Problem, str]]) -> Iterator[float | Exception]:
+    """``BatchTask.score_each`` of any task."""
+    if isinstance(task, BatchTask):
+        yield from task.score_each(pairs)
+        return
+    for problem, response in pairs:
+        try:
+            yield task.score(problem, response)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # scorers are programs of other people
+            yield error if isinstance(error, Exception) else RuntimeError(repr(error))

@@ -101,16 +101,21 @@ def _existing_folder(path: str) -> Path:
 
 
 def _load_tokenizer(folder: Path, hf_config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:
-        raise ConfigError(f"model.tokenizer: {folder} holds no tokenizer that loads ({error})") from error
+    tokenizer = read_tokenizer(folder)
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {hf_config.vocab_size}: they do not"
             " belong together"
         )
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises ConfigError if nothing loads from it."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise ConfigError(f"model.tokenizer: {folder} holds no tokenizer that loads ({error})") from error
 
 
 def _stop_token_ids(folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

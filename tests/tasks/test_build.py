@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from megatron_dppo.errors import TaskError
 from megatron_dppo.tasks.build import build_task, tasks_by_name
-from megatron_dppo.tasks.config import TaskConfig
+from megatron_dppo.tasks.config import CodeRewardConfig, FieldsConfig, TaskConfig
 from megatron_dppo.tasks.custom_reward import CustomRewardTask
 from megatron_dppo.tasks.reasoning_gym_task import ReasoningGymTask
 from megatron_dppo.tasks.task import Task
@@ -53,11 +53,23 @@ def test_a_custom_task_comes_from_the_users_factory() -> None:
     ("settings", "message"),
     [
         ({}, "a task has no name"),
-        ({"name": "a", "kind": "json"}, "task a: kind 'json' is unknown; choose reasoning_gym, jsonl or custom"),
+        (
+            {"name": "a", "kind": "json"},
+            "kind 'json' is unknown; choose reasoning_gym, jsonl, parquet, dataset or custom",
+        ),
         ({"name": "a", "kind": "jsonl"}, "task a: kind jsonl needs path"),
         ({"name": "a", "kind": "custom"}, "task a: kind custom needs path"),
         ({"name": "chain_sum", "path": "x"}, "task chain_sum: kind reasoning_gym has no use for path"),
         ({"name": "a", "kind": "jsonl", "path": "x", "parameters": {"n": 1}}, "has no use for parameters"),
+        ({"name": "a", "kind": "parquet", "path": "x", "paths": ["y"]}, "needs path, the file to read, or paths"),
+        ({"name": "a", "code_reward": CodeRewardConfig()}, "code_reward needs tests"),
+        ({"name": "a", "code_reward": CodeRewardConfig(), "reward": "a:b"}, "reward and code_reward are two rewards"),
+        (
+            {"name": "a", "kind": "jsonl", "code_reward": CodeRewardConfig(), "answer_extraction": "tag"},
+            "it has no use for answer_extraction",
+        ),
+        ({"name": "a", "fields": FieldsConfig(answer="x")}, "kind reasoning_gym has no use for fields"),
+        ({"name": "a", "kind": "jsonl", "path": "x", "size": 0}, "size must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(settings: dict[str, Any], message: str) -> None:

@@ -120,7 +120,7 @@ def test_workers_end_when_their_trainer_is_killed(tmp_path: Path, order: str) ->
     script = tmp_path / "trainer.py"  # it has no __main__ guard and needs none: workers do not import it
     script.write_text(
         "import signal, sys\n"
-        "from megatron_dppo.tasks.config import TaskConfig\n"
+        "from megatron_dppo.tasks.config import FieldsConfig, TaskConfig\n"
         "from megatron_dppo.tasks.scoring import Scorer\n"
         "from megatron_dppo.tasks.task import Problem\n"
         f"scorer = Scorer([{ORDERS!r}], timeout_s=3)\n"

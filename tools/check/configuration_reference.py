@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -68,7 +68,8 @@ def _sections(section: Any, prefix: str, described: set[type]) -> Iterator[str]:
         element = next((a for a in get_args(hints[name]) if dataclasses.is_dataclass(a)), None)
         if isinstance(element, type) and element not in described:
             described.add(element)
-            yield from _sections(element(), f"{prefix}{name}[].", described)
+            in_list = get_origin(hints[name]) is list
+            yield from _sections(element(), f"{prefix}{name}{'[]' if in_list else ''}.", described)
 
 
 def field_meanings(section: type) -> dict[str, str]:

@@ -110,6 +110,13 @@ def _check_timeouts(config: Config) -> None:
         ),
     )
     within_exchange = [("tasks.score_timeout_s", config.tasks.score_timeout_s)]
+    within_scoring = []
+    for task in (*config.tasks.train, *config.tasks.eval):
+        if task.http_reward is not None:
+            name = f"tasks: {task.name}: http_reward.timeout_s x tries and the waits between them"
+            within_scoring.append((name, task.http_reward.longest_s))
+        if task.code_reward is not None:
+            within_scoring.append((f"tasks: {task.name}: code_reward.timeout_s", task.code_reward.timeout_s))
     within_collective = []
     if config.rollout.engine == "sglang":
         within_exchange += generating
@@ -117,6 +124,7 @@ def _check_timeouts(config: Config) -> None:
         within_collective.append(("rollout.sglang.sync_timeout_s", sglang.sync_timeout_s))
     for outer, patience, inner in (
         ("rollout.exchange_timeout_s", config.rollout.exchange_timeout_s, within_exchange),
+        ("tasks.score_timeout_s", config.tasks.score_timeout_s, within_scoring),
         ("parallel.collective_timeout_s", config.parallel.collective_timeout_s, within_collective),
     ):
         for name, value in inner:

@@ -1,0 +1,1 @@
+"""The reward of a program: run against tests, in a sandbox."""

@@ -1,0 +1,1 @@
+"""Rows of data files, one at a time: JSON lines, parquet, Hugging Face dataset folders."""
