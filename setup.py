@@ -68,7 +68,7 @@ EXTRAS["dev"] = sorted(
     {
         *(
             requirement
-            for name in ("train", "tasks", "data", "sglang", "gguf", "plots", "test")
+            for name in ("train", "tasks", "data", "sglang", "gguf", "plots", "docs", "test")
             for requirement in EXTRAS[name]
         ),
         "coverage>=7.10",
