@@ -115,6 +115,11 @@ def test_the_wheel_holds_every_package_and_the_types(wheel: zipfile.ZipFile) -> 
     }
 
 
+def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    assert "megatron-dppo = megatron_dppo.cli:main" in wheel.read(name).decode().splitlines()
+
+
 def test_third_party_imports_are_covered_by_the_extras(requirements: dict[str, set[str]]) -> None:
     missing = [
         f"{path.relative_to(ROOT)}:{line}: {module}"

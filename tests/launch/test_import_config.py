@@ -204,6 +204,10 @@ case $MODE in
     *) echo "unknown: $MODE"; exit 1 ;;
 esac
 batch=${BATCH:-256}
+MORE="
+    a.more=$batch \
+    a.most=2"
+UNUSED="a.unused=1"
 tokens=${TOKENS:-$((LENGTH + 8192))}
 if [ "$MODE" = kl ]; then
     batch=1
@@ -217,7 +221,7 @@ ARGS=(
 python3 -m program \
     a.delta=${DELTA} a.batch=$batch \
     a.lr=1e-6 \
-    a.none=null ++a.list=[1,2] \
+    a.none=null ++a.list=[1,2] $MORE \
     "${ARGS[@]}" "$@"
 """
 
@@ -232,6 +236,8 @@ def test_a_script_is_read_and_not_run(tmp_path: Path) -> None:
         "a.lr": 1e-6,
         "a.none": None,
         "a.list": [1, 2],
+        "a.more": 256,
+        "a.most": 2,
     }
 
 
