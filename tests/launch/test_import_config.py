@@ -185,6 +185,15 @@ def test_a_section_that_overrides_replaces_the_one_before(configs: Path, tmp_pat
             {"algorithm.loss.kl_estimator": "k2"},
         ),
         (["trainer.save_freq=-1"], {"checkpoint.every": 0}),
+        (
+            ["data.train_files=['$HOME/data/gsm8k/train.parquet','/mine/b.parquet']"],
+            {
+                "tasks.train": [
+                    {"name": "gsm8k_train", "kind": "parquet", "path": "data/gsm8k/train.parquet"},
+                    {"name": "mine_b", "kind": "parquet", "path": "/mine/b.parquet"},
+                ]
+            },
+        ),
         (["actor_rollout_ref.model.path=$MODEL"], {"model.path": ""}),
     ],
 )
