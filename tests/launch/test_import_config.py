@@ -113,6 +113,19 @@ def test_verls_own_example_of_dppo_is_the_paper_recipe_here(tmp_path: Path) -> N
         ({"policy.sequence_packing.enabled": False}, "train.batching", "padded"),
         ({"policy.generation.colocated.enabled": True, "cluster.num_nodes": 1}, "rollout.sglang.colocated", True),
         (
+            {"data.train.data_path": "/mine/a.parquet", "data.train.input_key": "q"},
+            "tasks.train",
+            [{"name": "a", "kind": "parquet", "path": "/mine/a.parquet", "fields": {"question": "q"}}],
+        ),
+        (
+            {"data.train": [{"dataset_name": "one"}, {"data_path": "two.jsonl"}]},
+            "tasks.train",
+            [
+                {"name": "one", "kind": "jsonl", "path": "data/one.jsonl"},
+                {"name": "two", "kind": "jsonl", "path": "two.jsonl"},
+            ],
+        ),
+        (
             {"data.train.dataset_name": "My Data"},
             "tasks.train",
             [{"name": "my_data", "kind": "jsonl", "path": "data/my_data.jsonl"}],
