@@ -100,7 +100,7 @@ def test_torch_is_the_only_requirement_without_an_extra(requirements: dict[str, 
 
 
 def test_dev_includes_every_other_extra_that_runs_without_a_gpu(requirements: dict[str, set[str]]) -> None:
-    for extra in requirements.keys() - {"te", "sglang-server"}:
+    for extra in requirements.keys() - {"te", "sglang-server", "docs"}:  # docs: an environment of its own
         assert requirements[extra] <= requirements["dev"] | requirements[""], extra
     assert requirements["sglang"] < requirements["sglang-server"]
 
@@ -113,6 +113,11 @@ def test_the_wheel_holds_every_package_and_the_types(wheel: zipfile.ZipFile) -> 
         "megatron_dppo",
         next(n.split("/")[0] for n in held if "dist-info" in n),
     }
+
+
+def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    assert "megatron-dppo = megatron_dppo.cli:main" in wheel.read(name).decode().splitlines()
 
 
 def test_third_party_imports_are_covered_by_the_extras(requirements: dict[str, set[str]]) -> None:

@@ -27,5 +27,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return named
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     near = difflib.get_close_matches(str(name_or_path), known, n=1)
-    advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}" if known else f"nor a {RECIPES}"
+    some = (
+        f"there are {', '.join(known)}" if known else f"names are of a checkout, and there is no {RECIPES}: give a path"
+    )
+    advice = f"did you mean {near[0]}?" if near else some
     raise ConfigError(f"recipe {name_or_path}: neither a file nor the name of a recipe; {advice}")

@@ -113,6 +113,19 @@ def test_verls_own_example_of_dppo_is_the_paper_recipe_here(tmp_path: Path) -> N
         ({"policy.sequence_packing.enabled": False}, "train.batching", "padded"),
         ({"policy.generation.colocated.enabled": True, "cluster.num_nodes": 1}, "rollout.sglang.colocated", True),
         (
+            {"data.train.data_path": "/mine/a.parquet", "data.train.input_key": "q"},
+            "tasks.train",
+            [{"name": "a", "kind": "parquet", "path": "/mine/a.parquet", "fields": {"question": "q"}}],
+        ),
+        (
+            {"data.train": [{"dataset_name": "one"}, {"data_path": "two.jsonl"}]},
+            "tasks.train",
+            [
+                {"name": "one", "kind": "jsonl", "path": "data/one.jsonl"},
+                {"name": "two", "kind": "jsonl", "path": "two.jsonl"},
+            ],
+        ),
+        (
             {"data.train.dataset_name": "My Data"},
             "tasks.train",
             [{"name": "my_data", "kind": "jsonl", "path": "data/my_data.jsonl"}],
@@ -185,6 +198,15 @@ def test_a_section_that_overrides_replaces_the_one_before(configs: Path, tmp_pat
             {"algorithm.loss.kl_estimator": "k2"},
         ),
         (["trainer.save_freq=-1"], {"checkpoint.every": 0}),
+        (
+            ["data.train_files=['$HOME/data/gsm8k/train.parquet','/mine/b.parquet']"],
+            {
+                "tasks.train": [
+                    {"name": "gsm8k_train", "kind": "parquet", "path": "data/gsm8k/train.parquet"},
+                    {"name": "mine_b", "kind": "parquet", "path": "/mine/b.parquet"},
+                ]
+            },
+        ),
         (["actor_rollout_ref.model.path=$MODEL"], {"model.path": ""}),
     ],
 )
@@ -204,6 +226,10 @@ case $MODE in
     *) echo "unknown: $MODE"; exit 1 ;;
 esac
 batch=${BATCH:-256}
+MORE="
+    a.more=$batch \
+    a.most=2"
+UNUSED="a.unused=1"
 tokens=${TOKENS:-$((LENGTH + 8192))}
 if [ "$MODE" = kl ]; then
     batch=1
@@ -217,7 +243,7 @@ ARGS=(
 python3 -m program \
     a.delta=${DELTA} a.batch=$batch \
     a.lr=1e-6 \
-    a.none=null ++a.list=[1,2] \
+    a.none=null ++a.list=[1,2] $MORE \
     "${ARGS[@]}" "$@"
 """
 
@@ -232,6 +258,8 @@ def test_a_script_is_read_and_not_run(tmp_path: Path) -> None:
         "a.lr": 1e-6,
         "a.none": None,
         "a.list": [1, 2],
+        "a.more": 256,
+        "a.most": 2,
     }
 
 

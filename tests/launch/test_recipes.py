@@ -106,3 +106,13 @@ def test_the_launch_section_is_read_with_the_run(tmp_path: Path) -> None:
 def test_an_unknown_recipe_is_one_error() -> None:
     with pytest.raises(ConfigError, match="did you mean dppo-qwen3-8b-1n8g"):
         load_recipe("dppo-qwen3-8b")
+
+
+def test_the_page_has_every_recipe_with_its_gpus() -> None:
+    page = (RECIPES.parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(dppo-[^`]+)` \| ([^|]+) \|", page, re.MULTILINE))
+    colocated = {name for name in WORLDS if load_recipe(name).rollout.sglang.colocated}
+    assert rows == {
+        name: f"{ranks}, by turns" if name in colocated else f"{ranks} + {served}"
+        for name, (_, ranks, served) in WORLDS.items()
+    }

@@ -43,7 +43,20 @@ def kl_penalty(translation: Translation, key: str, coefficient: float, estimator
 
 
 def task(name: str) -> dict[str, Any]:
-    """A task of problems in a file, for data that the other framework loads by name or from a file of its own."""
-    stem = PurePath(name).with_suffix("").as_posix()
-    plain = re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_").lower() or "task"
+    """A task of problems in a file, for data that the other framework loads by name."""
+    plain = _plain(name)
     return {"name": plain, "kind": "jsonl", "path": f"data/{plain}.jsonl"}
+
+
+def parquet_task(path: str) -> dict[str, Any]:
+    """A task that reads the other framework's own file; of a path that a shell completes the end counts, under ``data/``."""
+    end = "/".join(path.split("/")[-2:])
+    return {
+        "name": _plain(str(PurePath(end).with_suffix(""))),
+        "kind": "parquet",
+        "path": f"data/{end}" if "$" in path else path,
+    }
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower() or "task"

@@ -226,13 +226,25 @@ def _checkpoints(translation: Translation) -> None:
 def _tasks(translation: Translation) -> None:
     source, options = translation.source, translation.options
     for split, ours in (("train", "train"), ("validation", "eval")):
-        named = []
-        for key in [key for key in source.values if key.startswith(f"data.{split}")]:
+        one: dict[str, Any] = {}
+        entries = []
+        for key in [key for key in source.values if key == f"data.{split}" or key.startswith(f"data.{split}.")]:
             value = source.take(key)
-            if key in (f"data.{split}.dataset_name", f"data.{split}.data_path"):
-                named.append(str(value))
-            elif isinstance(value, list):
-                entries = [entry for entry in value if isinstance(entry, dict)]
-                named += [str(entry.get("dataset_name", entry.get("data_path"))) for entry in entries]
-        options[f"tasks.{ours}"] = [loss_terms.task(name) for name in named] or [loss_terms.task(f"{split}_problems")]
-    translation.missing["data"] = "data sets are not loaded by name: write their problems to the files under tasks"
+            if isinstance(value, list):
+                entries += [entry for entry in value if isinstance(entry, dict)]
+            else:
+                one[key.rsplit(".", 1)[-1]] = value
+        options[f"tasks.{ours}"] = [_task(entry, split) for entry in entries or [one]]
+    translation.missing["data"] = (
+        "data sets are not loaded by name: write their problems to the files under tasks (docs/data.md)"
+    )
+
+
+def _task(entry: dict[str, Any], split: str) -> dict[str, Any]:
+    path = str(entry.get("data_path") or "")
+    kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(Path(path).suffix)
+    if kind is None:
+        return loss_terms.task(str(entry.get("dataset_name") or path or f"{split}_problems"))
+    fields = {"question": entry.get("input_key"), "answer": entry.get("output_key")}
+    named = {name: key for name, key in fields.items() if key}
+    return {**loss_terms.task(Path(path).stem), "kind": kind, "path": path, **({"fields": named} if named else {})}

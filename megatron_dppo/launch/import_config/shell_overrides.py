@@ -25,6 +25,7 @@ _CASE = re.compile(r"case\s+(\S+)\s+in")
 _BRANCH = re.compile(r"([^\s()]+)\)\s*(.*?)\s*(;;)?\s*")
 _OPENS = re.compile(r"(if|for|while|until)\b|(function\s+)?\w+\s*\(\)\s*\{?$")
 _CLOSES = re.compile(r"(.*[;\s])?(fi|done|\})")
+_LONGEST_LINE = 20_000  # after so much, what looked like an open quote was none
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -43,8 +44,10 @@ def read_overrides(text: str) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for line in _followed_lines(text, variables):
         for word in _words(line):
-            if found := _OVERRIDE.fullmatch(word):
-                overrides[found[1]] = _value(_expanded(found[2], variables))
+            several = _VARIABLE.fullmatch(word)  # overrides that were collected in a variable
+            for each in _words(_expanded(word, variables)) if several else [word]:
+                if found := _OVERRIDE.fullmatch(each):
+                    overrides[found[1]] = _value(_expanded(found[2], variables))
         if (found := _ASSIGNMENT.fullmatch(line)) and "=(" not in line.split('"')[0]:
             values = _words(_expanded(found[2], variables))  # first: a sum has spaces, and no quotes around it
             variables[found[1]] = values[0] if values else ""
@@ -54,8 +57,7 @@ def read_overrides(text: str) -> dict[str, Any]:
 def _followed_lines(text: str, variables: dict[str, str]) -> Iterator[str]:
     """Lines, joined where they are continued, without what is conditional."""
     depth, case, taken = 0, "", False
-    for line in text.replace("\\\n", " ").splitlines():
-        line = line.strip()
+    for line in _whole_lines(text):
         if depth or _OPENS.match(line):
             depth += bool(_OPENS.match(line)) - bool(_CLOSES.fullmatch(line))
         elif found := _CASE.match(line):
@@ -71,8 +73,26 @@ def _followed_lines(text: str, variables: dict[str, str]) -> Iterator[str]:
             yield line
 
 
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines as a shell takes them: joined where they are continued, and where a quote is open."""
+    begun = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        begun = f"{begun} {line}".strip()
+        if not _is_open(begun) or len(begun) > _LONGEST_LINE:
+            yield begun
+            begun = ""
+
+
+def _is_open(line: str) -> bool:
+    try:
+        shlex.split(line, comments=True)
+    except ValueError:
+        return True
+    return False
+
+
 def _words(line: str) -> list[str]:
-    """As a shell splits them; a line that is none (an open quote) has none."""
+    """As a shell splits them; an open quote has none."""
     try:
         return shlex.split(line, comments=True)
     except ValueError:

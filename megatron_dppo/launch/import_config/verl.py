@@ -192,13 +192,10 @@ def _tasks(translation: Translation) -> None:
     for split, ours in (("train", "train"), ("val", "eval")):
         files: Any = source.take(f"data.{split}_files") or f"{split}.parquet"
         names = files if isinstance(files, list) else [files]
-        translation.options[f"tasks.{ours}"] = [loss_terms.task(_data_name(str(name))) for name in names]
-    translation.differs["data.train_files"] = "their problems have to be in the files under tasks"
+        translation.options[f"tasks.{ours}"] = [loss_terms.parquet_task(str(name).strip("'\"")) for name in names]
+    translation.differs["data.train_files"] = (
+        "their rows are read as they are (docs/data.md); how they are graded is a task's own, whatever data_source says"
+    )
     for key in ("checkpoint.every", "eval.every"):
         if translation.options.get(key, 0) < 0:
             translation.options[key] = 0  # -1 there: never
-
-
-def _data_name(path: str) -> str:
-    """``gsm8k/train`` of ``/data/gsm8k/train.parquet``."""
-    return "/".join(path.strip("'\"").split("/")[-2:])
