@@ -100,7 +100,7 @@ def test_torch_is_the_only_requirement_without_an_extra(requirements: dict[str, 
 
 
 def test_dev_includes_every_other_extra_that_runs_without_a_gpu(requirements: dict[str, set[str]]) -> None:
-    for extra in requirements.keys() - {"te", "sglang-server", "docs"}:  # docs: an environment of its own
+    for extra in requirements.keys() - {"te", "sglang-server"}:
         assert requirements[extra] <= requirements["dev"] | requirements[""], extra
     assert requirements["sglang"] < requirements["sglang-server"]
 
