@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     options = parse_arguments(arguments)
+    # Megatron-core, which a tokenizer's checks import, warns about every optional package.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     from megatron_dppo.launch.recipes import load_recipe  # help needs none of this
     from megatron_dppo.tasks.data_check import DataCheck
 

@@ -40,7 +40,7 @@ class HttpRewardConfig:
         url: asked with POST and JSON.
         api_key_env: the environment variable that holds a key, which is sent as ``Authorization: Bearer``. None: no key.
         request: per response, what is sent under which name: question | response | answer | system_prompt | metadata |
-            metadata.<field>.
+            metadata.<field>. Empty: question, response and answer, under these names.
         constants: sent with every request, e.g. the name of a model.
         batch: none: one object per request | items: a list of objects | columns: one list per name of ``request``.
         batch_size: responses per request, at most 32; 1 with none.
@@ -57,9 +57,7 @@ class HttpRewardConfig:
 
     url: str = MISSING
     api_key_env: str | None = None
-    request: dict[str, str] = field(
-        default_factory=lambda: {"question": "question", "response": "response", "answer": "answer"}
-    )
+    request: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     batch: str = "none"
     batch_size: int = 1
@@ -72,6 +70,11 @@ class HttpRewardConfig:
     timeout_s: float = 4.0
     tries: int = 2
     concurrency: int = 8
+
+    @property
+    def sent(self) -> dict[str, str]:
+        """``request``, or what stands for an empty one. (A default of a mapping would stay beside what a file maps.)"""
+        return self.request or {name: name for name in ("question", "response", "answer")}
 
     @property
     def longest_s(self) -> float:

@@ -149,7 +149,7 @@ class HttpRewardTask:
     def _body(self, batch: Sequence[Pair]) -> Any:
         items = [self._item(problem, response) for problem, response in batch]
         if self._config.batch == "columns":
-            return {**self._config.constants, **{name: [item[name] for item in items] for name in self._config.request}}
+            return {**self._config.constants, **{name: [item[name] for item in items] for name in self._config.sent}}
         if self._config.batch == "none":
             return {**self._config.constants, **items[0]}
         return items if self._config.items is None else {**self._config.constants, self._config.items: items}
@@ -162,7 +162,7 @@ class HttpRewardTask:
             "system_prompt": problem.metadata.get("system_prompt"),
             "metadata": problem.metadata,
         }
-        return {name: find_field(values, source) for name, source in self._config.request.items()}
+        return {name: find_field(values, source) for name, source in self._config.sent.items()}
 
     def _rewards(self, answer: Any, count: int) -> list[float | Exception]:
         if self._config.batch == "none":
@@ -197,10 +197,10 @@ def check_http_reward(name: str, config: HttpRewardConfig) -> None:
         problem = f"scale {config.scale!r} is unknown; choose {' or '.join(SCALES)}"
     elif not 1 <= config.batch_size <= 32 or (config.batch == "none" and config.batch_size > 1):
         problem = "batch_size is 1 to 32, and 1 with batch: none"
-    elif not config.request or any(source.partition(".")[0] not in _SOURCES for source in config.request.values()):
+    elif any(source.partition(".")[0] not in _SOURCES for source in config.sent.values()):
         problem = f"request maps names to {', '.join(_SOURCES)} or metadata.<field>"
-    elif set(config.request) & set(config.constants):
-        problem = f"{min(set(config.request) & set(config.constants))} is in request and in constants"
+    elif set(config.sent) & set(config.constants):
+        problem = f"{min(set(config.sent) & set(config.constants))} is in request and in constants"
     elif not config.lowest < config.highest:
         problem = "lowest has to be less than highest"
     elif config.timeout_s <= 0 or config.tries < 1 or config.concurrency < 1:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, Node
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.spelling import option_types, without_none
@@ -35,6 +35,8 @@ def _refuse(tree: Any, hint: Any, name: str, source: str, every: list[str]) -> N
         for index in range(len(tree)):
             _refuse(tree._get_node(index), typing.get_args(kind)[0], f"{name}[{index}]", source, every)
     if not dataclasses.is_dataclass(kind):
+        return
+    if kind is not hint and isinstance(tree, Node) and tree._is_none():  # a section that need not be there
         return
     options = option_types(kind)
     if not isinstance(tree, DictConfig):

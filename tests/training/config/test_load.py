@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dppo.errors import ConfigError
+from megatron_dppo.tasks.config import CodeRewardConfig, HttpRewardConfig
 from megatron_dppo.training.config.load import load_config, save_config
 from megatron_dppo.training.config.schema import Config
 
@@ -161,3 +162,19 @@ def test_every_example_loads_and_survives_saving(path, tmp_path):
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_section_that_need_not_be_there_is_set_by_its_keys(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "tasks:\n  train:\n    - {name: a, http_reward: {url: 'http://judge/', request: {text: response}}}\n"
+        "    - {name: b, code_reward: {}, http_reward: null}\n"
+    )
+    config = load_config(path, ["tasks.train[0].http_reward.tries=3"])
+    first, second = config.tasks.train
+    assert first.http_reward == HttpRewardConfig(url="http://judge/", request={"text": "response"}, tries=3)
+    assert (first.code_reward, second.code_reward, second.http_reward) == (None, CodeRewardConfig(), None)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    with pytest.raises(ConfigError, match=r"`tasks.train\[0\].http_reward.urll`; did you mean"):
+        load_config(path, ["tasks.train[0].http_reward.urll=x"])
