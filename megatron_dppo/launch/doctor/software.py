@@ -130,8 +130,8 @@ def _driver() -> str | None:
 def extension(_: Subject) -> Line:
     """Compiled for this torch, this processor and these GPUs."""
     report, build = backend_report(), "MEGATRON_DPPO_BUILD_EXT=1 pip install --no-build-isolation ."
-    if report["cpu"] != "available":
-        return Line("extension", "error", report["cpu"], build)
+    if report["cpu"] != "available":  # not built: plain torch is slower, and right
+        return Line("extension", "note" if "is not built" in report["cpu"] else "error", report["cpu"], build)
     from megatron_dppo import _C  # it loads, as the report says
 
     found = (
@@ -143,12 +143,9 @@ def extension(_: Subject) -> Line:
         missing = [gpu for gpu in _architectures() if not is_covered(gpu, _C.cuda_archs)]
         if missing:
             names = ", ".join(f"{major}.{minor}" for major, minor in missing)
-            return Line(
-                "extension",
-                "error",
-                f"{found}, not for this host's GPUs ({names})",
-                f"TORCH_CUDA_ARCH_LIST='{names}' {build}",
-            )
+            wanted = ";".join(f"{major}{minor}" for major, minor in missing)
+            remedy = f"MEGATRON_DPPO_CUDA_ARCHS='{wanted}' {build}"
+            return Line("extension", "error", f"{found}, not for this host's GPUs ({names})", remedy)
     return Line("extension", "ok", found)
 
 

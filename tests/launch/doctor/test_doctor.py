@@ -112,6 +112,18 @@ def test_kernels_run_on_the_gpus_that_they_were_built_for(gpu: tuple[int, int], 
     assert not software.is_covered((8, 0), "86")
 
 
+def test_kernels_that_are_not_for_this_gpu_are_an_error_with_the_build_to_make(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if software.backend_report()["cpu"] != "available":
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(software, "_architectures", lambda: [(7, 5)])
+    line = software.extension(subject)
+    assert line.state == "error"
+    assert "MEGATRON_DPPO_CUDA_ARCHS='75'" in line.remedy
+
+
 def test_a_full_disk_and_small_shared_memory_are_named(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(64 * 2**20, 0, 64 * 2**20))
     assert host.disk(subject)[0].state == "error"

@@ -150,6 +150,15 @@ def test_fp32_shows_an_epsilon_of_another_family(folders: dict[str, Path]) -> No
     assert (fault.side, fault.where) == ("policy", "layer 0, input norm")
 
 
+def test_a_weight_that_is_nan_is_named_first(folders: dict[str, Path]) -> None:
+    @torch.no_grad()
+    def nan(policy: Policy, reference: Reference) -> None:
+        policy.decoder.layers[0].self_attention.linear_proj.weight[3, 3] = torch.nan
+
+    faults = diagnosed(folders["qwen3"], spoil=nan).faults
+    assert (faults[0].side, faults[0].where) == ("policy", "layer 0, attention")
+
+
 def test_a_tensor_that_is_not_the_folders_is_named(folders: dict[str, Path]) -> None:
     diagnosis = diagnosed(folders["qwen3"], spoil=corrupted_matrix)
     assert diagnosis.weights == ["model.layers.1.mlp.down_proj.weight"]

@@ -155,7 +155,7 @@ def _operators(operators: Mapping[str, Sequence[OperatorError]]) -> list[list[st
     rows = []
     for side, lines in operators.items():
         for name in dict.fromkeys(line.operator for line in lines):
-            worst = max((line for line in lines if line.operator == name), key=lambda line: line.error / line.explained)
+            worst = max((line for line in lines if line.operator == name), key=lambda line: line.excess)
             rows.append([side, name, str(worst), f"{worst.error:.1e}", f"{worst.explained:.1e}"])
     return rows
 

@@ -76,7 +76,7 @@ def load_policy(folder: Path, dtype: torch.dtype, fp32_head: bool = True) -> tor
 def _worst(traces: Sequence[Trace], exact: Definition, rounded: Definition) -> list[OperatorError]:
     """Of every operator the sequence in which it is farthest beyond what is explained."""
     each = zip(*(list(operator_errors(trace, exact, rounded)) for trace in traces), strict=True)
-    return [max(lines, key=lambda line: line.error / line.explained) for lines in each]
+    return [max(lines, key=lambda line: line.excess) for lines in each]
 
 
 def other_weights(folder: Path, policy: torch.nn.Module) -> list[str]:

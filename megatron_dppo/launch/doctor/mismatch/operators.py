@@ -9,6 +9,7 @@ more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ class OperatorError:
     def differs(self) -> bool:
         """Whether it computes something else. NaN does."""
         return not self.error <= self.explained
+
+    @property
+    def excess(self) -> float:
+        """Error in units of what is explained; infinite for NaN."""
+        return math.inf if math.isnan(self.error) else self.error / self.explained
 
     def __str__(self) -> str:
         return self.operator if self.operator in (EMBEDDING, FINAL_NORM) else f"layer {self.layer}, {self.operator}"
