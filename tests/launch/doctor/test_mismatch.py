@@ -231,6 +231,11 @@ def test_everything_can_be_had_as_json(folders: dict[str, Path]) -> None:
     assert read["faults"][0]["where"] == "layer 0, attention"
     assert {pair["second"] for pair in read["pairs"]} == {"transformers"}
     assert any(line["differs"] for line in read["operators"]["policy"])
+    # Policy against transformers: alike until the attention of the first layer, then never again.
+    differences = [line["difference"] for line in read["apart"]]
+    assert [line["operator"] for line in read["apart"][:3]] == ["embedding", "input norm", "attention"]
+    assert max(differences[:2]) < 1e-6
+    assert min(differences[2:]) > 1e-3
 
 
 def test_angles_stretched_as_llama_3_does_are_those_of_megatron(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_dppo.launch.doctor.mismatch.comparison import BodyAndHead, Pair
-from megatron_dppo.launch.doctor.mismatch.operators import OperatorError
+from megatron_dppo.launch.doctor.mismatch.operators import Apart, OperatorError
 from megatron_dppo.launch.doctor.mismatch.sides import POLICY, SERVER
 from megatron_dppo.launch.doctor.mismatch.switches import Effect
 
@@ -40,6 +40,7 @@ class Diagnosis:
         pairs: of sides.
         parts: body and head of each side.
         operators: per side the worst of each operator over all sequences, in order.
+        apart: policy against transformers, with all that is carried on from layer to layer.
         weights: names of checkpoint tensors that the policy holds with other numbers.
         effects: of switches on the policy.
     """
@@ -50,6 +51,7 @@ class Diagnosis:
     pairs: list[Pair]
     parts: list[BodyAndHead]
     operators: dict[str, list[OperatorError]]
+    apart: list[Apart]
     weights: list[str]
     effects: list[Effect] = field(default_factory=list)
 
@@ -84,6 +86,7 @@ class Diagnosis:
         ]
         lines += [*_table(_PARTS, [_part(p) for p in self.parts]), ""]
         lines += [*_table(_OPERATORS, _operators(self.operators)), ""]
+        lines += [f"policy against transformers, carried on: {_carried(self.apart)}", ""]
         if self.effects:
             lines += [*_table(_EFFECTS, [[e.switch, f"{e.gap:.2e}", f"{e.closed:+.0%}"] for e in self.effects]), ""]
         if self.weights:
@@ -158,6 +161,15 @@ def _operators(operators: Mapping[str, Sequence[OperatorError]]) -> list[list[st
             worst = max((line for line in lines if line.operator == name), key=lambda line: line.excess)
             rows.append([side, name, str(worst), f"{worst.error:.1e}", f"{worst.explained:.1e}"])
     return rows
+
+
+def _carried(apart: Sequence[Apart]) -> str:
+    """After the first layer, the middle one, the last one and the final norm; the JSON has every operator."""
+    after = {each.layer: each.difference for each in apart if each.layer >= 0}
+    count = max(after)  # the layer of the final norm
+    shown = sorted({0, count // 2, count - 1})
+    layers = [f"{after[layer]:.1e} in layer {layer}" for layer in shown]
+    return ", ".join([*layers, f"{after[count]:.1e} after the final norm"])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

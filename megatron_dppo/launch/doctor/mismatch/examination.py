@@ -12,7 +12,7 @@ from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.launch.doctor.mismatch.comparison import Yardstick, pairs
 from megatron_dppo.launch.doctor.mismatch.definition import Definition
 from megatron_dppo.launch.doctor.mismatch.diagnosis import Diagnosis
-from megatron_dppo.launch.doctor.mismatch.operators import OperatorError, operator_errors
+from megatron_dppo.launch.doctor.mismatch.operators import OperatorError, carried_apart, operator_errors
 from megatron_dppo.launch.doctor.mismatch.sides import (
     POLICY,
     TRANSFORMERS,
@@ -61,6 +61,7 @@ def examine(
         pairs=pairs(sides),
         parts=[yardstick.measure(side) for side in sides],
         operators={side: _worst(each, exact, rounded) for side, each in traces.items()},
+        apart=carried_apart(policy_traces, reference_traces),
         weights=other_weights(folder, policy),
         effects=effects(policy, in_fp32, server or of_reference, sequences),
     )

@@ -10,7 +10,7 @@ more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,30 @@ def operator_errors(trace: Trace, exact: Definition, rounded: Definition) -> Ite
                 yield line(key, exact.experts(x, weights, layer), rounded.experts(x, weights, layer))
     key = (exact.layers, FINAL_NORM)
     yield line(key, exact.final_norm(trace.inputs[key]), rounded.final_norm(trace.inputs[key]))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far two sides' outputs of one operator are apart, with all that the operators before it have carried on.
+
+    Attributes:
+        layer: counted from 0; -1 for the embedding.
+        operator: its name.
+        difference: root mean square of first - second, relative to the second's; the worst of all sequences.
+    """
+
+    layer: int
+    operator: str
+    difference: float
+
+
+def carried_apart(first: Sequence[Trace], second: Sequence[Trace]) -> list[Apart]:
+    """Of every operator that both have, in order; traces of the same sequences."""
+    return [
+        Apart(*key, max(relative_error(a.outputs[key], b.outputs[key]) for a, b in zip(first, second, strict=True)))
+        for key in first[0].outputs
+        if key in second[0].outputs
+    ]
 
 
 def relative_error(x: torch.Tensor, right: torch.Tensor) -> float:
