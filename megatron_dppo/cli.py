@@ -17,6 +17,10 @@ COMMANDS = {
     "train": ("megatron_dppo.train", "train a policy with DPPO: one process of a run that torchrun starts"),
     "serve": ("megatron_dppo.serve", "serve a run's policy on this host, for trainers on others"),
     "data": ("megatron_dppo.data", "read all data of a run and say what is wrong with it"),
+    "doctor": (
+        "megatron_dppo.launch.doctor.command",
+        "look at this host before a run; find where server and policy disagree",
+    ),
     "convert": ("megatron_dppo.convert", "training checkpoint <-> Hugging Face folder"),
     "import-config": ("megatron_dppo.launch.import_config.command", "a recipe of NeMo-RL or verl as one of ours"),
 }

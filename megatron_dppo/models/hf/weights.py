@@ -83,6 +83,13 @@ def check_hf_weights(folder: str | Path, hf_config: PretrainedConfig) -> None:
     _CheckpointReader(Path(folder)).check_against(hf_config)
 
 
+def checkpoint_tensors(folder: str | Path, hf_config: PretrainedConfig) -> Callable[[str], torch.Tensor]:
+    """Reads a whole tensor of a checkpoint folder by its name there. Raises ConfigError as ``load_hf_weights`` does."""
+    checkpoint = _CheckpointReader(Path(folder))
+    checkpoint.check_against(hf_config)
+    return checkpoint.read
+
+
 @torch.no_grad()
 def export_hf_weights(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over the whole model as (checkpoint name, full tensor), bit for bit what the ranks hold.
