@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("megatron_dppo.train", "train a policy with DPPO: one process of a run that torchrun starts"),
     "serve": ("megatron_dppo.serve", "serve a run's policy on this host, for trainers on others"),
     "data": ("megatron_dppo.data", "read all data of a run and say what is wrong with it"),
+    "plan": ("megatron_dppo.launch.plan.command", "memory and time of a recipe, before it is given GPUs"),
     "convert": ("megatron_dppo.convert", "training checkpoint <-> Hugging Face folder"),
     "import-config": ("megatron_dppo.launch.import_config.command", "a recipe of NeMo-RL or verl as one of ours"),
 }

@@ -84,7 +84,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 def recipe(overrides: list[str]) -> Config:
     quickstart = Path(__file__).resolve().parents[2] / "examples" / "conf" / "quickstart.yaml"
-    return load_config(quickstart, [*PACKED, "parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1", *overrides])
+    return load_config(
+        quickstart,
+        [*PACKED, "parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1", *overrides],
+    )
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -121,7 +124,9 @@ def on_rank(rank: int, store: str, name: str) -> None:
     config = recipe(overrides)
     dist.init_process_group("gloo", init_method=f"file://{store}/meeting", rank=rank, world_size=RANKS)
     initialize_model_parallel(config.parallel, seed=1)
-    steps_measured(config, fields | {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64})
+    steps_measured(
+        config, fields | {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64}
+    )
     Path(store, f"{rank}.json").write_text(json.dumps(steps_measured(config, fields)))
     dist.barrier()
     dist.destroy_process_group()
@@ -138,9 +143,7 @@ def compared(name: str) -> list[dict[str, float]]:
     result = []
     for rank, (kept, peak) in enumerate(measured):
         planned = stages[rank * len(stages) // RANKS]
-        result.append(
-            {"kept": kept, "kept_planned": planned.kept.total, "peak": peak, "peak_planned": planned.total}
-        )
+        result.append({"kept": kept, "kept_planned": planned.kept.total, "peak": peak, "peak_planned": planned.total})
     return result
 
 

@@ -38,10 +38,16 @@ def _gpu(name: str, memory: float, hbm: float, nvlink: float, source: str) -> Gp
 
 
 GPUS = {
-    "h100": _gpu("H100", 80e9, 3.35e12, 450e9, "NVIDIA H100 data sheet, SXM5: 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways"),
-    "h200": _gpu("H200", 141e9, 4.8e12, 450e9, "NVIDIA H200 data sheet, SXM: 141 GB, 4.8 TB/s, NVLink 900 GB/s both ways"),
+    "h100": _gpu(
+        "H100", 80e9, 3.35e12, 450e9, "NVIDIA H100 data sheet, SXM5: 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways"
+    ),
+    "h200": _gpu(
+        "H200", 141e9, 4.8e12, 450e9, "NVIDIA H200 data sheet, SXM: 141 GB, 4.8 TB/s, NVLink 900 GB/s both ways"
+    ),
     "h20": _gpu("H20", 96e9, 4.0e12, 450e9, "NVIDIA H20 data sheet: 96 GB, 4.0 TB/s, NVLink 900 GB/s both ways"),
-    "a100": _gpu("A100", 80e9, 2.04e12, 300e9, "NVIDIA A100 80 GB SXM data sheet: 2.04 TB/s, NVLink 600 GB/s both ways"),
+    "a100": _gpu(
+        "A100", 80e9, 2.04e12, 300e9, "NVIDIA A100 80 GB SXM data sheet: 2.04 TB/s, NVLink 600 GB/s both ways"
+    ),
     "b200": _gpu("B200", 180e9, 8.0e12, 900e9, "NVIDIA DGX B200 data sheet: 180 GB, 8 TB/s, NVLink 1.8 TB/s both ways"),
 }
 

@@ -33,7 +33,9 @@ def largest_batch(config: Config, hf_config: PretrainedConfig, prompt_tokens: in
         ref_log_probs=bool(config.algorithm.loss.kl_coef),
     )
     prompt = min(prompt_tokens, rollout.max_prompt_tokens)
-    examples = [_example(length, prompt, hf_config.vocab_size, fields) for _ in range(micro_batches) for length in lengths]
+    examples = [
+        _example(length, prompt, hf_config.vocab_size, fields) for _ in range(micro_batches) for length in lengths
+    ]
     size = len(lengths)
     planned = [PlannedMicroBatch(tuple(range(n * size, (n + 1) * size)), row) for n in range(micro_batches)]
     return ReplicaBatch([planned], dict(enumerate(examples)), fields)

@@ -120,7 +120,8 @@ def passes_of(
     where = dataclasses.replace(setting, world_size=0)
     key = (parallel, where, rollout, train, config.train.fused_linear, _model(config), stage)
     return [
-        memo.of((key, depth), lambda depth=depth: traced_pass(config, hf_config, setting, stage, depth)) for depth in depths
+        memo.of((key, depth), lambda depth=depth: traced_pass(config, hf_config, setting, stage, depth))
+        for depth in depths
     ]
 
 

@@ -32,7 +32,13 @@ from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 from megatron_dppo.training.data.batcher import MicroBatcher
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.policy.dppo_step import DPPOStep
-from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy, build_chunks, build_optimizer, wrap_for_training
+from megatron_dppo.training.policy.trainable import (
+    OptimizerState,
+    TrainablePolicy,
+    build_chunks,
+    build_optimizer,
+    wrap_for_training,
+)
 
 _META = torch.device("meta")
 _BACKEND = "planned"
@@ -87,7 +93,9 @@ class Kept:
     @property
     def total(self) -> int:
         """Bytes of everything."""
-        return self.frozen + sum(share.weights + share.gradients + share.optimizer for share in (self.dense, self.experts))
+        return self.frozen + sum(
+            share.weights + share.gradients + share.optimizer for share in (self.dense, self.experts)
+        )
 
     @property
     def weights(self) -> int:

@@ -25,8 +25,30 @@ _ATTENTION_PRODUCTS = {  # products of [queries, keys, dim] in it
     "_scaled_dot_product_flash_attention_for_cpu_backward": 5,
 }
 # Operators that only look at memory in another way, or set it aside.
-_FREE = {"view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "detach"}
-_FREE |= {"alias", "as_strided", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "empty_strided"}
+_FREE = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "slice",
+    "select",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+}
+_FREE |= {
+    "alias",
+    "as_strided",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+}
 
 
 class Operator(NamedTuple):
