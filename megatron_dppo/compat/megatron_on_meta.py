@@ -1,8 +1,8 @@
 """What a policy needs to run forward and backward on the meta device, where tensors have shapes and no values.
 
 A policy asks for a few things that are not there: the current CUDA device, an attention kernel (on the meta device torch
-takes the one that keeps whole score matrices), which experts a router chose. Within ``megatron_on_meta`` they have the answers
-that a GPU would give, and after it everything is as it was.
+takes the one that keeps whole score matrices), which experts a router chose. Within ``megatron_on_meta`` they have the
+answers that a GPU would give, and after it everything is as it was.
 """
 
 from __future__ import annotations
