@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: the recipe's, or 8")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="default: h100")
     parser.add_argument(
-        "--assume", nargs="+", action="extend", default=[], metavar="name=value", help="see docs/plan.md"
+        "--assume", action="append", default=[], metavar="name=value", help="see docs/plan.md; may be repeated"
     )
     parser.add_argument("--search", action="store_true", help="rank other layouts of as many GPUs; takes minutes")
     parser.add_argument("--json", action="store_true", help="one object: bytes and seconds")
@@ -65,9 +65,7 @@ def trainer_gpus(recipe: Recipe, given: int | None, gpus_per_node: int) -> int:
         return given
     launch, sglang = recipe.launch, recipe.rollout.sglang
     if not launch.gpus_per_node:
-        raise ConfigError(
-            "the recipe's launch section has no gpus_per_node: add it, or give --gpus, the trainer's number of GPUs"
-        )
+        raise ConfigError("launch.gpus_per_node is 0: set it, or give --gpus, the number of GPUs that train")
     gpus = launch.trainer_nodes * gpus_per_node
     serves_here = recipe.rollout.engine == "sglang" and not launch.server_nodes and not sglang.colocated
     if serves_here and not sglang.urls:
@@ -75,8 +73,8 @@ def trainer_gpus(recipe: Recipe, given: int | None, gpus_per_node: int) -> int:
     if gpus < 1:
         raise ConfigError(
             f"launch.trainer_nodes = {launch.trainer_nodes} hosts of {gpus_per_node} GPUs have none left beside"
-            f" rollout.sglang.num_servers = {sglang.num_servers} servers on {sglang.tensor_model_parallel_size} GPUs each: add"
-            " trainer_nodes, or server_nodes"
+            f" rollout.sglang.num_servers = {sglang.num_servers} servers on {sglang.tensor_model_parallel_size} GPUs each:"
+            " add trainer_nodes, or server_nodes"
         )
     return gpus
 

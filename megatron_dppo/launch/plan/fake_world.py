@@ -45,7 +45,8 @@ def fake_world(parallel: ParallelConfig, world_size: int, rank: int) -> Iterator
         members = range(world_size) if ranks is None else ranks
         if rank in members and len(members) > 1:
             (groups.values if backend == "gloo" else groups.tensors).append(len(members))
-        return new_group(ranks, *args, backend="fake", **kwargs)  # the fake store cannot serve gloo
+        arguments = {**kwargs, "backend": "fake"}  # whose store cannot serve gloo
+        return new_group(ranks, *args, **arguments)
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:

@@ -6,7 +6,7 @@ Every field of ``Assumptions`` can be given on the command line (``--assume name
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.metrics.peak_flops import peak_of
@@ -103,7 +103,7 @@ class Assumptions:
 
 def assumptions_from(settings: Sequence[str]) -> Assumptions:
     """``name=value`` each. Raises ConfigError for a name that there is not, or a value that is no number of that kind."""
-    kinds = {field.name: type(field.default) for field in fields(Assumptions)}
+    kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value in asdict(Assumptions()).items()}
     changes = {}
     for setting in settings:
         name, _, value = setting.partition("=")

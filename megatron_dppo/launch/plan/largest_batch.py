@@ -16,7 +16,7 @@ from megatron_dppo.training.data.token_layout import round_up
 def largest_batch(config: Config, hf_config: PretrainedConfig, prompt_tokens: int, micro_batches: int) -> ReplicaBatch:
     """One optimizer step of so many micro-batches, each of the longest sequences that there can be.
 
-    Packed ones fill the token budget, padded ones have ``train.micro_batch_size`` rows. Nothing says which experts tokens went to.
+    Packed ones fill the token budget, padded ones have ``train.micro_batch_size`` rows. Expert choices are not among them.
     """
     train, rollout = config.train, config.rollout
     scheduler = Scheduler(train, config.parallel, 1, float)

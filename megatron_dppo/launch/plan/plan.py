@@ -86,8 +86,8 @@ class Plan:
         if self.servers is not None and self.servers.tokens < longest:
             what = (
                 f"a server's GPU holds {self.servers.weights / 1e9:.1f} GB of weights and has"
-                f" {max(0.0, self.servers.room) / 1e9:.1f} GB left for its KV cache: {self.servers.tokens} tokens, less than one"
-                f" sequence of {longest}"
+                f" {max(0.0, self.servers.room) / 1e9:.1f} GB left for its KV cache: {self.servers.tokens} tokens, less than"
+                f" one sequence of {longest}"
             )
             found.append(Problem(what, "servers", longest * self.servers.kv_bytes - self.servers.room))
         return found

@@ -229,9 +229,12 @@ def _existing(policy: TrainablePolicy) -> Iterator[torch.Tensor]:
 def _rank_on_meta(
     parallel: ParallelConfig, world_size: int, rank: int, expert_load: float, as_on_cuda: bool
 ) -> Iterator[Groups]:
-    with fake_world(parallel, world_size, rank) as groups, megatron_on_meta(expert_load):
-        with mock.patch.object(fp32_product, "_writes_fp32_sums", lambda tensor: as_on_cuda):
-            yield groups
+    with (
+        fake_world(parallel, world_size, rank) as groups,
+        megatron_on_meta(expert_load),
+        mock.patch.object(fp32_product, "_writes_fp32_sums", return_value=as_on_cuda),
+    ):
+        yield groups
 
 
 def _build(config: Config, hf_config: PretrainedConfig) -> tuple[TrainablePolicy, DPPOStep, OptimizerState]:

@@ -69,6 +69,7 @@ def _layouts(plan: Plan) -> Iterator[ParallelConfig]:
         for context in sorted({1, own.context_parallel_size, 2 * own.context_parallel_size}):
             for pipeline in (size for size in sizes if size <= _LARGEST_PIPELINE):
                 for expert in experts:
+                    first, last = _uneven_ends(plan.hf_config.num_hidden_layers, pipeline)
                     yield replace(
                         own,
                         tensor_model_parallel_size=tensor,
@@ -78,20 +79,17 @@ def _layouts(plan: Plan) -> Iterator[ParallelConfig]:
                         expert_tensor_parallel_size=None,
                         sequence_parallel=None,
                         virtual_pipeline_model_parallel_size=None,
-                        **_uneven_ends(plan.hf_config.num_hidden_layers, pipeline),
+                        num_layers_in_first_pipeline_stage=first,
+                        num_layers_in_last_pipeline_stage=last,
                     )
 
 
-def _uneven_ends(layers: int, stages: int) -> dict[str, int | None]:
+def _uneven_ends(layers: int, stages: int) -> tuple[int | None, int | None]:
     """First and last stage, which also have the embedding and the output layer, have fewer layers if all cannot be equal."""
-    first: int | None = None
-    last: int | None = None
-    if stages > 2 and layers % stages:
-        equal = -(-layers // stages)
-        left = layers - (stages - 2) * equal
-        if left >= 2:
-            first, last = left - left // 2, left // 2
-    return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+    if stages <= 2 or layers % stages == 0:
+        return None, None
+    left = layers - (stages - 2) * -(-layers // stages)
+    return (left - left // 2, left // 2) if left >= 2 else (None, None)
 
 
 def least_bytes(plan: Plan, parallel: ParallelConfig) -> float:

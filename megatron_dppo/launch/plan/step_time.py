@@ -1,4 +1,6 @@
-"""Seconds of a training step, phase by phase. Phases follow each other, as in a run; nothing within one overlaps, unless it says so."""
+"""Seconds of a training step, phase by phase. Phases follow each other, as in a run, and nothing in one of them overlaps but
+what a weight update does (sync_cost.py).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from megatron_dppo.training.data.schedule import PADDING, PlannedMicroBatch, Sch
 
 _SEED = 0
 # Bytes of a parameter that an optimizer step reads and writes: the gradient zeroed, and read to see whether it is finite;
-# of those that the rank updates itself: norm, Adam (gradient, fp32 weight and two moments, which are written too), bf16 weight.
+# of those that the rank updates itself: norm, Adam (gradient; fp32 weight and two moments, read and written), bf16 weight.
 _GRADIENT_TRAFFIC, _UPDATE_TRAFFIC = 8, 4 + 4 + 2 * 12 + 2
 
 
@@ -172,19 +174,10 @@ class Timing:
             mean = together / len(seconds[0])
             fill = (config.parallel.pipeline_model_parallel_size - 1) / config.parallel.chunks_per_stage
             total += together + fill * mean
-            everything = [cost for of_replica in costs for cost in of_replica]
-            parts = Times(
-                *(
-                    sum(part) / self.replicas + so_far
-                    for part, so_far in zip(zip(*everything, strict=True), parts, strict=True)
-                )
-            )
-        within = {
-            "products": parts.matmul,
-            "attention": parts.attention,
-            "other": parts.other,
-            "messages": parts.messages,
-        }
+            for cost in (cost for of_replica in costs for cost in of_replica):
+                parts = Times(*(so_far + part / self.replicas for so_far, part in zip(parts, cost, strict=True)))
+        names = ("products", "attention", "other", "messages")
+        within = dict(zip(names, parts, strict=True))
         return total, {**within, "waiting": max(0.0, total - sum(parts))}
 
     def _largest(self, stage: StageMemory) -> Times:
@@ -231,10 +224,8 @@ class Timing:
             tokens = float(len(planned.sequences) * planned.row_length)
             most = config.train.micro_batch_size * longest**2
             pairs = len(planned.sequences) * planned.row_length**2
-        share = tokens / whole
-        return Times(
-            largest.matmul * share, largest.attention * pairs / most, largest.other * share, largest.messages * share
-        )
+        scaled = Times(*(part * tokens / whole for part in largest))
+        return scaled._replace(attention=largest.attention * pairs / most)
 
     def _optimizing(self) -> float:
         """Gradients are summed over replicas, weights updated and gathered: in each optimizer step, on the slowest stage."""

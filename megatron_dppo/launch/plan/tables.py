@@ -153,8 +153,8 @@ def _print_groups(plan: Plan, console: Console) -> None:
         sizes = ", ".join(map(str, sorted(groups.tensors, reverse=True)))
         sockets = sum(size - 1 for size in groups.values)
         console.print(
-            f"process groups of a rank: {len(groups.tensors)} over NCCL (of {sizes} ranks), {len(groups.values)} over gloo with"
-            f" {sockets} sockets"
+            f"process groups of a rank: {len(groups.tensors)} over NCCL (of {sizes} ranks), {len(groups.values)} over gloo"
+            f" with {sockets} sockets"
         )
 
 
@@ -167,8 +167,8 @@ def _print_servers(plan: Plan, console: Console) -> None:
     source = "the recipe's" if servers.from_recipe else "assumed"
     console.print(
         f"{servers.count} servers of {servers.ranks} GPUs: {servers.weights / 1e9:.1f} GB of weights on each GPU,"
-        f" {max(0.0, servers.room) / 1e9:.1f} GB for the KV cache ({source} share {servers.fraction:g}): {servers.tokens} tokens,"
-        f" {servers.sequences(longest)} sequences of {longest}, {servers.sequences(longest / 4)} of {longest // 4}"
+        f" {max(0.0, servers.room) / 1e9:.1f} GB for the KV cache ({source} share {servers.fraction:g}):"
+        f" {servers.tokens} tokens, {servers.sequences(longest)} sequences of {longest}, {servers.sequences(longest / 4)} of {longest // 4}"
     )
 
 
@@ -209,7 +209,8 @@ def _print_found(plan: Plan, found: Found, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"{len(found.plans)} layouts fit; {found.too_large} do not, {found.refused} the trainer refuses. Not searched: VPP, ETP"
+        f"{len(found.plans)} layouts fit; {found.too_large} do not, {found.refused} the trainer refuses. Not searched:"
+        " VPP, ETP"
     )
 
 
