@@ -49,9 +49,9 @@ def main() -> int:
     tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
     console.print(
         f"{sync.nbytes / 1e9:.1f} GB in {len(tensors)} tensors{' (MoE)' if is_moe(hf_config) else ''}, {len(buckets)} buckets"
-        f" of {sglang.bucket_bytes / 1e6:.0f} MB from {len({bucket.sender for bucket in buckets})} of {sync.holders} ranks that"
-        f" hold one copy; {sum(m for m, _ in gathered)} messages and {sum(b for _, b in gathered) / 1e9:.1f} GB between them;"
-        f" one hash launch a bucket"
+        f" of {sglang.bucket_bytes / 1e6:.0f} MB from {len({bucket.sender for bucket in buckets})} of {sync.holders} ranks"
+        f" that hold one copy; {sum(m for m, _ in gathered)} messages and {sum(b for _, b in gathered) / 1e9:.1f} GB between"
+        f" them; one hash launch a bucket"
     )
     table = Table("part", "seconds")
     for part in fields(Forecast):

@@ -168,7 +168,8 @@ def _print_servers(plan: Plan, console: Console) -> None:
     console.print(
         f"{servers.count} servers of {servers.ranks} GPUs: {servers.weights / 1e9:.1f} GB of weights on each GPU,"
         f" {max(0.0, servers.room) / 1e9:.1f} GB for the KV cache ({source} share {servers.fraction:g}):"
-        f" {servers.tokens} tokens, {servers.sequences(longest)} sequences of {longest}, {servers.sequences(longest / 4)} of {longest // 4}"
+        f" {servers.tokens} tokens, {servers.sequences(longest)} sequences of {longest},"
+        f" {servers.sequences(longest / 4)} of {longest // 4}"
     )
 
 
