@@ -78,7 +78,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         DENSE,
         ["parallel.tensor_model_parallel_size=2", "model.recompute_activations=true", "train.fused_linear=true"],
     ),
-    "distributed optimizer": (DENSE, ["parallel.use_distributed_optimizer=true"]),
+    "bf16, distributed optimizer": (DENSE, ["parallel.use_distributed_optimizer=true", "model.dtype=bf16"]),
 }
 
 

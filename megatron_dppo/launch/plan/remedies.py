@@ -10,7 +10,7 @@ from megatron_dppo.launch.plan.memory import Memo
 from megatron_dppo.launch.plan.plan import Plan, changed, make_plan
 from megatron_dppo.models.hf.config import is_moe
 
-_AT_ONCE = 3  # changes that are tried together, if none is enough
+_AT_ONCE = 4  # changes that are tried together, if none is enough
 
 
 @dataclass(frozen=True)

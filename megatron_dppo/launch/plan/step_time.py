@@ -44,6 +44,7 @@ class StepTime:
         peak: of a GPU.
         trainer_gpus: of ``gpus``.
         at_once: most sequences that a server decodes at the same time.
+        idle_servers: that get no prompt: the samples of a prompt go to one server (rollout/sglang/dispatch.py).
     """
 
     phases: dict[str, float]
@@ -54,6 +55,7 @@ class StepTime:
     peak: float
     trainer_gpus: int
     at_once: int
+    idle_servers: int
 
     @property
     def total(self) -> float:
@@ -119,6 +121,7 @@ class Timing:
             peak=self.gpu.peak,
             trainer_gpus=self.setting.world_size,
             at_once=at_once,
+            idle_servers=0 if self.servers is None else max(0, self.servers.count - rollout.prompts_per_step),
         )
 
     def _generating(self, prompt: int, responses: list[int]) -> tuple[float, int]:
@@ -134,7 +137,7 @@ class Timing:
             server = ServerPlan(self.replicas, ranks, *parts, kv_bytes, room=math.inf, fraction=1.0, from_recipe=True)
             room: float = rollout.max_batch_size
         else:
-            asked = rollout.sglang.max_concurrent_requests * self.replicas / server.count
+            asked = rollout.sglang.max_concurrent_requests * self.replicas / min(server.count, rollout.prompts_per_step)
             room = min(asked, server.tokens / (prompt + statistics.fmean(responses)))
         decoding = Decoding(server, self.hf_config, self.gpu, self.assume)
         samples = rollout.samples_per_prompt

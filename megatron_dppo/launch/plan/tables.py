@@ -66,6 +66,7 @@ def _step_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_s_per_gpu": step.tokens_per_s / step.gpus,
         "update_mfu": step.update_mfu,
         "at_once": step.at_once,
+        "idle_servers": step.idle_servers,
     }
 
 
@@ -187,6 +188,11 @@ def _print_step(plan: Plan, console: Console) -> None:
         f"{step.tokens} tokens a step, {step.tokens_per_s:.0f} a second, {step.tokens_per_s / step.gpus:.0f} on each of"
         f" {step.gpus} GPUs; MFU of the update {step.update_mfu:.1%}; a server decodes up to {step.at_once} sequences at once"
     )
+    if step.idle_servers:
+        console.print(
+            f"{step.idle_servers} servers have nothing to do: the samples of a prompt go to one server, and a step has"
+            f" {plan.config.rollout.prompts_per_step} prompts (rollout.prompts_per_step)"
+        )
 
 
 def _advice(remedy: Remedy) -> str:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.models.published_configs import QWEN3_30B_A3B
-
 CONFIGURATIONS = Path(__file__).parents[3] / "examples" / "conf"
 QUICKSTART = CONFIGURATIONS / "quickstart.yaml"
 H100_RECIPE = CONFIGURATIONS / "qwen3_30b_a3b.yaml"
@@ -39,8 +37,3 @@ def model_folder(folder: Path, fields: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 40960, **fields}))
     return str(folder)
-
-
-def qwen3_30b(folder: Path) -> str:
-    """The folder of a model of which nothing is there but its config.json."""
-    return model_folder(folder, QWEN3_30B_A3B)

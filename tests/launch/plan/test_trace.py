@@ -25,8 +25,9 @@ SHORT = [
 WHOLE = Stage(first=True, last=True)
 
 
-def _pass(fields: dict, *overrides: str, setting: Setting = Setting(1, prompt_tokens=1)) -> Pass:
+def _pass(fields: dict, *overrides: str, setting: Setting | None = None) -> Pass:
     config = load_config(QUICKSTART, [*ONE_RANK, *SHORT, *overrides])
+    setting = setting or Setting(1, prompt_tokens=1)
     return traced_pass(config, load_hf_config(fields), setting, WHOLE, fields["num_hidden_layers"])
 
 
@@ -112,7 +113,9 @@ def test_experts_with_more_than_their_share_take_more():
 
 
 @pytest.mark.parametrize("load", [0.5, 1.0, 1.3, 2.0])
-@pytest.mark.parametrize(("tokens", "experts", "topk", "own"), [(97, 16, 4, range(4, 8)), (50, 8, 2, range(8)), (9, 4, 3, range(1))])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk", "own"), [(97, 16, 4, range(4, 8)), (50, 8, 2, range(8)), (9, 4, 3, range(1))]
+)
 def test_a_routing_gives_experts_their_share(load, tokens, experts, topk, own):
     routing = even_routing(tokens, experts, topk, own, load)
     assert routing.sum(1).tolist() == [topk] * tokens
