@@ -64,11 +64,13 @@ def trainer_gpus(recipe: Recipe, given: int | None, gpus_per_node: int) -> int:
             raise ConfigError(f"--gpus {given}: at least one GPU has to train")
         return given
     launch, sglang = recipe.launch, recipe.rollout.sglang
+    if launch.processes_per_node is not None and launch.gpus_per_node:
+        return launch.trainer_nodes * launch.processes_per_node
     if not launch.gpus_per_node:
         raise ConfigError("launch.gpus_per_node is 0: set it, or give --gpus, the number of GPUs that train")
     gpus = launch.trainer_nodes * gpus_per_node
-    serves_here = recipe.rollout.engine == "sglang" and not launch.server_nodes and not sglang.colocated
-    if serves_here and not sglang.urls:
+    serves = recipe.rollout.engine == "sglang" and sglang.starts_servers_here and not sglang.colocated
+    if serves and not launch.server_nodes:
         gpus -= sglang.num_servers * sglang.tensor_model_parallel_size
     if gpus < 1:
         raise ConfigError(

@@ -13,7 +13,8 @@ from megatron_dppo.launch.plan.largest_batch import replayed_bytes
 from megatron_dppo.launch.plan.rank_plan import TRACED_LAYERS, Kept, Pass, Setting, Stage, kept, traced_pass
 from megatron_dppo.training.config.schema import Config
 
-_BUCKETS_IN_HAND = 3  # of a sender: two of its own, and the messages of one more (docs/weight_sync.md)
+_BUCKETS_OF_SENDER = 6.5  # the most that was measured (docs/weight_sync.md)
+_BUCKETS_ON_SHARED_GPU = 3  # two of its own, and the messages of one more (docs/colocation.md)
 
 
 @dataclass(frozen=True)
@@ -156,4 +157,4 @@ def _sync_bytes(config: Config) -> float:
     sglang = config.rollout.sglang
     if config.rollout.engine != "sglang":
         return 0.0
-    return (2 if sglang.colocated else _BUCKETS_IN_HAND) * sglang.bucket_bytes
+    return (_BUCKETS_ON_SHARED_GPU if sglang.colocated else _BUCKETS_OF_SENDER) * sglang.bucket_bytes

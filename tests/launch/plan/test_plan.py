@@ -264,7 +264,7 @@ def test_several_settings_that_are_enough_together_are_named():
     [
         (["--gpus", "6"], "does not divide the 6 ranks"),
         (["--gpus", "0"], "at least one GPU has to train"),
-        ([], "launch.gpus_per_node is 0: set it, or give --gpus"),
+        (["launch.gpus_per_node=0"], "launch.gpus_per_node is 0: set it, or give --gpus"),
         (["--gpus", "16", "--assume", "speed=1"], "there is no 'speed'; there are memory_reserve"),
         (["--gpus", "16", "--assume", "network=fast"], "network is a number"),
         (["--gpus", "16", "--assume", "network=0"], "network must be above 0"),
