@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.metrics.peak_flops import peak_of
@@ -104,7 +105,7 @@ class Assumptions:
 def assumptions_from(settings: Sequence[str]) -> Assumptions:
     """``name=value`` each. Raises ConfigError for a name that there is not, or a value that is no number of that kind."""
     kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value in asdict(Assumptions()).items()}
-    changes = {}
+    changes: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in kinds:
