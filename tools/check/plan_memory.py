@@ -147,21 +147,29 @@ def compared(name: str) -> list[dict[str, float]]:
     return result
 
 
+def print_rows(name: str, of_ranks: list[dict[str, float]]) -> None:
+    for rank, of in enumerate(of_ranks):
+        pairs = [(of[key] / 1e6, of[f"{key}_planned"] / 1e6) for key in ("kept", "peak")]
+        numbers = " ".join(f"{real:9.1f} {planned:9.1f} {planned / real:6.3f}" for real, planned in pairs)
+        print(f"{name:30} {rank:4} {numbers}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layouts", nargs="*", default=list(LAYOUTS), help=f"some of: {', '.join(LAYOUTS)}")
     parser.add_argument("--json", action="store_true", help="one object, layout -> ranks")
     options = parser.parse_args()
-    results = {name: compared(name) for name in options.layouts}
+    results = {}
+    if not options.json:
+        print(
+            f"{'layout':30} rank {'kept MB':>9} {'planned':>9} {'ratio':>6} {'peak MB':>9} {'planned':>9} {'ratio':>6}"
+        )
+    for name in options.layouts:
+        results[name] = compared(name)
+        if not options.json:
+            print_rows(name, results[name])
     if options.json:
         print(json.dumps(results))
-        return 0
-    print(f"{'layout':30} rank {'kept MB':>9} {'planned':>9} {'ratio':>6} {'peak MB':>9} {'planned':>9} {'ratio':>6}")
-    for name, of_ranks in results.items():
-        for rank, of in enumerate(of_ranks):
-            pairs = [(of[key] / 1e6, of[f"{key}_planned"] / 1e6) for key in ("kept", "peak")]
-            numbers = " ".join(f"{real:9.1f} {planned:9.1f} {planned / real:6.3f}" for real, planned in pairs)
-            print(f"{name:30} {rank:4} {numbers}")
     return 0
 
 
