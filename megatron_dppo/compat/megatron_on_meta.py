@@ -35,6 +35,8 @@ def megatron_on_meta(expert_load: float = 1.0) -> Iterator[None]:
         _replace(undo, torch.cuda, "current_device", lambda: _META)
         _replace(undo, F, "scaled_dot_product_attention", _flash_attention)
         _replace(undo, alltoall, "preprocess", _counting_another_routing(alltoall.preprocess, expert_load))
+        allgather = token_dispatcher.MoEAllGatherTokenDispatcher
+        _replace(undo, allgather, "dispatch_postprocess", _own_tokens(expert_load))
         for module in (moe_utils, token_dispatcher):
             _replace(undo, module, "permute", _permute)
         yield
@@ -73,6 +75,24 @@ def _counting_another_routing(preprocess: Callable[..., Any], expert_load: float
             return preprocess(self, routing)
 
     return counted
+
+
+def _own_tokens(expert_load: float) -> Callable[..., Any]:
+    """What the allgather dispatcher picks from all tokens: as many as a routing with values gives to this rank's experts."""
+
+    def dispatch_postprocess(self: Any, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        tokens, experts = self.routing_map.shape
+        own = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+        routing = even_routing(tokens, experts, self.config.moe_router_topk, range(own.start, own.stop), expert_load)
+        counts = routing[:, own].sum(0)
+        self.hidden_shape_before_permute = hidden_states.shape
+        self.local_map, self.routing_map = self.routing_map[:, own].contiguous(), None
+        chosen, self.local_probs, self.reversed_local_input_permutation_mapping = _permute(
+            hidden_states, self.local_map, probs[:, own].contiguous(), int(counts.sum())
+        )
+        return chosen, counts, self.local_probs
+
+    return dispatch_postprocess
 
 
 def even_routing(tokens: int, experts: int, topk: int, own: range, load: float) -> torch.Tensor:

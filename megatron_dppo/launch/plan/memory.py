@@ -28,7 +28,7 @@ class StageMemory:
         in_flight: micro-batches, or parts of them in a chunk of layers, between forward and backward at the same time.
         held: of each of these, but for the one that runs.
         running: of the micro-batch that runs, at most.
-        head: how much of ``running`` is the output layer's and the loss's.
+        head: most that output layer and loss take beside what is held; the layers' backward pass may take more.
         sync: weight-sync buffers; not at the same time as micro-batches.
         passes: a micro-batch through a few layers, for whoever wants to know how long it takes.
     """

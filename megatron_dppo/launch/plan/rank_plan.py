@@ -118,7 +118,8 @@ class Pass:
         tokens: of the micro-batch on this rank.
         held: bytes between its forward and its backward pass.
         peak: most bytes at any time.
-        head: of ``peak``, what the output layer and the loss take: logits or tiles of them, and all that belongs to them.
+        head: most bytes beside ``held`` until the output layer has done its backward pass: logits or tiles of them, and all
+            that belongs to them. 0 where there is none. The layers' backward pass may take more.
         forward, backward: what was done; a layer that is recomputed counts as backward.
     """
 
@@ -197,15 +198,15 @@ def _traced(policy: TrainablePolicy, step: DPPOStep, batch: MicroBatch, gpus_per
             model.set_input_tensor(_received(policy, batch))
         output, loss_of = step.forward(chunk, batch)
         held = trace.live
-        peak_of_layers = trace.peak
         forward, trace.work = trace.work, Work()
+        head: list[int] = []
         if model.post_process:
+            # Called when the output layer has done its backward pass, and the layers have not begun theirs.
+            output.register_hook(lambda gradient: head.append(trace.peak - held))
             loss_of(output).loss.backward()
         else:
             torch.autograd.backward(output, torch.empty_like(output))
-        backward = trace.work
-    head = float(max(0, trace.peak - max(peak_of_layers, held))) if model.post_process else 0.0
-    return Pass(batch.tokens.numel(), float(held), float(trace.peak), head, forward, backward)
+    return Pass(batch.tokens.numel(), float(held), float(trace.peak), float(sum(head)), forward, trace.work)
 
 
 def _received(policy: TrainablePolicy, batch: MicroBatch) -> torch.Tensor:

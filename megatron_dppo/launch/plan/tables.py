@@ -129,9 +129,10 @@ def _memory_table(plan: Plan) -> Table:
             "optimizer state, experts": kept.experts.optimizer,
             "frozen copies of weights": kept.frozen,
             "micro-batches that wait": stage.held * (stage.in_flight - 1),
-            "micro-batch that runs, layers": stage.running - stage.head,
-            "  output layer, logits or tiles, loss": stage.head,
-            "weight-sync buffers (not with micro-batches)": stage.sync,
+            "micro-batch that runs, held": stage.held,
+            "  beside it, at most": stage.running - stage.held,
+            "  (output layer, logits or tiles, loss: at most)": stage.head,
+            "(weight-sync buffers: not with micro-batches)": stage.sync,
             "KV cache of the embedded engine": plan.embedded_cache,
             "NCCL's buffers": len(kept.groups.tensors) * plan.assume.group_bytes,
             "reserve and fragmentation": plan.assume.memory_reserve
