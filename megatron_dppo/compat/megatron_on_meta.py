@@ -7,6 +7,7 @@ answers that a GPU would give, and after it everything is as it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ def megatron_on_meta(expert_load: float = 1.0) -> Iterator[None]:
         allgather = token_dispatcher.MoEAllGatherTokenDispatcher
         _replace(undo, allgather, "dispatch_postprocess", _own_tokens(expert_load))
         for module in (moe_utils, token_dispatcher):
-            _replace(undo, module, "permute", _permute)
+            _replace(undo, module, "permute", _permuting_like(module.permute))
         yield
 
 
@@ -87,8 +88,8 @@ def _own_tokens(expert_load: float) -> Callable[..., Any]:
         counts = routing[:, own].sum(0)
         self.hidden_shape_before_permute = hidden_states.shape
         self.local_map, self.routing_map = self.routing_map[:, own].contiguous(), None
-        chosen, self.local_probs, self.reversed_local_input_permutation_mapping = _permute(
-            hidden_states, self.local_map, probs[:, own].contiguous(), int(counts.sum())
+        chosen, self.local_probs, self.reversed_local_input_permutation_mapping = _permuted(
+            hidden_states, probs[:, own].contiguous(), int(counts.sum())
         )
         return chosen, counts, self.local_probs
 
@@ -114,16 +115,28 @@ def even_routing(tokens: int, experts: int, topk: int, own: range, load: float) 
     return routing
 
 
-def _permute(
-    tokens: torch.Tensor,
-    routing_map: torch.Tensor,
-    probs: torch.Tensor | None = None,
-    num_out_tokens: int | None = None,
-    fused: bool = False,
-    drop_and_pad: bool = False,
+def _permuted(
+    tokens: torch.Tensor, probs: torch.Tensor | None, num_out_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """core's ``permute``, with as many tokens as will come, where the mask cannot be asked which it selects."""
-    assert num_out_tokens is not None
-    indices = torch.empty(int(num_out_tokens), dtype=torch.long, device=tokens.device)
+    """(tokens, their weights, their places) in the order of experts, as many as will come."""
+    indices = torch.empty(num_out_tokens, dtype=torch.long, device=tokens.device)
     chosen = None if probs is None else probs.T.contiguous().view(-1).index_select(0, indices)
     return tokens.index_select(0, indices), chosen, indices
+
+
+def _permuting_like(permute: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of core's ``permute``, which asks a mask how many tokens it selects."""
+    gives_two_more = "align_size" in inspect.signature(permute).parameters  # newer versions
+
+    def without_values(
+        tokens: torch.Tensor,
+        routing_map: torch.Tensor,
+        probs: torch.Tensor | None = None,
+        num_out_tokens: int | None = None,
+        **unused: Any,
+    ) -> tuple[Any, ...]:
+        assert num_out_tokens is not None
+        permuted = _permuted(tokens, probs, int(num_out_tokens))
+        return (*permuted, None, unused.get("tokens_per_expert")) if gives_two_more else permuted
+
+    return without_values

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
     "layout", ["dense TP2", "MoE TP2 EP2", "PP2", "dense TP2, recomputed, fused", "bf16, distributed optimizer"]
 )
 def test_what_ranks_were_seen_to_take_was_planned(layout):
-    """Within 10 %, of what is kept and of the most during a step: seen were 0.5 to 4 %."""
+    """Within 10 %, of what is kept and of the most during a step: seen were 0.5 to 5 %."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "check" / "plan_memory.py"), layout, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
