@@ -61,12 +61,12 @@ def search(plan: Plan, memo: Memo) -> Found:
 
 
 def _layouts(plan: Plan) -> Iterator[ParallelConfig]:
-    """Of powers of two, experts whole. TP stays on a node."""
+    """Of powers of two, experts whole. TP stays on a node; CP is none or the recipe's."""
     world_size, own = plan.setting.world_size, plan.config.parallel
     sizes = [2**n for n in range(world_size.bit_length()) if 2**n <= world_size]
     experts = sizes if is_moe(plan.hf_config) else [1]
     for tensor in (size for size in sizes if size <= plan.setting.gpus_per_node):
-        for context in sorted({1, own.context_parallel_size, 2 * own.context_parallel_size}):
+        for context in sorted({1, own.context_parallel_size}):
             for pipeline in (size for size in sizes if size <= _LARGEST_PIPELINE):
                 for expert in experts:
                     first, last = _uneven_ends(plan.hf_config.num_hidden_layers, pipeline)
