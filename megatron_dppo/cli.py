@@ -21,6 +21,7 @@ COMMANDS = {
         "megatron_dppo.launch.doctor.command",
         "look at this host before a run; find where server and policy disagree",
     ),
+    "plan": ("megatron_dppo.launch.plan.command", "memory and time of a recipe, before it is given GPUs"),
     "convert": ("megatron_dppo.convert", "training checkpoint <-> Hugging Face folder"),
     "import-config": ("megatron_dppo.launch.import_config.command", "a recipe of NeMo-RL or verl as one of ours"),
 }

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dppo.errors import ConfigError
+from megatron_dppo.launch.plan.lengths import Lengths
 from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.hf.config import check_policy_fits, load_hf_config
 from megatron_dppo.training.config.load import load_config
@@ -99,18 +100,12 @@ def main() -> int:
 
 def draw_lengths(config: Config, options: argparse.Namespace, generator: torch.Generator) -> dict[int, int]:
     """Tokens of each of a rollout batch's sequences, by number."""
-    prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
-    longest = config.rollout.max_response_tokens
-    if options.run is not None:
-        seen = torch.tensor(lengths_of_run(options.run))
-        responses = seen[torch.randint(len(seen), (prompts * samples,), generator=generator)]
-    else:
-        median = options.median or longest / 4
-        shared = options.prompt_sigma * torch.randn(prompts, 1, generator=generator)
-        own = options.sigma * torch.randn(prompts, samples, generator=generator)
-        responses = (median * (shared + own).exp()).flatten().long()
-    tokens = responses.clamp(1, longest) + min(options.prompt_tokens, config.rollout.max_prompt_tokens)
-    return dict(enumerate(tokens.tolist()))
+    assumed = Lengths(options.median or 0.0, options.sigma, options.prompt_sigma, options.prompt_tokens)
+    if options.run is None:
+        return assumed.draw(config.rollout, generator)
+    seen = torch.tensor(lengths_of_run(options.run))
+    count = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    return assumed.with_prompts(seen[torch.randint(len(seen), (count,), generator=generator)], config.rollout)
 
 
 def lengths_of_run(run: Path) -> list[int]:

@@ -14,122 +14,15 @@ and holds what is planned with them against what it takes. model.path has to be 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.launch.plan.sync_cost import Forecast, Rates, planned_sync
 from megatron_dppo.models.hf.config import is_moe, load_hf_config
-from megatron_dppo.models.hf.export import Bucket, ExportPlan, Place
 from megatron_dppo.training.config.load import load_config
-from megatron_dppo.training.config.schema import MODEL_DTYPES
-
-_CONTROL_CALLS = 6  # pause, flush, begin, end, label, continue
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Bytes and seconds.
-
-    Attributes:
-        network: bytes/s from a sender to every server at once.
-        gather: bytes/s from the ranks that hold shards to the one that puts them together.
-        message: seconds for each of these messages.
-        copy: bytes/s of putting a bucket together.
-        hash: bytes/s of the hash, on a sender.
-        call: seconds from telling a server something until it acts, and back.
-        load: bytes/s of copying what arrived into the served parameters.
-        tensor: seconds for each tensor of it.
-        checksum: bytes/s of the server's hash of its own parameters.
-    """
-
-    network: float = 45e9
-    gather: float = 40e9
-    message: float = 50e-6
-    copy: float = 1e12
-    hash: float = 1e12
-    call: float = 5e-3
-    load: float = 5e11
-    tensor: float = 60e-6
-    checksum: float = 1e12
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Seconds of an update and of its parts; what overlaps is in several of them."""
-
-    total: float
-    on_the_wire: float
-    loading: float
-    calls: float
-    putting_together: float
-    verifying: float
-
-
-def forecast(
-    buckets: Sequence[Bucket], gathered: Sequence[tuple[int, int]], itemsize: int, server_ranks: int, rates: Rates
-) -> Forecast:
-    """Go through an update bucket by bucket.
-
-    Args:
-        buckets: in order.
-        gathered: of each, (messages, bytes) that its sender gets from other ranks.
-        itemsize: bytes of an element that is served.
-        server_ranks: of a server; each hashes its part.
-        rates: of everything.
-    """
-    prepared: dict[int, float] = {}  # sender -> when its thread is free
-    sent: dict[int, float] = {}  # sender -> when its last bucket is gone
-    servers = 3 * rates.call  # pause, flush, begin
-    wire = loading = together = hashed = 0.0
-    for bucket, (messages, num_gathered) in zip(buckets, gathered, strict=True):
-        size = itemsize * sum(math.prod(shape) for _, shape in bucket.tensors)
-        preparing = messages * rates.message + num_gathered / rates.gather + size / rates.copy
-        begins = max(prepared.get(bucket.sender, 0.0) + preparing, sent.get(bucket.sender, 0.0))
-        arrives = max(servers + rates.call, begins) + size / rates.network
-        storing = size / rates.load + len(bucket.tensors) * rates.tensor
-        servers = arrives + storing
-        sent[bucket.sender] = arrives
-        prepared[bucket.sender] = begins + size / rates.hash
-        wire += size / rates.network
-        loading += storing
-        together += preparing
-        hashed += size
-    verifying = hashed / server_ranks / rates.checksum + rates.call
-    total = max(servers, *prepared.values()) + verifying + 3 * rates.call
-    calls = (len(buckets) + _CONTROL_CALLS + 1) * rates.call
-    return Forecast(total, wire, loading, calls, together, verifying)
-
-
-def places_of_one_copy(parallel: ParallelConfig, num_layers: int) -> list[Place]:
-    """Of the ranks that hold one copy of the policy, experts included."""
-    width = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size * parallel.expert_tensor_size)
-    places, first = [], 0
-    for stage, layers in enumerate(parallel.layers_of_stages(num_layers)):
-        for rank in range(width):
-            places.append(
-                Place(
-                    stage=stage,
-                    layers=frozenset(range(first, first + layers)),
-                    tensor_rank=rank % parallel.tensor_model_parallel_size,
-                    expert_tensor_rank=rank % parallel.expert_tensor_size,
-                    expert_rank=rank // parallel.expert_tensor_size % parallel.expert_model_parallel_size,
-                )
-            )
-        first += layers
-    return places
-
-
-def messages_of(plan: ExportPlan, bucket: Bucket, itemsize: int) -> tuple[int, int]:
-    """(messages, bytes) that a bucket's sender gets from other ranks."""
-    from_others = [shard for shard in plan.shards(bucket) if shard.holder != bucket.sender]
-    size = itemsize * sum(math.prod(shard.shape) for shard in from_others)
-    return len({shard.holder for shard in from_others}), size
 
 
 def main() -> int:
@@ -143,27 +36,22 @@ def main() -> int:
     try:
         config = load_config(options.config, options.overrides)
         hf_config = load_hf_config(config.model.path)
-        places = places_of_one_copy(config.parallel, hf_config.num_hidden_layers)
+        sync = planned_sync(config, hf_config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plan = ExportPlan(hf_config, places)
-    sglang = config.rollout.sglang
-    dtype = getattr(torch, sglang.dtype) if sglang.dtype else MODEL_DTYPES[config.model.dtype]
-    buckets = plan.buckets(dtype=dtype, bucket_bytes=sglang.bucket_bytes, max_senders=sglang.max_senders)
-    gathered = [messages_of(plan, bucket, dtype.itemsize) for bucket in buckets]
+    sglang, buckets, gathered = config.rollout.sglang, sync.buckets, sync.gathered
     server_ranks = options.server_tp or sglang.tensor_model_parallel_size
     rates = Rates(**{rate.name: getattr(options, rate.name) for rate in fields(Rates)})
-    expected = forecast(buckets, gathered, dtype.itemsize, server_ranks, rates)
+    expected = sync.forecast(server_ranks, rates)
 
     console = Console(highlight=False)
     tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
-    size = dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     console.print(
-        f"{size / 1e9:.1f} GB in {len(tensors)} tensors{' (MoE)' if is_moe(hf_config) else ''}, {len(buckets)} buckets of"
-        f" {sglang.bucket_bytes / 1e6:.0f} MB from {len({bucket.sender for bucket in buckets})} of {len(places)} ranks that"
-        f" hold one copy; {sum(m for m, _ in gathered)} messages and {sum(b for _, b in gathered) / 1e9:.1f} GB between them;"
-        f" one hash launch a bucket"
+        f"{sync.nbytes / 1e9:.1f} GB in {len(tensors)} tensors{' (MoE)' if is_moe(hf_config) else ''}, {len(buckets)} buckets"
+        f" of {sglang.bucket_bytes / 1e6:.0f} MB from {len({bucket.sender for bucket in buckets})} of {sync.holders} ranks"
+        f" that hold one copy; {sum(m for m, _ in gathered)} messages and {sum(b for _, b in gathered) / 1e9:.1f} GB between"
+        f" them; one hash launch a bucket"
     )
     table = Table("part", "seconds")
     for part in fields(Forecast):

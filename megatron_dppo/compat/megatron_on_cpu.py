@@ -177,7 +177,7 @@ def _redirect_random_state() -> None:
 
 
 def _redirect_tensor_type_names() -> None:
-    """``Tensor.type()`` answers ``torch.cuda.FloatTensor`` to the optimizer, for a CPU tensor.
+    """``Tensor.type()`` answers ``torch.cuda.FloatTensor`` to the optimizer, for a CPU tensor and one without values.
 
     Where: optimizer/optimizer.py, distrib_optimizer.py and clip_grads.py compare ``param.type()`` with the names of CUDA
     tensor types, and raise for any other.
@@ -189,7 +189,7 @@ def _redirect_tensor_type_names() -> None:
         answer = type_name(self, *args, **kwargs)
         caller = sys._getframe(1).f_code.co_filename.replace("\\", "/")
         if not args and not kwargs and "megatron/core/optimizer" in caller and isinstance(answer, str):
-            return answer.replace("torch.", "torch.cuda.", 1)
+            return answer.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return answer
 
     torch.Tensor.type = type_as_core_expects  # type: ignore[method-assign, assignment]

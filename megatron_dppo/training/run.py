@@ -18,7 +18,7 @@ from megatron_dppo.distributed.layout import initialize_model_parallel, replica_
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.distributed.shared_folder import check_shared_folder
 from megatron_dppo.errors import ConfigError
-from megatron_dppo.models.build import build_policy, initialize_randomly
+from megatron_dppo.models.build import initialize_randomly
 from megatron_dppo.models.hf.weights import load_hf_weights, save_hf_checkpoint
 from megatron_dppo.ops.backend import backend_report
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
@@ -32,7 +32,7 @@ from megatron_dppo.training.devices import Devices, OwnDevices, SharedDevices
 from megatron_dppo.training.inputs import RunInputs
 from megatron_dppo.training.metrics.run_folder import RunFolder, json_lines
 from megatron_dppo.training.metrics.sinks import MetricsLog
-from megatron_dppo.training.policy.trainable import TrainablePolicy, wrap_for_training
+from megatron_dppo.training.policy.trainable import TrainablePolicy, build_chunks, wrap_for_training
 from megatron_dppo.training.policy.update_memory import UpdateMemory
 from megatron_dppo.training.policy.warm_start import warm_start
 from megatron_dppo.training.rollouts import RolloutPhase
@@ -130,15 +130,7 @@ def _train(
 def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.device) -> TrainablePolicy:
     """The policy with its first weights, ready for training."""
     dtype = MODEL_DTYPES[config.model.dtype]
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    chunks = build_policy(
-        inputs.hf_config,
-        config.parallel,
-        dtype,
-        device,
-        fp32_head=config.model.fp32_head,
-        **(recompute if config.model.recompute_activations else {}),
-    )
+    chunks = build_chunks(config.model, config.parallel, inputs.hf_config, device)
     if config.model.init == "random":
         initialize_randomly(chunks, config.run.seed)
     else:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_dppo.distributed.layout import ParallelConfig
+from megatron_dppo.launch.plan.sync_cost import Rates, forecast, places_of_one_copy
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.export import Bucket, ExportPlan, NamedShape, PolicyWeights
 from tests.models.policy_runs import loaded_policy
@@ -23,9 +24,7 @@ ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "plan_sync.py"))
 OPTIONS = {"dtype": torch.float32, "bucket_bytes": 8192, "max_senders": 4}
 # Everything else takes no time.
-FREE = TOOL["Rates"](
-    network=1e30, gather=1e30, message=0, copy=1e30, hash=1e30, call=0, load=1e30, tensor=0, checksum=1e30
-)
+FREE = Rates(network=1e30, gather=1e30, message=0, copy=1e30, hash=1e30, call=0, load=1e30, tensor=0, checksum=1e30)
 
 
 def _bucket(sender: int, elements: int) -> Bucket:
@@ -49,7 +48,7 @@ def _bucket(sender: int, elements: int) -> Bucket:
 )
 def test_what_overlaps_is_counted_once(rates: dict[str, float], seconds: float) -> None:
     buckets = [_bucket(sender, 50) for sender in (0, 1, 0, 1)]
-    expected = TOOL["forecast"](buckets, [(2, 20)] * 4, 4, 2, replace(FREE, **rates))
+    expected = forecast(buckets, [(2, 20)] * 4, 4, 2, replace(FREE, **rates))
     assert expected.total == pytest.approx(seconds)
 
 
@@ -67,7 +66,7 @@ def _buckets(folder: str, layout: dict[str, Any]) -> list[Bucket]:
 def test_the_planned_buckets_are_those_of_the_ranks(layout: dict[str, Any], ranks: RankPools, tmp_path: Path) -> None:
     write_tiny_hf_model("qwen3_moe", tmp_path)
     hf_config = load_hf_config(tmp_path)
-    places = TOOL["places_of_one_copy"](ParallelConfig(**layout), hf_config.num_hidden_layers)
+    places = places_of_one_copy(ParallelConfig(**layout), hf_config.num_hidden_layers)
     planned = ExportPlan(hf_config, places).buckets(**OPTIONS)
     assert ranks(2).run(_buckets, str(tmp_path), layout) == [planned, planned]
 

@@ -11,7 +11,6 @@ other process on this machine, into memory that is there already. Fp32 weights o
 from __future__ import annotations
 
 import argparse
-import runpy
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from megatron_dppo.launch.plan.sync_cost import Rates, forecast
 from megatron_dppo.rollout.sglang import SGLangConfig, SGLangEngine
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.tile_hash import Piece, hash_pieces
@@ -98,7 +98,6 @@ def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: C
 
 def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_s: float) -> float:
     """What tools/plan_sync.py makes of rates that are measured here, none of them in an update."""
-    plan = runpy.run_path(str(Path(__file__).resolve().parents[1] / "plan_sync.py"))
     config, url = engine._config, engine._sync.urls[0]
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     buckets = WholeWeights(tensors).buckets(dtype=torch.float32, bucket_bytes=config.bucket_bytes, max_senders=1)
@@ -110,7 +109,7 @@ def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_
     hash_s = _seconds(
         lambda: hash_pieces({key: value for item in named for key, value in _pieces(whole, item).items()})
     )
-    rates = plan["Rates"](
+    rates = Rates(
         network=num_bytes / broadcast_s,
         copy=flat.nbytes / _seconds(lambda: flatten(parts, buffer)),
         hash=flat.nbytes / hash_s,
@@ -119,7 +118,7 @@ def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_
         tensor=1e-4,
         checksum=flat.nbytes / hash_s,
     )
-    return plan["forecast"](buckets, [(0, 0)] * len(buckets), 4, 1, rates).total
+    return forecast(buckets, [(0, 0)] * len(buckets), 4, 1, rates).total
 
 
 def _pieces(expected: ExpectedChecksums, item: tuple[str, torch.Tensor]) -> dict[object, tuple[int, list[Piece]]]:

@@ -72,7 +72,7 @@ class Scheduler:
         # Context parallelism cuts every sequence into 2 CP chunks; sequence parallelism what a rank then has into TP parts.
         self.sequence_multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
         sequence_parallel = parallel.tensor_model_parallel_size if parallel.uses_sequence_parallel else 1
-        self._row_multiple = math.lcm(self.sequence_multiple, parallel.context_parallel_size * sequence_parallel)
+        self.row_multiple = math.lcm(self.sequence_multiple, parallel.context_parallel_size * sequence_parallel)
         # Pipeline stages send each other tensors of one shape, and take micro-batches in turns of PP if interleaved.
         self._equal_shapes = parallel.pipeline_model_parallel_size > 1
         self._count_multiple = parallel.pipeline_model_parallel_size if parallel.chunks_per_stage > 1 else 1
@@ -152,7 +152,7 @@ class Scheduler:
             tokens = [padded[sequence] for sequence in group]
             if self.packed:
                 tokens = [sum(round_up(length, self.sequence_multiple) for length in tokens)]
-            return round_up(max(tokens), self._row_multiple)
+            return round_up(max(tokens), self.row_multiple)
 
         rows = [[row_length(group) for group in groups] for groups in of_replica]
         if self._equal_over_replicas:

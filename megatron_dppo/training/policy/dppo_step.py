@@ -34,6 +34,7 @@ from megatron_dppo.training.policy.optimizer_step import (
     MicroBatchLoss,
     SkippedStepError,
     StepOutcome,
+    forward_micro_batch,
     forward_only,
     optimizer_step,
 )
@@ -155,6 +156,14 @@ class DPPOStep:
             "grad_norm": outcome.grad_norm,
             "lr": outcome.lr,
         }
+
+    def forward(
+        self, chunk: torch.nn.Module, batch: MicroBatch
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], MicroBatchLoss]]:
+        """One micro-batch through one of the policy's chunks as ``run`` does it, but for routing replay, and the loss of what
+        comes out of the last. Nothing of it is kept, nothing waits: for whoever asks what it takes (launch/plan).
+        """
+        return forward_micro_batch(batch, chunk, partial(self._loss_of, [], []), self._rollout_weights)
 
     def _checked_mismatch(self, parts: Sequence[MetricSums]) -> dict[str, float]:
         """How far policy and engine are apart. ``parts``: of one optimizer step; empty but on the last pipeline stage."""

@@ -105,21 +105,16 @@ def optimizer_step(
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches).to(device)
-        rollout_logits = None
-        if rollout_weights is not None:  # no pipeline then: every chunk is the whole model
-            with rollout_weights.in_place():
-                head = PolicyHead(chunk)
-                hidden_nh = head.response_hidden(_forward(chunk, batch, replay), batch.rows, batch.shape)
-                rollout_logits = head.logits(hidden_nh)
+        output, loss_of_output = forward_micro_batch(batch, chunk, loss_of, rollout_weights, replay)
 
         def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            loss, num_tokens, checks = loss_of(batch, hidden, rollout_logits)
+            loss, num_tokens, checks = loss_of_output(hidden)
             if checks is not None:
                 found.append((batch, checks))
             losses.append((batch, loss.detach()))
             return loss, num_tokens.int(), {}  # Megatron adds the counts up in int32
 
-        return _forward(chunk, batch, replay), loss_function
+        return output, loss_function
 
     policy.forward_backward.start()
     _run_schedule(policy, micro_batches, forward_step, forward_only=False)
@@ -129,6 +124,26 @@ def optimizer_step(
     _, grad_norm, _ = optimizer_state.optimizer.step()
     optimizer_state.scheduler.step(increment=1)
     return StepOutcome(grad_norm=float(grad_norm), lr=lr)
+
+
+def forward_micro_batch(
+    batch: MicroBatch,
+    chunk: torch.nn.Module,
+    loss_of: LossOf,
+    rollout_weights: FrozenWeights | None = None,
+    replay: RoutingReplay | None = None,
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], MicroBatchLoss]]:
+    """What a chunk passes on of a micro-batch on its device, and the loss of what the last stage's chunk passes on.
+
+    See ``optimizer_step`` for the other arguments.
+    """
+    rollout_logits = None
+    if rollout_weights is not None:  # no pipeline then: every chunk is the whole model
+        with rollout_weights.in_place():
+            head = PolicyHead(chunk)
+            hidden_nh = head.response_hidden(_forward(chunk, batch, replay), batch.rows, batch.shape)
+            rollout_logits = head.logits(hidden_nh)
+    return _forward(chunk, batch, replay), lambda hidden: loss_of(batch, hidden, rollout_logits)
 
 
 def _forward(chunk: torch.nn.Module, batch: MicroBatch, replay: RoutingReplay | None) -> torch.Tensor:

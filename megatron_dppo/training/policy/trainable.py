@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
+from megatron_dppo.distributed.parallel_config import ParallelConfig
+from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.sharding import unwrapped
-from megatron_dppo.training.config.schema import AdamConfig
+from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, ModelConfig
 from megatron_dppo.training.metrics.work_clock import WorkClock
 
 
@@ -71,6 +74,21 @@ class TrainablePolicy:
     def flops(self) -> PolicyFlops:
         """What a forward pass takes."""
         return PolicyFlops.of(self.hf_config)
+
+
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, hf_config: PretrainedConfig, device: torch.device
+) -> list[GPTModel]:
+    """This rank's part of the policy, without weights: see ``build_policy``."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return build_policy(
+        hf_config,
+        parallel,
+        MODEL_DTYPES[model.dtype],
+        device,
+        fp32_head=model.fp32_head,
+        **(recompute if model.recompute_activations else {}),
+    )
 
 
 def wrap_for_training(

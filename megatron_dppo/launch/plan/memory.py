@@ -1,0 +1,160 @@
+"""Bytes on each distinct rank of the trainer. Ranks of one pipeline stage hold the same, so there is one for each stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_dppo.launch.plan.largest_batch import replayed_bytes
+from megatron_dppo.launch.plan.rank_plan import TRACED_LAYERS, Kept, Pass, Setting, Stage, kept, traced_pass
+from megatron_dppo.training.config.schema import Config
+
+_BUCKETS_OF_SENDER = 6.5  # the most that was measured (docs/weight_sync.md)
+_BUCKETS_ON_SHARED_GPU = 3  # two of its own, and the messages of one more (docs/colocation.md)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Of the ranks of a pipeline stage; bytes but for what says otherwise.
+
+    Attributes:
+        index: of the stage.
+        layers: of all its chunks.
+        kept: weights, gradients, optimizer state.
+        in_flight: micro-batches, or parts of them in a chunk of layers, between forward and backward at the same time.
+        held: of each of these, but for the one that runs.
+        running: of the micro-batch that runs, at most.
+        head: most that output layer and loss take beside what is held; the layers' backward pass may take more.
+        sync: weight-sync buffers; not at the same time as micro-batches.
+        passes: a micro-batch through a few layers, for whoever wants to know how long it takes.
+    """
+
+    index: int
+    layers: int
+    kept: Kept
+    in_flight: int
+    held: float
+    running: float
+    head: float
+    sync: float
+    passes: list[Pass]
+
+    @property
+    def working(self) -> float:
+        """Most bytes beside what is kept."""
+        return max(self.held * (self.in_flight - 1) + self.running, self.sync)
+
+    @property
+    def total(self) -> float:
+        """Most bytes in tensors."""
+        return self.kept.total + self.working
+
+
+@dataclass
+class Memo:
+    """What was worked out, for other configurations that have it in common."""
+
+    known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def of(self, key: Hashable, make: Any) -> Any:
+        """``make()``, once for each key."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+
+def memory_of_stages(
+    config: Config, hf_config: PretrainedConfig, setting: Setting, memo: Memo | None = None
+) -> list[StageMemory]:
+    """Of every pipeline stage, in order. The configuration has been checked (training/config/check.py)."""
+    memo = memo or Memo()
+    stages = config.parallel.pipeline_model_parallel_size
+    layers = config.parallel.layers_of_stages(hf_config.num_hidden_layers)
+    return [_of_stage(config, hf_config, setting, memo, index, layers[index]) for index in range(stages)]
+
+
+def _of_stage(
+    config: Config, hf_config: PretrainedConfig, setting: Setting, memo: Memo, index: int, layers: int
+) -> StageMemory:
+    parallel = config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage
+    stage = Stage(index == 0, index == stages - 1)
+    holds = memo.of(
+        (parallel, setting.world_size, stage, layers, _model(config)),
+        lambda: kept(config, hf_config, setting.world_size, index * setting.world_size // stages, setting.as_on_cuda),
+    )
+    passes = passes_of(config, hf_config, setting, memo, stage, layers // chunks)
+    depth = layers / chunks
+    held, running, head = (_at_depth(passes, name, depth) for name in ("held", "peak", "head"))
+    replayed = replayed_bytes(config, hf_config, passes[0].tokens, layers)
+    return StageMemory(
+        index=index,
+        layers=layers,
+        kept=holds,
+        in_flight=micro_batches_in_flight(stages, chunks, index),
+        held=held + replayed / chunks,
+        running=running + replayed / chunks,
+        head=head,
+        sync=_sync_bytes(config),
+        passes=passes,
+    )
+
+
+def passes_of(
+    config: Config, hf_config: PretrainedConfig, setting: Setting, memo: Memo, stage: Stage, layers: int
+) -> list[Pass]:
+    """The largest micro-batch through exactly ``layers`` layers; or, if these are many, through two numbers of few."""
+    depths = TRACED_LAYERS if layers > TRACED_LAYERS[-1] else (layers,)
+    parallel = replace(
+        config.parallel,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+    )
+    rollout = (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    train = (config.train.batching, config.train.tokens_per_micro_batch, config.train.micro_batch_size)
+    where = dataclasses.replace(setting, world_size=0)
+    key = (parallel, where, rollout, train, config.train.fused_linear, _model(config), stage)
+    return [
+        memo.of((key, depth), lambda depth=depth: traced_pass(config, hf_config, setting, stage, depth))
+        for depth in depths
+    ]
+
+
+def _model(config: Config) -> Hashable:
+    """What of the configuration decides about a rank's model beside its layout."""
+    model, loss = config.model, config.algorithm.loss
+    return model.dtype, model.fp32_head, model.recompute_activations, loss, config.algorithm.topk
+
+
+def _at_depth(passes: list[Pass], name: str, depth: float) -> float:
+    """A straight line through what was found."""
+    values = [getattr(one, name) for one in passes]
+    if len(values) == 1:
+        return values[0]
+    per_layer = (values[1] - values[0]) / (TRACED_LAYERS[1] - TRACED_LAYERS[0])
+    return values[0] + per_layer * (depth - TRACED_LAYERS[0])
+
+
+def micro_batches_in_flight(stages: int, chunks: int, index: int) -> int:
+    """How many forward passes of a stage (through one of its chunks) wait for their backward, the one that runs included.
+
+    Of Megatron's schedules with more micro-batches than stages: one forward, one backward; interleaved with several chunks.
+    """
+    if stages == 1:
+        return 1
+    if chunks == 1:
+        return stages - index
+    return 2 * (stages - index - 1) + (chunks - 1) * stages + 1
+
+
+def _sync_bytes(config: Config) -> float:
+    sglang = config.rollout.sglang
+    if config.rollout.engine != "sglang":
+        return 0.0
+    return (_BUCKETS_ON_SHARED_GPU if sglang.colocated else _BUCKETS_OF_SENDER) * sglang.bucket_bytes
