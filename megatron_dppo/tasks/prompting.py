@@ -87,6 +87,20 @@ class PromptEncoder:
         """The response as text, special tokens (the stop token among them) left out."""
         return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
 
+    def decode_each(self, response_ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; the pieces make up ``decode``. A character of several tokens is its last one's.
+
+        Takes the square of the number of tokens: for some hundreds.
+        """
+        texts: list[str] = []
+        before = ""
+        for end in range(1, len(response_ids) + 1):
+            now = self.decode(response_ids[:end])
+            is_whole = not now.endswith("\N{REPLACEMENT CHARACTER}") or end == len(response_ids)
+            texts.append(now[len(before) :] if is_whole else "")
+            before = now if is_whole else before
+        return texts
+
     def check_system_prompts(self, tasks: Iterable[Task]) -> None:
         """Raise TaskError if the rows of a file have system messages of their own, and the chat template takes none.
 

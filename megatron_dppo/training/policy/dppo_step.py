@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
 from operator import add
 
@@ -28,6 +28,7 @@ from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.data.schedule import PADDING, Scheduler
 from megatron_dppo.training.metrics.loss import global_bound, global_metrics
 from megatron_dppo.training.metrics.step import BatchMetrics
+from megatron_dppo.training.metrics.token_record import TokenRecord
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy.head_outputs import response_log_probs
 from megatron_dppo.training.policy.optimizer_step import (
@@ -47,6 +48,7 @@ class DPPOStep:
         scheduler: makes the schedules that a batch's micro-batches are of.
         frozen: copies of weights that it computes with beside the present ones.
         skipped_in_a_row: optimizer steps that were not applied since the last that was, as their gradients were not finite.
+        token_records: what the last ``run`` did to single tokens, of this rank's micro-batches whose step was applied.
         routed_layers: those whose expert choices this rank replays, in the order in which examples have them; none without
             routing replay.
     """
@@ -67,6 +69,7 @@ class DPPOStep:
             policy.flops.training,
         )
         self.skipped_in_a_row = 0
+        self.token_records: list[TokenRecord] = []
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
@@ -92,11 +95,12 @@ class DPPOStep:
         self._replay = RoutingReplay(policy.chunks) if config.algorithm.routing_replay else None
         self.routed_layers = () if self._replay is None else self._replay.layers
 
-    def run(self, batch: ReplicaBatch) -> dict[str, float | str]:
+    def run(self, batch: ReplicaBatch, traced: Collection[int] = ()) -> dict[str, float | str]:
         """Learn from this replica's part of one rollout batch; returns global metrics.
 
         They are numbers but for ``backend``, which names the kernels that ran. An optimizer step whose gradients are not
-        finite, on any rank, is skipped on all; the metrics are those of the others.
+        finite, on any rank, is skipped on all; the metrics are those of the others. ``token_records`` has every token of the
+        examples with the numbers ``traced``.
 
         Raises MismatchError, on every rank and before anything was learned, if the rollouts are not the policy's own.
         """
@@ -107,6 +111,7 @@ class DPPOStep:
         every: MetricSums | None = None
         of_last_step: list[ResponseSums] = []  # that was applied: the one whose policy is furthest from the engine's
         batches = BatchMetrics()
+        self.token_records = []
         outcome = StepOutcome(grad_norm=math.nan, lr=self._optimizer_state.lr)
         skipped = 0
         for step in range(len(batch.steps)):
@@ -114,6 +119,7 @@ class DPPOStep:
             batches.add(micro_batches)
             parts: list[MetricSums] = []
             responses: list[ResponseSums] = []
+            tokens: list[TokenRecord] = []
 
             def check(parts: list[MetricSums] = parts) -> None:
                 nonlocal on_policy
@@ -125,7 +131,7 @@ class DPPOStep:
                     self._policy,
                     self._optimizer_state,
                     micro_batches,
-                    partial(self._loss_of, parts, responses),
+                    partial(self._loss_of, parts, responses, tokens, traced),
                     self._rollout_weights,
                     self._replay,
                     check,
@@ -137,6 +143,7 @@ class DPPOStep:
                 continue
             self.skipped_in_a_row = 0
             of_last_step = responses
+            self.token_records += tokens
             if parts:  # on the last pipeline stage
                 step_metrics = MetricSums.total(parts)
                 every = step_metrics if every is None else every + step_metrics
@@ -172,11 +179,13 @@ class DPPOStep:
         self,
         parts: list[MetricSums],
         responses: list[ResponseSums],
+        tokens: list[TokenRecord],
+        traced: Collection[int],
         batch: MicroBatch,
         hidden: torch.Tensor,
         rollout_logits: torch.Tensor | None,
     ) -> MicroBatchLoss:
-        """The loss of a micro-batch from the last stage's hidden states; its metrics go to ``parts`` and ``responses``."""
+        """The loss of a micro-batch from the last stage's hidden states; its metrics go to the lists."""
         if batch.inputs is None:
             raise ValueError("the examples have no rollout log-probs, which the loss is anchored on")
         head = PolicyHead(self._policy.chunks[-1])
@@ -193,6 +202,7 @@ class DPPOStep:
             policy = head.logits(hidden_nh)
         output = self._loss(policy, dataclasses.replace(batch.inputs, rollout_logits=rollout_logits))
         parts.append(output.metrics)
+        tokens.append(TokenRecord.of(batch, output, traced))
         if self._config.logging.improvement_bound:
             rollout = self._config.rollout
             most = rollout.prompts_per_step * rollout.samples_per_prompt
