@@ -96,6 +96,7 @@ def distribution_record(step: int, rollouts: Rollouts, tokens: StepTokens, longe
     """
     rewards = [report.reward for report in rollouts.reports]
     lengths = [float(report.response_tokens) for report in rollouts.reports]
+    used = max((at + 1 for at, row in enumerate(tokens.by_position) if row[0]), default=0)
     width = max(math.ceil((longest + 1) / _LENGTH_BINS), 1)
     return {
         "step": step,
@@ -105,7 +106,7 @@ def distribution_record(step: int, rollouts: Rollouts, tokens: StepTokens, longe
             "counts": _counts(rewards, 1.0 / _REWARD_BINS, _REWARD_BINS),
         },
         "length": {"low": 0.0, "width": width, "counts": _counts(lengths, width, _LENGTH_BINS)},
-        "position": _columns(POSITION_BINS, tokens.by_position),
+        "position": _columns(POSITION_BINS[:used], tokens.by_position),
         "probability": _columns(PROBABILITY_BINS, tokens.by_probability),
     }
 
@@ -119,7 +120,6 @@ def _counts(values: Sequence[float], width: float, bins: int) -> list[int]:
 
 
 def _columns(lowest: Sequence[float], rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """{"lowest": of each bin, SUMMED: of each bin}, up to the last bin that has tokens."""
-    used = max((at + 1 for at, row in enumerate(rows) if row[0]), default=0)
-    columns = {name: [float(f"{row[at]:.6g}") for row in rows[:used]] for at, name in enumerate(SUMMED)}
-    return {"lowest": list(lowest[:used]), **columns}
+    """{"lowest": of each bin, SUMMED: of each bin}."""
+    columns = {name: [float(f"{row[at]:.6g}") for row in rows[: len(lowest)]] for at, name in enumerate(SUMMED)}
+    return {"lowest": list(lowest), **columns}
