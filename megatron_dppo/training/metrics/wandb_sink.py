@@ -36,7 +36,7 @@ class WandbSink:
             dir=str(folder),
             mode=config.mode,
             config=settings,
-            settings=wandb.Settings(init_timeout=_START_TIMEOUT_S, console="off", silent=True),
+            settings=wandb.Settings(init_timeout=_START_TIMEOUT_S, console="off", silent=True, x_disable_stats=True),
         )
         # Over our own step: W&B's may not go back, and a resumed run repeats some.
         self._run.define_metric("*", step_metric="step")
