@@ -113,10 +113,15 @@ def _check_sinks(config: Config) -> None:
     logging = config.logging
     if logging.prometheus_port > 65535:
         raise ConfigError(f"logging.prometheus_port={logging.prometheus_port} is no port: at most 65535")
-    if logging.wandb.project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "logging.wandb.project is set and wandb is not installed: pip install 'megatron-dppo[wandb]', or leave it out"
-        )
+    for option, is_on, package, extra in (
+        ("logging.tensorboard", logging.tensorboard, "tensorboard", "train"),
+        ("logging.wandb.project", logging.wandb.project, "wandb", "wandb"),
+    ):
+        if is_on and importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"{option} is set and {package} is not installed: pip install 'megatron-dppo[{extra}]', or switch it off",
+                name=package,
+            )
 
 
 def _check_timeouts(config: Config) -> None:
