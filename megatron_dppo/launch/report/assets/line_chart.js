@@ -130,7 +130,8 @@ function drawSeries({ root, inner, y }, series, x, log, [low, high], panel) {
 function drawAlarms({ root, inner }, x, panel) {
   for (const { run } of shownRuns()) {
     for (const alarm of run.alarms) {
-      if (!Object.keys(panel.metrics).some((name) => alarm.message.startsWith(`${name} `))) continue;
+      const metric = alarm.message.split(" ")[0];
+      if (!Object.keys(panel.metrics).some((name) => name === metric || name.startsWith(`${metric}_`))) continue;
       const at = run.x.step.findIndex((step) => step >= alarm.step);
       const place = x(along(run)[at < 0 ? run.x.step.length - 1 : at]);
       root.append(svg("line", { class: "alarm", x1: place, x2: place, y1: inner.top, y2: inner.bottom }, svg("title", {}, alarm.message)));
