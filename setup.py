@@ -62,7 +62,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.17", "accelerate>=1.0"],
     "plots": ["matplotlib>=3.8"],
     "docs": ["sphinx>=8.1", "furo>=2024.8", "myst-parser>=4"],
-    "wandb": ["wandb>=0.19"],  # not in dev: it brings sixteen more; its test is skipped where it is absent
+    "wandb": ["wandb>=0.31"],  # not in dev: it brings sixteen more; its test is skipped where it is absent
     "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", OMEGACONF],
 }
 EXTRAS["sglang-server"] = [*EXTRAS["sglang"], "sglang>=0.5.20"]

@@ -11,7 +11,9 @@ from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.training.config.schema import WandbConfig
 from megatron_dppo.training.metrics.sink import Metrics
 
-_START_TIMEOUT_S = 60.0  # a service that cannot be reached must not hold the ranks up for longer
+# A service that cannot be reached must not hold the ranks up for longer.
+_START_TIMEOUT_S = 60.0
+_FINISH_TIMEOUT_S = 120.0
 
 
 class WandbSink:
@@ -36,7 +38,15 @@ class WandbSink:
             dir=str(folder),
             mode=config.mode,
             config=settings,
-            settings=wandb.Settings(init_timeout=_START_TIMEOUT_S, console="off", silent=True, x_disable_stats=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                x_disable_stats=True,
+                init_timeout=_START_TIMEOUT_S,
+                login_timeout=_START_TIMEOUT_S,  # without a key it asks for one, where there is a terminal
+                finish_timeout=_FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+            ),
         )
         # Over our own step: W&B's may not go back, and a resumed run repeats some.
         self._run.define_metric("*", step_metric="step")
