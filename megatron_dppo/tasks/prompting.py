@@ -88,17 +88,21 @@ class PromptEncoder:
         return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
 
     def decode_each(self, response_ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; the pieces make up ``decode``. A character of several tokens is its last one's.
+        """What each token adds to the text: nothing, if it is special or not the last of a character's. The pieces make up
+        ``decode``.
 
-        Takes the square of the number of tokens: for some hundreds.
+        Decoded are the tokens since the piece before the last, as some tokenizers write a token otherwise at the start.
         """
         texts: list[str] = []
-        before = ""
+        start = done = 0  # the last piece is made of the tokens in between
         for end in range(1, len(response_ids) + 1):
-            now = self.decode(response_ids[:end])
-            is_whole = not now.endswith("\N{REPLACEMENT CHARACTER}") or end == len(response_ids)
-            texts.append(now[len(before) :] if is_whole else "")
-            before = now if is_whole else before
+            before, now = self.decode(response_ids[start:done]), self.decode(response_ids[start:end])
+            is_whole = len(now) > len(before) and not now.endswith("\N{REPLACEMENT CHARACTER}")
+            if is_whole or end == len(response_ids):
+                texts.append(now[len(before) :])
+                start, done = done, end
+            else:
+                texts.append("")
         return texts
 
     def check_system_prompts(self, tasks: Iterable[Task]) -> None:
