@@ -41,6 +41,20 @@ from megatron_dppo.training.policy.optimizer_step import (
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 
+@dataclasses.dataclass
+class _StepParts:
+    """What the losses of one optimizer step tell, of each micro-batch; nothing but on the last pipeline stage.
+
+    Attributes:
+        traced: numbers of the examples whose single tokens are recorded.
+    """
+
+    traced: Collection[int]
+    metrics: list[MetricSums] = dataclasses.field(default_factory=list)
+    responses: list[ResponseSums] = dataclasses.field(default_factory=list)
+    tokens: list[TokenRecord] = dataclasses.field(default_factory=list)
+
+
 class DPPOStep:
     """Turns examples into optimizer steps and metrics. All ranks call ``run`` together.
 
@@ -117,21 +131,19 @@ class DPPOStep:
         for step in range(len(batch.steps)):
             micro_batches = self._batcher.micro_batches(batch, step)
             batches.add(micro_batches)
-            parts: list[MetricSums] = []
-            responses: list[ResponseSums] = []
-            tokens: list[TokenRecord] = []
+            parts = _StepParts(traced)
 
-            def check(parts: list[MetricSums] = parts) -> None:
+            def check(parts: _StepParts = parts) -> None:
                 nonlocal on_policy
                 if on_policy is None:
-                    on_policy = self._checked_mismatch(parts)
+                    on_policy = self._checked_mismatch(parts.metrics)
 
             try:
                 outcome = optimizer_step(
                     self._policy,
                     self._optimizer_state,
                     micro_batches,
-                    partial(self._loss_of, parts, responses, tokens, traced),
+                    partial(self._loss_of, parts),
                     self._rollout_weights,
                     self._replay,
                     check,
@@ -142,10 +154,10 @@ class DPPOStep:
                 self._keep_evidence(error.suspects)
                 continue
             self.skipped_in_a_row = 0
-            of_last_step = responses
-            self.token_records += tokens
-            if parts:  # on the last pipeline stage
-                step_metrics = MetricSums.total(parts)
+            of_last_step = parts.responses
+            self.token_records += parts.tokens
+            if parts.metrics:  # on the last pipeline stage
+                step_metrics = MetricSums.total(parts.metrics)
                 every = step_metrics if every is None else every + step_metrics
         bound = {}
         if self._config.logging.improvement_bound:
@@ -177,15 +189,12 @@ class DPPOStep:
 
     def _loss_of(
         self,
-        parts: list[MetricSums],
-        responses: list[ResponseSums],
-        tokens: list[TokenRecord],
-        traced: Collection[int],
+        parts: _StepParts,
         batch: MicroBatch,
         hidden: torch.Tensor,
         rollout_logits: torch.Tensor | None,
     ) -> MicroBatchLoss:
-        """The loss of a micro-batch from the last stage's hidden states; its metrics go to the lists."""
+        """The loss of a micro-batch from the last stage's hidden states; what it tells goes to ``parts``."""
         if batch.inputs is None:
             raise ValueError("the examples have no rollout log-probs, which the loss is anchored on")
         head = PolicyHead(self._policy.chunks[-1])
@@ -201,12 +210,12 @@ class DPPOStep:
         else:
             policy = head.logits(hidden_nh)
         output = self._loss(policy, dataclasses.replace(batch.inputs, rollout_logits=rollout_logits))
-        parts.append(output.metrics)
-        tokens.append(TokenRecord.of(batch, output, traced))
+        parts.metrics.append(output.metrics)
+        parts.tokens.append(TokenRecord.of(batch, output, parts.traced))
         if self._config.logging.improvement_bound:
             rollout = self._config.rollout
             most = rollout.prompts_per_step * rollout.samples_per_prompt
-            responses.append(ResponseSums.of(batch.inputs, output, most))
+            parts.responses.append(ResponseSums.of(batch.inputs, output, most))
         return MicroBatchLoss(output.loss, output.num_tokens, output.checks)
 
     def _with_extra_log_probs(self, batch: ReplicaBatch) -> ReplicaBatch:
