@@ -10,6 +10,7 @@ The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an
     sglang-server   the server too, in the trainer's own environment (GPU hosts; tools/setup/install_sglang_cpu.sh for CPUs)
     te              Transformer Engine (GPU hosts; NVIDIA's apex is used too, but only its source can be installed)
     gguf            reading GGUF weights (tools/setup/prepare_smollm2.py)
+    wandb           Weights & Biases as a sink of metrics (logging.wandb)
     plots           tools/plot_run.py and the charts of tools/bench
     docs            the documentation as a site (tools/build_docs.sh)
     test            tests of the loss and its operators (tests/loss, tests/ops)
@@ -61,6 +62,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.17", "accelerate>=1.0"],
     "plots": ["matplotlib>=3.8"],
     "docs": ["sphinx>=8.1", "furo>=2024.8", "myst-parser>=4"],
+    "wandb": ["wandb>=0.31"],  # not in dev: it brings sixteen more; its test is skipped where it is absent
     "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", OMEGACONF],
 }
 EXTRAS["sglang-server"] = [*EXTRAS["sglang"], "sglang>=0.5.20"]
@@ -98,7 +100,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
-    package_data={"megatron_dppo": ["py.typed", "*.pyi"]},
+    package_data={"megatron_dppo": ["py.typed", "*.pyi"], "megatron_dppo.launch.report": ["assets/*"]},
     entry_points={"console_scripts": ["megatron-dppo = megatron_dppo.cli:main"]},
     **native_extension(),
     # The one place that says so. csrc/build_extension.py says what is different before 2.11.

@@ -16,6 +16,7 @@ from megatron_dppo.errors import EXIT_BAD_INPUT
 COMMANDS = {
     "train": ("megatron_dppo.train", "train a policy with DPPO: one process of a run that torchrun starts"),
     "serve": ("megatron_dppo.serve", "serve a run's policy on this host, for trainers on others"),
+    "report": ("megatron_dppo.launch.report.command", "one HTML page about runs: curves, samples by token, times"),
     "data": ("megatron_dppo.data", "read all data of a run and say what is wrong with it"),
     "doctor": (
         "megatron_dppo.launch.doctor.command",

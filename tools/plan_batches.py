@@ -109,11 +109,15 @@ def draw_lengths(config: Config, options: argparse.Namespace, generator: torch.G
 
 
 def lengths_of_run(run: Path) -> list[int]:
-    """Response lengths of the samples that a run has logged. Raises ConfigError if there are none."""
+    """Response lengths of the samples that a run has logged, but for those that it chose by their reward.
+
+    Raises ConfigError if there are none.
+    """
     file = run / "samples.jsonl"
     if not file.is_file():
         raise ConfigError(f"--run: there is no {file}")
-    return [json.loads(line)["tokens"] for line in file.read_bytes().split(b"\n") if line]
+    samples = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
+    return [sample["tokens"] for sample in samples if sample.get("chosen", "spread") == "spread"]
 
 
 def each_its_own(config: Config, replicas: int, scheduler: Scheduler, lengths: dict[int, int]) -> Schedule:

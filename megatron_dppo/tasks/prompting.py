@@ -87,6 +87,24 @@ class PromptEncoder:
         """The response as text, special tokens (the stop token among them) left out."""
         return str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
 
+    def decode_each(self, response_ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text: nothing, if it is special or not the last of a character's. The pieces make up
+        ``decode``.
+
+        Decoded are the tokens since the piece before the last, as some tokenizers write a token otherwise at the start.
+        """
+        texts: list[str] = []
+        start = done = 0  # the last piece is made of the tokens in between
+        for end in range(1, len(response_ids) + 1):
+            before, now = self.decode(response_ids[start:done]), self.decode(response_ids[start:end])
+            is_whole = len(now) > len(before) and not now.endswith("\N{REPLACEMENT CHARACTER}")
+            if is_whole or end == len(response_ids):
+                texts.append(now[len(before) :])
+                start, done = done, end
+            else:
+                texts.append("")
+        return texts
+
     def check_system_prompts(self, tasks: Iterable[Task]) -> None:
         """Raise TaskError if the rows of a file have system messages of their own, and the chat template takes none.
 

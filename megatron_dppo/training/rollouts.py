@@ -111,6 +111,10 @@ class RolloutPhase:
             "eval/reward_mean": sum(rewards) / len(rewards),
         }
 
+    def token_texts(self, response_ids: Sequence[int]) -> list[str]:
+        """What each token of a response adds to its text: nothing, where it is special or a part of a character only."""
+        return self._inputs.encoder.decode_each(response_ids)
+
     def _generate_and_score(
         self,
         prompts: Sequence[Prompt],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +29,7 @@ from megatron_dppo.training.checkpoint.save import CheckpointWriter
 from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 from megatron_dppo.training.devices import Devices, OwnDevices, SharedDevices
 from megatron_dppo.training.inputs import RunInputs
-from megatron_dppo.training.metrics.run_folder import RunFolder, json_lines
+from megatron_dppo.training.metrics.run_folder import RunFolder, json_records
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_chunks, wrap_for_training
 from megatron_dppo.training.policy.update_memory import UpdateMemory
@@ -85,7 +84,7 @@ def _train(
     on_one_rank(lambda: folder.create(config))
     check_shared_folder(folder.path, "run.root")
     writes = dist.get_rank() == 0
-    log = stack.enter_context(closing(MetricsLog(folder, config.train.steps, config.logging.tensorboard, writes)))
+    log = stack.enter_context(closing(MetricsLog(folder, config, writes)))
     log.say(environment_report())
     policy = build_trainable_policy(config, inputs, device)
     engine, devices = build_engine(config, policy, folder, stop_requests)
@@ -178,9 +177,11 @@ def environment_report() -> str:
 
 def summary(folder: RunFolder) -> str:
     """What a run achieved, in three lines: reward at both ends, held-out accuracy at both ends, where to look."""
-    records = [json.loads(line) for line in json_lines(folder.metrics_path)]
+    records = list(json_records(folder.metrics_path))
     rewards = [record["reward/mean"] for record in records if "reward/mean" in record]
     accuracies = [record["eval/accuracy"] for record in records if "eval/accuracy" in record]
+    if not rewards or not accuracies:
+        return f"run folder: {folder.path} (its metrics.jsonl could not be written)"
     first, last = fmean(rewards[:_STEPS_COMPARED]), fmean(rewards[-_STEPS_COMPARED:])
     return (
         f"reward: first {first:.3f}, last {last:.3f} (mean of {min(_STEPS_COMPARED, len(rewards))} steps at either end)\n"

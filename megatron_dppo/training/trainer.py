@@ -28,8 +28,10 @@ from megatron_dppo.training.data.hand_over import ExampleHeader, HandOver
 from megatron_dppo.training.data.micro_batch import ExampleFields, MicroBatch, TrainingExample, example_from_sample
 from megatron_dppo.training.devices import Devices
 from megatron_dppo.training.metrics.over_ranks import measures_of_all
+from megatron_dppo.training.metrics.sample_log import chosen_samples
 from megatron_dppo.training.metrics.sinks import MetricsLog
 from megatron_dppo.training.metrics.step import phase_metrics, rollout_metrics
+from megatron_dppo.training.metrics.token_record import gathered
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import TrainablePolicy, build_optimizer
 from megatron_dppo.training.policy.update_memory import UpdateMemory
@@ -86,12 +88,13 @@ class Trainer:
                 with self.timed("rollout"):
                     rollouts = self.generate_and_score()
                 with self.devices.for_update(self.update_memory, self.timed), self.timed("update"):
-                    metrics = self.dppo_step.run(self.replica_batch(rollouts))
+                    metrics = self.dppo_step.run(self.replica_batch(rollouts), self.traced_samples(rollouts))
                 self.state.step += 1
                 with self.recorded(rollouts, metrics):
                     with self.timed("sync"):
                         self.sync_weights()
                     if self.is_due(self.config.eval.every):
+                        self.log.phase("evaluation")
                         metrics |= self.rollout_phase.evaluate()
                 diverged = self.dppo_step.skipped_in_a_row > self.config.train.max_skipped_steps
                 if self.is_due(self.config.checkpoint.every) or rollouts.save or rollouts.stop is not None or diverged:
@@ -141,6 +144,14 @@ class Trainer:
         replica = parallel_state.get_data_parallel_rank()
         return ReplicaBatch([schedule.replicas[replica] for schedule in schedules], examples, self.hand_over.fields)
 
+    def traced_samples(self, rollouts: Rollouts) -> dict[int, str]:
+        """Those of samples.jsonl, in steps in which what becomes of their single tokens is recorded too."""
+        logging, step = self.config.logging, self.state.step + 1
+        every = logging.traced_every
+        if logging.traced_tokens < 1 or not (step in (1, self.config.train.steps) or (every > 0 and step % every == 0)):
+            return {}
+        return chosen_samples(rollouts, logging.samples_per_step)
+
     def learnable_examples(self, rollouts: Rollouts) -> dict[int, TrainingExample]:
         """This rank's samples with their advantages, which compare the rewards of responses to the same prompt."""
         samples = {number: scored.sample for number, scored in rollouts.own.items()}
@@ -167,6 +178,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
+        self.log.phase("checkpoint")
         self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
         self._last_save = time.monotonic()
 
@@ -235,13 +247,15 @@ class Trainer:
             rollouts, float(metrics["batch/computed_tokens"]), measures, seconds.keys(), self.policy.flops
         )
         self.log.record(self.state.step, metrics)
-        self.log.rollouts(self.state.step, rollouts, self.config.logging.samples_per_step)
+        tokens = gathered(self.dppo_step.token_records, self.config.logging.traced_tokens)
+        self.log.rollouts(self.state.step, rollouts, tokens, self.rollout_phase.token_texts)
         if stopped is not None:
             raise stopped
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the duration of a phase to this step's times."""
+        self.log.phase(phase)
         _wait_for_device()
         start = time.perf_counter()
         yield

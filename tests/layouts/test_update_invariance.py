@@ -17,6 +17,7 @@ from megatron_dppo.models.hf.weights import export_hf_weights
 from megatron_dppo.training.config.schema import AdamConfig, AlgorithmConfig, Config, TrainConfig
 from megatron_dppo.training.data.batcher import ReplicaBatch
 from megatron_dppo.training.data.schedule import PlannedMicroBatch, Scheduler
+from megatron_dppo.training.metrics.token_record import StepTokens, gathered
 from megatron_dppo.training.policy.dppo_step import DPPOStep
 from megatron_dppo.training.policy.trainable import build_optimizer, wrap_for_training
 from tests.example_sequences import examples, replica_batch
@@ -27,7 +28,11 @@ from tests.models.tiny_policies import tiny_hf_config
 GRADIENT_DESCENT = AdamConfig(lr=1e3, adam_eps=1e3, clip_grad=0.0)
 LOSS = DPPOConfig(divergence="topk_kl", direction="predictive", delta_low=1e-3, delta_high=1e-3, entropy_coef=0.01)
 LAYERS = 4  # two stages of two chunks
+TRACED, MOST_TOKENS = (0, 3), 6  # examples whose single tokens are recorded, and how many of each
 METRICS = ("loss", "entropy", "grad_norm", "dppo/mask_fraction", "dppo/divergence_mean", "dppo/divergence_max")
+
+
+Result = tuple[dict[str, Any], dict[str, torch.Tensor], StepTokens]
 
 
 def padded(size: int) -> dict[str, Any]:
@@ -44,8 +49,8 @@ def _update(
     loss: dict[str, Any],
     anchor: str = "rollout",
     batch: Callable[[DPPOStep], ReplicaBatch] | None = None,
-) -> tuple[dict, dict]:
-    """On a rank: metrics of one optimizer step and the weights after it."""
+) -> Result:
+    """On a rank: metrics of one optimizer step, the weights after it, and what it did to single tokens."""
     parallel = ParallelConfig(**layout)
     initialize_model_parallel(parallel, seed=3)
     hf_config = tiny_hf_config("qwen3_moe", num_hidden_layers=LAYERS)
@@ -61,21 +66,38 @@ def _update(
     )
     optimizer_state = build_optimizer(policy, GRADIENT_DESCENT, total_steps=1)
     step = DPPOStep(config, policy, optimizer_state)
-    metrics = step.run(replica_batch(step, examples(), 1) if batch is None else batch(step))
-    return {name: metrics[name] for name in METRICS}, {n: t.clone() for n, t in export_hf_weights(policy.chunks)}
+    metrics = step.run(replica_batch(step, examples(), 1) if batch is None else batch(step), TRACED)
+    weights = {n: t.clone() for n, t in export_hf_weights(policy.chunks)}
+    return {name: metrics[name] for name in METRICS}, weights, gathered(step.token_records, MOST_TOKENS)
 
 
-def assert_same_step(result: tuple[dict, dict], reference: tuple[dict, dict], start: dict[str, torch.Tensor]) -> None:
+def assert_same_step(result: Result, reference: Result, start: dict[str, torch.Tensor]) -> None:
     """Metrics to 1e-5 and every parameter's movement to 1e-5 of that parameter's largest.
 
     A gradient is a sum of ~100 tokens through two fp32 layers; reordering the sums changes it by some 1e-6 of its
     largest element, and subtracting the starting weights (0.02) from the moved ones adds their rounding.
     """
     assert result[0] == pytest.approx(reference[0], rel=1e-5, abs=1e-7)
+    assert_same_tokens(result[2], reference[2])
     for name, weight in reference[1].items():
         movement, expected = result[1][name] - start[name], weight - start[name]
         rounding = 2.0**-23 * float(start[name].abs().max())
         assert float((movement - expected).abs().max()) <= 1e-5 * float(expected.abs().max()) + rounding, name
+
+
+def assert_same_tokens(tokens: StepTokens, reference: StepTokens) -> None:
+    """Sums to 1e-5 and single tokens to 1e-3: they have 4 digits, and a rounding more or less of those."""
+    for bins, expected in (
+        (tokens.by_position, reference.by_position),
+        (tokens.by_probability, reference.by_probability),
+    ):
+        assert torch.allclose(torch.tensor(bins), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert tokens.traces.keys() == reference.traces.keys() == set(TRACED)
+    for number, trace in reference.traces.items():
+        places = sorted(trace)
+        assert places == sorted(tokens.traces[number])
+        found = torch.tensor([tokens.traces[number][place] for place in places])
+        assert torch.allclose(found, torch.tensor([trace[place] for place in places]), rtol=1e-3, atol=1e-5)
 
 
 def _initial_weights() -> dict[str, torch.Tensor]:

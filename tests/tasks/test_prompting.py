@@ -145,3 +145,13 @@ def test_a_mark_that_decoding_leaves_out_cannot_be_graded_by() -> None:
 def test_a_problem_of_an_unknown_task_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TaskError, match=r"other/3 is from no task of this run \(chain_sum\)"):
         PromptEncoder(tokenizer, [SUMS], max_prompt_tokens=10).encode(Problem("other/3", "?"))
+
+
+def test_the_texts_of_single_tokens_make_up_the_response(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PromptEncoder(tokenizer, [SUMS], max_prompt_tokens=100)
+    ids = tokenizer("12 = é€ 7", add_special_tokens=False)["input_ids"]  # letters of two and three bytes
+    texts = encoder.decode_each(ids)
+    assert len(texts) == len(ids) > 6
+    assert "".join(texts) == encoder.decode(ids) == "12 = é€ 7"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
+    assert encoder.decode_each([*ids, tokenizer.eos_token_id]) == [*texts, ""]

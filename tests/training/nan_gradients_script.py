@@ -11,10 +11,10 @@ _run, _loss_of = DPPOStep.run, DPPOStep._loss_of
 steps = 0
 
 
-def run(self, batch):
+def run(self, batch, traced):
     global steps
     steps += 1
-    return _run(self, batch)
+    return _run(self, batch, traced)
 
 
 def loss_of(self, *arguments):

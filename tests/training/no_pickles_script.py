@@ -21,9 +21,9 @@ def generate_and_score(self):
     return _generate(self)
 
 
-def run(self, batch):
+def run(self, batch, traced):
     global forbidden
-    metrics = _run(self, batch)
+    metrics = _run(self, batch, traced)
     forbidden = False
     return metrics
 

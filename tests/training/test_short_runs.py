@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dppo.launch.report.command import main as report
 from tests.forked_ranks import run_script
 from tests.metric_names import STEP_METRICS
 from tests.training.tiny_runs import MISMATCH, ROOT, SCRIPT, train, training_arguments, write_tiny_policy
@@ -37,7 +39,15 @@ def test_a_run_writes_its_folder_and_every_documented_metric(policy, tmp_path):
     assert "eval/accuracy" in records[4]
     assert max(record["mismatch/abs_log_ratio"] for record in records[1:]) < MISMATCH
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} >= {"config.yaml", "samples.jsonl", "checkpoints", "tensorboard", "hf"}
+    files = {"config.yaml", "samples.jsonl", "distributions.jsonl", "checkpoints", "tensorboard", "hf"}
+    assert {path.name for path in run.iterdir()} >= files
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_bytes().splitlines()]
+    traced = [sample for sample in samples if "trace" in sample]
+    assert {sample["step"] for sample in traced} == {1, 4}  # the first and the last step
+    for sample in traced:
+        assert "".join(sample["trace"]["text"]) == sample["response"]
+        assert len(sample["trace"]["weight"]) == sample["tokens"]
+    assert report([str(run), "--output", str(tmp_path / "report.html")]) == 0
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert exported(run / "hf").keys()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import operator
 import shutil
@@ -46,6 +47,15 @@ _AT_LEAST = {
     "checkpoint.every_seconds": 0,
     "checkpoint.keep": 1,
     "logging.samples_per_step": 0,
+    "logging.traced_tokens": 0,
+    "logging.traced_every": 0,
+    "logging.prometheus_port": 0,
+    "logging.alarms.window": 1,
+    **{
+        f"logging.alarms.{name}": 0 for name in ("mismatch_kl", "entropy_share", "mask_fraction", "largest_token_share")
+    },
+    "logging.alarms.reward_flat": 0,
+    "logging.alarms.reward_range": 0,
     **{
         f"{optimizer}.{name}": 0
         for optimizer in ("train.optimizer", "warm_start.optimizer")
@@ -68,6 +78,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     """Raise ConfigError for the first thing in ``config`` that cannot work with this model on so many ranks."""
     _check_numbers(config)
     _check_choices(config)
+    _check_sinks(config)
     check_policy_fits(hf_config, config.parallel, world_size)
     config.rollout.sglang.check()
     _check_timeouts(config)
@@ -92,9 +103,25 @@ def _check_choices(config: Config) -> None:
         ("rollout.engine", config.rollout.engine, ("embedded", "sglang")),
         ("train.batching", config.train.batching, ("padded", "packed")),
         ("train.kernel_backend", config.train.kernel_backend, BACKENDS),
+        ("logging.wandb.mode", config.logging.wandb.mode, ("online", "offline")),
     ):
         if value not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_sinks(config: Config) -> None:
+    logging = config.logging
+    if logging.prometheus_port > 65535:
+        raise ConfigError(f"logging.prometheus_port={logging.prometheus_port} is no port: at most 65535")
+    for option, is_on, package, extra in (
+        ("logging.tensorboard", logging.tensorboard, "tensorboard", "train"),
+        ("logging.wandb.project", logging.wandb.project, "wandb", "wandb"),
+    ):
+        if is_on and importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"{option} is set and {package} is not installed: pip install 'megatron-dppo[{extra}]', or switch it off",
+                name=package,
+            )
 
 
 def _check_timeouts(config: Config) -> None:

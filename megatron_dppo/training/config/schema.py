@@ -258,19 +258,70 @@ class CheckpointConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases, beside the other sinks.
+
+    Attributes:
+        project: that the run is shown in. None: no W&B.
+        entity: user or team that owns it. None: the account's default.
+        mode: online | offline. Offline, `wandb sync` sends the files in the run folder later.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    mode: str = "online"
+
+
+@dataclass
+class AlarmsConfig:
+    """When to tell a person to look. Each alarm is given once, with evidence in the run folder, and stops nothing. 0: never.
+
+    Attributes:
+        window: steps whose mean is looked at, so that one noisy batch raises no alarm.
+        mismatch_kl: largest `mismatch/kl_k3`: five times what bf16 policies against servers were seen at, 6e-4 to 2e-3
+            (docs/mismatch.md).
+        entropy_share: smallest entropy, as a share of that of the first window.
+        mask_fraction: largest `dppo/mask_fraction`: beyond, a third of each batch is not learned from. The quick start is at
+            0.016.
+        largest_token_share: largest `dppo/largest_token_share`: beyond, single tokens own the steps (docs/algorithm.md).
+        reward_flat: so many steps in which the reward did not move.
+        reward_range: most that the means of their rewards differ by; noise of a batch alone is more.
+    """
+
+    window: int = 10
+    mismatch_kl: float = 0.01
+    entropy_share: float = 0.1
+    mask_fraction: float = 0.3
+    largest_token_share: float = 0.1
+    reward_flat: int = 20
+    reward_range: float = 0.001
+
+
+@dataclass
 class LoggingConfig:
     """Sinks.
 
     Attributes:
         tensorboard: write TensorBoard files.
-        samples_per_step: decoded samples written to samples.jsonl.
+        samples_per_step: decoded samples written to samples.jsonl: the worst, the best, and others spread over the batch.
+        traced_tokens: of each of them, from the start, so many tokens are written with their trust-region weight, divergence
+            and log-probs, for the report. 0: none. 40 bytes each.
+        traced_every: training steps in which that is done, beside the first and the last one; 0: these two only.
         improvement_bound: report ``bound/*``: how much more reward than the rollout policy's the policy before the last
             optimizer step of a batch gets at least (docs/algorithm.md). Off, as it needs advantages in units of the reward.
+        prometheus_port: answer http://HOST:PORT/metrics on rank 0's host with the last step's numbers; 0: do not.
+        wandb: Weights & Biases.
+        alarms: when to tell a person to look.
     """
 
     tensorboard: bool = True
     samples_per_step: int = 4
+    traced_tokens: int = 512
+    traced_every: int = 10
     improvement_bound: bool = False
+    prometheus_port: int = 0
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
 @dataclass

@@ -119,6 +119,7 @@ class MicroBatch:
         num_padding: how many of the B S tokens belong to no sequence.
         rows: [n] int64, where in the flattened [B, S] the response tokens to learn from are predicted, in order.
         target: [n] int64, those tokens.
+        response_positions: [n] int64, where in its response each of them stands, from 0.
         inputs: [n] everything that the loss needs to know of them; None in supervised learning.
         routed_experts: [B, S, layers of this rank, experts per token] integers, 0 where the engine has not routed; or None.
         packed_seq_params: where the whole, uncut sequences begin; None if padded.
@@ -132,6 +133,7 @@ class MicroBatch:
     num_padding: int
     rows: torch.Tensor
     target: torch.Tensor
+    response_positions: torch.Tensor
     inputs: LossInputs | None
     routed_experts: torch.Tensor | None
     packed_seq_params: PackedSeqParams | None
@@ -214,8 +216,9 @@ def make_micro_batch(
         values = on_this_rank(per_token[name])
         return None if values is None else values.flatten(0, 1).index_select(0, rows)
 
-    target = of_learned_tokens("target")
+    target, response_positions = of_learned_tokens("target"), of_learned_tokens("response_positions")
     assert target is not None
+    assert response_positions is not None
     return MicroBatch(
         example_indices=tuple(indices),
         layout=layout,
@@ -223,6 +226,7 @@ def make_micro_batch(
         num_padding=int((~is_token).sum()),
         rows=rows,
         target=target,
+        response_positions=response_positions,
         inputs=_loss_inputs({name: of_learned_tokens(name) for name in per_token}),
         packed_seq_params=_packed_seq_params(layout) if layout.packed else None,
         **{name: on_this_rank(values) for name, values in whole.items()},  # type: ignore[arg-type]
@@ -256,6 +260,7 @@ def _response_fields(
         starts = responses.write(learned & (so_far - responses.repeat(before) == 1))
     return responses.write(learned), {
         "target": predicting.write(torch.cat([e.token_ids[1:] for e in examples]).long()),
+        "response_positions": responses.write(torch.cat([torch.arange(int(n)) for n in responses.lengths])),
         "advantages": responses.write(responses.repeat(torch.tensor([e.advantage for e in examples]))),
         "rollout_log_probs": responses.write_given([e.rollout_log_probs for e in examples]),
         "topk_ids": responses.write_given([None if e.topk_ids is None else e.topk_ids.long() for e in examples]),

@@ -1,14 +1,15 @@
-"""The folder of a run: config.yaml, metrics.jsonl, samples.jsonl, failures.jsonl, checkpoints/, tensorboard/, logs/;
-evidence/ where a step was skipped; at the end, hf/.
+"""The folder of a run: config.yaml, metrics.jsonl, samples.jsonl, distributions.jsonl, failures.jsonl, alarms.jsonl,
+checkpoints/, tensorboard/, logs/; evidence/ where a step was skipped or an alarm given; at the end, hf/.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.training.config.load import save_config
@@ -28,6 +29,8 @@ class RunFolder:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
+        self.distributions_path = self.path / "distributions.jsonl"
+        self.alarms_path = self.path / "alarms.jsonl"
         self.failures_path = self.path / "failures.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
@@ -57,8 +60,13 @@ class RunFolder:
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """Add one JSON object as a line, complete or not at all for a reader that follows the file."""
         # A lone surrogate, which UTF-8 cannot hold, becomes its own JSON escape.
-        with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+        with path.open("ab+") as file:
+            if (
+                file.tell() and _last_byte(file) != b"\n"
+            ):  # a disk was full amid the line before: it is lost, this one is not
+                line = b"\n" + line
+            file.write(line)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after ``step``: a resumed run writes them again."""
@@ -70,7 +78,7 @@ class RunFolder:
                 replacement.replace(path)
 
     def _line_files(self) -> tuple[Path, ...]:
-        return (self.metrics_path, self.samples_path, self.failures_path)
+        return (self.metrics_path, self.samples_path, self.distributions_path, self.failures_path, self.alarms_path)
 
     def _folders(self) -> tuple[Path, ...]:
         return (self.path, self.checkpoints, self.tensorboard, self.logs)
@@ -81,6 +89,20 @@ def json_lines(path: Path) -> Iterator[bytes]:
     for line in path.read_bytes().split(b"\n"):
         if line.strip():
             yield line
+
+
+def json_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, but for lines that a kill or a full disk has torn; nothing if there is no file."""
+    for line in json_lines(path) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def _step_of(line: bytes) -> float:

@@ -1,129 +1,150 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard and the terminal, under the same names in each."""
+"""Where a run's numbers go: the run folder, TensorBoard, W&B, Prometheus and the terminal, under the same names in each."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_dppo.compat.extras import from_extra
-from megatron_dppo.training.metrics.run_folder import RunFolder
+from megatron_dppo.training.config.schema import Config
+from megatron_dppo.training.metrics.alarms import Alarm, Alarms
+from megatron_dppo.training.metrics.live_display import HEADLINE, LiveDisplay
+from megatron_dppo.training.metrics.prometheus_sink import PrometheusSink
+from megatron_dppo.training.metrics.run_folder import RunFolder, json_records
+from megatron_dppo.training.metrics.sample_log import chosen_samples, distribution_record, sample_records
+from megatron_dppo.training.metrics.sink import Guarded, GuardedSinks, Metrics, Sink
+from megatron_dppo.training.metrics.token_record import StepTokens
 from megatron_dppo.training.rollouts import Rollouts
-
-with from_extra("train"):
-    from torch.utils.tensorboard import SummaryWriter
-
-# What a person watches while a run goes on: label, metric, format.
-_HEADLINE = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("held-out", "eval/accuracy", "{:.3f}"),
-    ("masked", "dppo/mask_fraction", "{:.2%}"),
-    ("mismatch KL", "mismatch/kl_k3", "{:.1e}"),
-    ("grad norm", "grad_norm", "{:.2f}"),
-    ("tok/s", "throughput/tokens_per_s", "{:.0f}"),
-)
 
 
 class MetricsLog:
-    """Writes one record per step and shows progress: a live bar on a terminal, one line per step in a log file.
+    """Writes one record per step and shows progress: a live display on a terminal, one line per step in a log file.
 
-    Exists on every rank; only the one that ``writes`` does anything.
+    Exists on every rank; only the one that ``writes`` does anything. Nothing that fails in here ends the run: it is said
+    once, and whatever still works goes on.
     """
 
-    def __init__(self, folder: RunFolder, total_steps: int, tensorboard: bool, writes: bool) -> None:
+    def __init__(self, folder: RunFolder, config: Config, writes: bool, console: Console | None = None) -> None:
         self._folder = folder
+        self._config = config
         self._writes = writes
-        self._total_steps = total_steps
-        self._tensorboard = tensorboard and writes
-        self._writer: SummaryWriter | None = None
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._texts: dict[str, str] = {}
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._guard = Guarded(self.say)
+        self._sinks = GuardedSinks(self._guard, {})
+        self._live: LiveDisplay | None = None
+        self._alarms = Alarms(config.logging.alarms)
+        self._due: list[Alarm] = []
 
     def start(self, step: int) -> None:
         """Begin after ``step`` completed steps; what was logged of later ones is dropped, a resumed run repeats it."""
         if not self._writes:
             return
         self._folder.forget_after(step)
-        if self._tensorboard:
-            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
+        self._guard.attempt("alarms", self._remember)
+        self._sinks = GuardedSinks(self._guard, self._factories(step))
         if self._console.is_terminal:
-            columns = (
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[headline]}"),
-            )
-            self._progress = Progress(*columns, console=self._console)
-            self._bar = self._progress.add_task("training", total=self._total_steps, completed=step, headline="")
-            self._progress.start()
+            self._live = LiveDisplay(self._console, self._config.train.steps)
+            self._guard.attempt("live display", partial(self._live.start, step))
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
         if self._writes:
-            self._console.print(message)
+            self._console.print(message, markup=False)
 
-    def record(self, step: int, metrics: Mapping[str, float | str]) -> None:
+    def phase(self, name: str) -> None:
+        """What the run does from now on, for the person who watches."""
+        if self._live is not None:
+            self._guard.attempt("live display", partial(self._live.phase, name))
+
+    def record(self, step: int, metrics: Metrics) -> None:
         """Write a step's metrics, numbers and texts, to every sink; step 0 is the state before training."""
         if not self._writes:
             return
-        self._folder.append(self._folder.metrics_path, {"step": step, **_json_safe(metrics)})
-        if self._writer is not None:
-            self._write_to_tensorboard(self._writer, step, metrics)
+        self._append("metrics.jsonl", {"step": step, **_json_safe(metrics)})
+        self._sinks.record(step, metrics)
+        self._due += self._alarms.look(step, metrics)
+        if self._live is not None:
+            self._guard.attempt("live display", partial(self._live.record, step, metrics))
+            return
         headline = "  ".join(
-            f"{label} {form.format(metrics[name])}" for label, name, form in _HEADLINE if name in metrics
+            f"{label} {form.format(metrics[name])}" for label, name, form in HEADLINE if name in metrics
         )
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=step, headline=headline)
-        else:
-            self.say(f"step {step}/{self._total_steps}  {headline}")
+        self.say(f"step {step}/{self._config.train.steps}  {headline}")
 
-    def _write_to_tensorboard(self, writer: SummaryWriter, step: int, metrics: Mapping[str, float | str]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, str):
-                if self._texts.get(name) != value:  # a text has no curve: only its changes are worth an entry
-                    writer.add_text(name, value, step)
-                self._texts[name] = value
-            elif math.isfinite(value):
-                writer.add_scalar(name, value, step)
-
-    def rollouts(self, step: int, rollouts: Rollouts, count: int) -> None:
-        """Write some of the responses that this rank has, spread over the batch, to ``samples.jsonl``, and why others cannot
-        be used to ``failures.jsonl``.
-        """
+    def rollouts(
+        self,
+        step: int,
+        rollouts: Rollouts,
+        tokens: StepTokens,
+        token_texts: Callable[[Sequence[int]], list[str]],
+    ) -> None:
+        """Write what the run folder keeps of the step's responses, why others cannot be used, and the alarms that are due."""
         if not self._writes:
             return
         for reason in rollouts.reasons:
-            self._folder.append(self._folder.failures_path, {"step": step, "reason": reason})
-        stride = max(len(rollouts.own) // max(count, 1), 1)
-        for scored in list(rollouts.own.values())[::stride][:count]:
-            sample = scored.sample
-            self._folder.append(
-                self._folder.samples_path,
-                {
-                    "step": step,
-                    "prompt_id": sample.prompt.prompt_id,
-                    "question": sample.prompt.metadata["problem"].question,
-                    "answer": sample.prompt.metadata["problem"].answer,
-                    "response": scored.response,
-                    "reward": sample.reward,
-                    "finish_reason": sample.finish_reason,
-                    "tokens": len(sample.response_ids),
-                    "weight_versions": sample.weight_versions,
-                },
-            )
+            self._append("failures.jsonl", {"step": step, "reason": reason})
+        samples: list[dict[str, Any]] = []
+
+        def keep_samples() -> None:
+            chosen = chosen_samples(rollouts, self._config.logging.samples_per_step)
+            samples.extend(sample_records(step, rollouts.own, chosen, tokens, token_texts))
+            for sample in samples:
+                self._folder.append(self._folder.samples_path, sample)
+
+        self._guard.attempt("samples.jsonl", keep_samples)
+        longest = self._config.rollout.max_response_tokens
+        self._append("distributions.jsonl", distribution_record(step, rollouts, tokens, longest))
+        due, self._due = self._due, []
+        for alarm in due:
+            self._guard.attempt("alarms", partial(self._raise_alarm, alarm, samples))
 
     def close(self) -> None:
         """Flush and close every sink."""
-        if self._progress is not None:
-            self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
+        if self._live is not None:
+            self._guard.attempt("live display", self._live.stop)
+            self._live = None
+        self._sinks.close()
+
+    def _append(self, file: str, record: dict[str, Any]) -> None:
+        self._guard.attempt(file, lambda: self._folder.append(self._folder.path / file, record))
+
+    def _factories(self, step: int) -> dict[str, Callable[[], Sink]]:
+        logging, run = self._config.logging, self._config.run.name or self._folder.path.name
+        factories: dict[str, Callable[[], Sink]] = {}
+        if logging.tensorboard:
+            from megatron_dppo.training.metrics.tensorboard_sink import TensorBoardSink
+
+            factories["TensorBoard"] = lambda: TensorBoardSink(self._folder.tensorboard, step)
+        if logging.wandb.project:
+            from megatron_dppo.training.metrics.wandb_sink import WandbSink
+
+            settings: Any = OmegaConf.to_container(OmegaConf.structured(self._config), enum_to_str=True)
+            factories["Weights & Biases"] = lambda: WandbSink(logging.wandb, self._folder.path, run, settings)
+        if logging.prometheus_port:
+            factories["Prometheus endpoint"] = lambda: PrometheusSink(logging.prometheus_port, run)
+        return factories
+
+    def _remember(self) -> None:
+        """What the alarms have seen of a run that is continued."""
+        lines = self._folder.alarms_path
+        self._alarms = Alarms(self._config.logging.alarms, [record["alarm"] for record in json_records(lines)])
+        for record in json_records(self._folder.metrics_path):
+            known = {name: value for name, value in record.items() if value is not None and name != "step"}
+            self._due += self._alarms.look(record["step"], known)
+
+    def _raise_alarm(self, alarm: Alarm, samples: list[dict[str, Any]]) -> None:
+        self._folder.evidence.mkdir(exist_ok=True)
+        file = self._folder.evidence / f"alarm_{alarm.name}_step_{alarm.step}.json"
+        self.say(f"alarm after step {alarm.step}: {alarm.message} (evidence: {file})")
+        found = {"step": alarm.step, "alarm": alarm.name, "message": alarm.message}
+        evidence = {**found, "steps": [_json_safe(of_step) for of_step in alarm.window], "samples": samples}
+        file.write_text(json.dumps(evidence, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
+        self._folder.append(self._folder.alarms_path, {**found, "evidence": file.name})
 
 
 def _json_safe(metrics: Mapping[str, float | str]) -> dict[str, Any]:

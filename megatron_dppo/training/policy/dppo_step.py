@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
 from operator import add
 
@@ -28,6 +28,7 @@ from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.data.schedule import PADDING, Scheduler
 from megatron_dppo.training.metrics.loss import global_bound, global_metrics
 from megatron_dppo.training.metrics.step import BatchMetrics
+from megatron_dppo.training.metrics.token_record import TokenRecord
 from megatron_dppo.training.policy.frozen_weights import FrozenWeights
 from megatron_dppo.training.policy.head_outputs import response_log_probs
 from megatron_dppo.training.policy.optimizer_step import (
@@ -41,6 +42,20 @@ from megatron_dppo.training.policy.optimizer_step import (
 from megatron_dppo.training.policy.trainable import OptimizerState, TrainablePolicy
 
 
+@dataclasses.dataclass
+class _StepParts:
+    """What the losses of one optimizer step tell, of each micro-batch; nothing but on the last pipeline stage.
+
+    Attributes:
+        traced: numbers of the examples whose single tokens are recorded.
+    """
+
+    traced: Collection[int]
+    metrics: list[MetricSums] = dataclasses.field(default_factory=list)
+    responses: list[ResponseSums] = dataclasses.field(default_factory=list)
+    tokens: list[TokenRecord] = dataclasses.field(default_factory=list)
+
+
 class DPPOStep:
     """Turns examples into optimizer steps and metrics. All ranks call ``run`` together.
 
@@ -48,6 +63,7 @@ class DPPOStep:
         scheduler: makes the schedules that a batch's micro-batches are of.
         frozen: copies of weights that it computes with beside the present ones.
         skipped_in_a_row: optimizer steps that were not applied since the last that was, as their gradients were not finite.
+        token_records: what the last ``run`` did to single tokens, of this rank's micro-batches whose step was applied.
         routed_layers: those whose expert choices this rank replays, in the order in which examples have them; none without
             routing replay.
     """
@@ -68,6 +84,7 @@ class DPPOStep:
             policy.flops.training,
         )
         self.skipped_in_a_row = 0
+        self.token_records: list[TokenRecord] = []
         self._config = config
         self._policy = policy
         self._optimizer_state = optimizer_state
@@ -93,11 +110,12 @@ class DPPOStep:
         self._replay = RoutingReplay(policy.chunks) if config.algorithm.routing_replay else None
         self.routed_layers = () if self._replay is None else self._replay.layers
 
-    def run(self, batch: ReplicaBatch) -> dict[str, float | str]:
+    def run(self, batch: ReplicaBatch, traced: Collection[int] = ()) -> dict[str, float | str]:
         """Learn from this replica's part of one rollout batch; returns global metrics.
 
         They are numbers but for ``backend``, which names the kernels that ran. An optimizer step whose gradients are not
-        finite, on any rank, is skipped on all; the metrics are those of the others.
+        finite, on any rank, is skipped on all; the metrics are those of the others. ``token_records`` has every token of the
+        examples with the numbers ``traced``.
 
         Raises MismatchError, on every rank and before anything was learned, if the rollouts are not the policy's own.
         """
@@ -108,25 +126,25 @@ class DPPOStep:
         every: MetricSums | None = None
         of_last_step: list[ResponseSums] = []  # that was applied: the one whose policy is furthest from the engine's
         batches = BatchMetrics()
+        self.token_records = []
         outcome = StepOutcome(grad_norm=math.nan, lr=self._optimizer_state.lr)
         skipped = 0
         for step in range(len(batch.steps)):
             micro_batches = self._batcher.micro_batches(batch, step)
             batches.add(micro_batches)
-            parts: list[MetricSums] = []
-            responses: list[ResponseSums] = []
+            parts = _StepParts(traced)
 
-            def check(parts: list[MetricSums] = parts) -> None:
+            def check(parts: _StepParts = parts) -> None:
                 nonlocal on_policy
                 if on_policy is None:
-                    on_policy = self._checked_mismatch(parts)
+                    on_policy = self._checked_mismatch(parts.metrics)
 
             try:
                 outcome = optimizer_step(
                     self._policy,
                     self._optimizer_state,
                     micro_batches,
-                    partial(self._loss_of, parts, responses),
+                    partial(self._loss_of, parts),
                     self._rollout_weights,
                     self._replay,
                     check,
@@ -137,9 +155,10 @@ class DPPOStep:
                 self._keep_evidence(error.suspects)
                 continue
             self.skipped_in_a_row = 0
-            of_last_step = responses
-            if parts:  # on the last pipeline stage
-                step_metrics = MetricSums.total(parts)
+            of_last_step = parts.responses
+            self.token_records += parts.tokens
+            if parts.metrics:  # on the last pipeline stage
+                step_metrics = MetricSums.total(parts.metrics)
                 every = step_metrics if every is None else every + step_metrics
         bound = {}
         if self._config.logging.improvement_bound:
@@ -179,13 +198,12 @@ class DPPOStep:
 
     def _loss_of(
         self,
-        parts: list[MetricSums],
-        responses: list[ResponseSums],
+        parts: _StepParts,
         batch: MicroBatch,
         hidden: torch.Tensor,
         rollout_logits: torch.Tensor | None,
     ) -> MicroBatchLoss:
-        """The loss of a micro-batch from the last stage's hidden states; its metrics go to ``parts`` and ``responses``."""
+        """The loss of a micro-batch from the last stage's hidden states; what it tells goes to ``parts``."""
         if batch.inputs is None:
             raise ValueError("the examples have no rollout log-probs, which the loss is anchored on")
         head = PolicyHead(self._policy.chunks[-1])
@@ -201,11 +219,12 @@ class DPPOStep:
         else:
             policy = head.logits(hidden_nh)
         output = self._loss(policy, dataclasses.replace(batch.inputs, rollout_logits=rollout_logits))
-        parts.append(output.metrics)
+        parts.metrics.append(output.metrics)
+        parts.tokens.append(TokenRecord.of(batch, output, parts.traced))
         if self._config.logging.improvement_bound:
             rollout = self._config.rollout
             most = rollout.prompts_per_step * rollout.samples_per_prompt
-            responses.append(ResponseSums.of(batch.inputs, output, most))
+            parts.responses.append(ResponseSums.of(batch.inputs, output, most))
         return MicroBatchLoss(output.loss, output.num_tokens, output.checks)
 
     def _with_extra_log_probs(self, batch: ReplicaBatch) -> ReplicaBatch:

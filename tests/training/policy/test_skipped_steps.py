@@ -24,8 +24,8 @@ class StepWithNaN(DPPOStep):
 
     poisoned: tuple[int, ...] = ()
 
-    def _loss_of(self, parts, responses, batch, hidden, rollout_logits):
-        made = super()._loss_of(parts, responses, batch, hidden, rollout_logits)
+    def _loss_of(self, parts, batch, hidden, rollout_logits):
+        made = super()._loss_of(parts, batch, hidden, rollout_logits)
         step = min(batch.example_indices) % 2 if min(batch.example_indices) >= 0 else None
         if parallel_state.get_data_parallel_rank() == 1 and step in self.poisoned:
             return made._replace(loss=made.loss * float("nan"))
