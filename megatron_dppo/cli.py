@@ -21,6 +21,7 @@ COMMANDS = {
         "megatron_dppo.launch.doctor.command",
         "look at this host before a run; find where server and policy disagree",
     ),
+    "launch": ("megatron_dppo.launch.command", "start a whole run: on this machine, on Slurm, or as a manifest"),
     "convert": ("megatron_dppo.convert", "training checkpoint <-> Hugging Face folder"),
     "import-config": ("megatron_dppo.launch.import_config.command", "a recipe of NeMo-RL or verl as one of ours"),
 }
