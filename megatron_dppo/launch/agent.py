@@ -5,7 +5,7 @@ A SIGTERM or SIGUSR1 to it asks the ranks to save and stop, and it waits for the
 And it looks for the file ``stop`` in the folder of the attempt, so that whoever starts a job need not signal processes on
 other hosts or in containers; Slurm's own way of doing so also hits helpers that know nothing of the signal.
 
-SIGTERM is only its own where torchrun reads TORCHELASTIC_SIGNALS_TO_HANDLE (torch 2.8 and later).
+A torchrun without --signals-to-handle takes SIGTERM and SIGINT for itself; the file and SIGUSR1 work there too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
 from torch.distributed.run import parse_args as parse_torchrun_arguments
 from torch.distributed.run import run as run_torchrun
 
@@ -42,13 +43,12 @@ class Agent:
 
     def run(self, torchrun_arguments: list[str]) -> int:
         """Returns the exit code of this host's part of the run."""
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         os.environ["MEGATRON_DPPO_AGENT"] = str(os.getpid())
         for number in _REQUESTS:
             signal.signal(number, lambda *_: self._ask_ranks())
         threading.Thread(target=self._look, name="stop-file", daemon=True).start()
         try:
-            run_torchrun(parse_torchrun_arguments(torchrun_arguments))
+            run_torchrun(parse_torchrun_arguments([*_leaving_signals(), *torchrun_arguments]))
         except ChildFailedError as failed:
             print(failed, file=sys.stderr, flush=True)
             return exit_code_of(self._told(failure.exitcode) for failure in failed.failures.values())
@@ -73,6 +73,12 @@ class Agent:
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 if "megatron_dppo.launch.rank" in process.cmdline():
                     os.kill(process.pid, signal.SIGUSR1)
+
+
+def _leaving_signals() -> list[str]:
+    """Options by which torchrun leaves signals to us; none where it has no such option."""
+    option = "--signals-to-handle"
+    return [option, "SIGQUIT"] if option in get_args_parser().format_help() else []
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
