@@ -26,12 +26,13 @@ ended_with() {
   local code again
   wait "$1"
   code=$?
-  while ((code > 128)); do
+  while ((code > 128)) && kill -0 "$1" 2>/dev/null; do
     wait "$1"
-    again=$?
-    ((again == 127)) && break # it had ended, and that was its own code
-    code=$again
+    code=$?
   done
+  wait "$1" 2>/dev/null # if the last signal came as it ended, this knows how
+  again=$?
+  ((again != 127)) && code=$again
   return "$code"
 }
 
