@@ -95,6 +95,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--head", required=True, help="address of the first node")
     parser.add_argument("--port", required=True, type=int, help="free port there")
     parser.add_argument("--attempt", required=True, type=Path, help="folder of this start of the job")
+    parser.add_argument(
+        "--cores", metavar="A,B,...", help="that its processes may use, if nodes share a host; default: all"
+    )
     parser.add_argument("arguments", nargs="*", help="of megatron-dppo train, after --")
     return parser.parse_args(arguments)
 
@@ -105,6 +108,8 @@ def main(arguments: list[str]) -> int:
     node_rank = options.node_rank
     if node_rank is None:
         node_rank = int(os.environ[options.node_rank_variable])
+    if options.cores:
+        os.sched_setaffinity(0, map(int, options.cores.split(",")))
     attempt = Attempt(options.attempt)
     meeting = ["--master-addr", options.head, "--master-port", str(options.port)]
     nodes = ["--nnodes", str(options.nodes), "--node-rank", str(node_rank), "--nproc-per-node", str(options.processes)]

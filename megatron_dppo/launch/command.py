@@ -72,12 +72,12 @@ def launch(name: str, overrides: list[str], *, dry_run: bool) -> int:
 
 
 def _show(job: Job) -> None:
-    from megatron_dppo.launch import dry_run, kubernetes, nemo, slurm
+    from megatron_dppo.launch import kubernetes, local_commands, nemo, slurm
 
     if job.launch.executor == "slurm" and job.launch.slurm.submit == "nemo_run":
         nemo.submit(job, dry_run=True)
         return
-    rendered = {"local": dry_run.local_commands, "slurm": slurm.rendered, "kubernetes": kubernetes.manifest}
+    rendered = {"local": local_commands.local_commands, "slurm": slurm.rendered, "kubernetes": kubernetes.manifest}
     print(rendered[job.launch.executor](job), end="")
 
 
@@ -117,4 +117,5 @@ def _keep(recipe: Recipe, job: Job) -> None:
             f"{job.run_folder} holds a run already: choose another run.name, or run.resume=auto to continue it"
         )
     job.folder.mkdir(parents=True, exist_ok=True)
+    job.config_path.touch(mode=0o600)  # what launch.env says is not for everybody
     save_config(dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, resume="auto")), job.config_path)

@@ -101,7 +101,6 @@ class Job:
         servers = ["--servers", str(self.serving.servers_per_node)]
         return [self.python, "-m", *command, "--config", str(self.config_path), *registry, *servers, *arguments]
 
-
     def all_servers_command(self, *, attempt: str, address: str) -> list[str]:
         """What runs the servers of all serving nodes on one host, which listen on ``address``."""
         assert self.serving is not None

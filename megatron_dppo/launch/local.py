@@ -27,9 +27,9 @@ from megatron_dppo.launch.environment import SERVER, TRAINER
 from megatron_dppo.launch.exit_codes import exit_code_of
 from megatron_dppo.launch.followed_log import FollowedLog
 from megatron_dppo.launch.job import Job
+from megatron_dppo.launch.local_commands import LOOPBACK, local_trainer_command
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 
-_HERE = "127.0.0.1"
 _LOOK_EVERY_S = 0.2
 _OTHERS_GRACE_S = 60.0  # of the other nodes, once one has ended: the ranks end by themselves in half of it
 _SERVER_GRACE_S = 7.0  # `serve` gives its servers the usual grace of a process
@@ -108,7 +108,7 @@ class LocalJob:
         if serving is None:
             yield None
             return
-        command = self._job.all_servers_command(attempt=str(attempt.folder), address=_HERE)
+        command = self._job.all_servers_command(attempt=str(attempt.folder), address=LOOPBACK)
         environment = self._environment(SERVER, attempt, self._job.launch.trainer_nodes, serving.nodes)
         process = GuardedProcess(command, attempt.log(SERVER, 0), environment, _SERVER_GRACE_S)
         try:
@@ -122,9 +122,7 @@ class LocalJob:
         trainers: list[GuardedProcess] = []
         try:
             for node in range(self._job.launch.trainer_nodes):
-                command = self._job.trainer_command(
-                    head=_HERE, port=port, attempt=str(attempt.folder), node_rank=["--node-rank", str(node)]
-                )
+                command = local_trainer_command(self._job, node, port=port, attempt=str(attempt.folder))
                 environment = self._environment(TRAINER, attempt, node, 1)
                 trainers.append(GuardedProcess(command, attempt.log(TRAINER, node), environment))
             yield trainers
@@ -146,7 +144,7 @@ class LocalJob:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Within: SIGTERM, SIGHUP, Ctrl-C end the job with a checkpoint, the second at once; SIGUSR1: save and start again."""
+        """Within: SIGTERM, SIGHUP and Ctrl-C end the job, saved, a second one at once; SIGUSR1: save and start again."""
 
         def end(number: int, frame: FrameType | None) -> None:
             self._asked_to_end += 1
@@ -173,7 +171,7 @@ def _exit_code(attempt: Attempt, node: int, trainer: GuardedProcess) -> int:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((_HERE, 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 

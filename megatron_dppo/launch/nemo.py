@@ -64,5 +64,4 @@ def _executor(nemo_run: Any, job: Job, role: str) -> Any:
         setup_lines="set +evx\n" + batch_body(job),
         tunnel=nemo_run.LocalTunnel(job_dir=str(job.folder / "nemo_run")),
         packager=nemo_run.Packager(),
-        stderr_to_stdout=True,
     )

@@ -29,9 +29,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--node-variable", metavar="NAME", required=True, help="has this serving node's number")
     parser.add_argument("--nodes-per-server", type=int, default=1, help="nodes that share one server")
-    parser.add_argument(
-        "--addresses", default="", metavar="A,B,...", help="of all serving nodes, by their numbers"
-    )
+    parser.add_argument("--addresses", default="", metavar="A,B,...", help="of all serving nodes, by their numbers")
     parser.add_argument("--port", type=int, default=0, help="where the nodes of a server meet, on its first node")
     parser.add_argument("--end-with", metavar="FOLDER", type=Path, help="end when the run of this attempt is done")
     parser.add_argument("arguments", nargs="*", help="of megatron-dppo serve, after --")

@@ -35,6 +35,7 @@ def check_here() -> None:
 
 def submit(job: Job) -> str:
     """Returns the number of the job. Raises LaunchError if Slurm refuses it."""
+    script_path(job).touch(mode=0o600)  # what launch.env says is not for everybody
     script_path(job).write_text(batch_script(job), encoding="utf-8")
     try:
         answer = subprocess.run(

@@ -48,7 +48,8 @@ addresses() {
 
 def batch_script(job: Job) -> str:
     """The whole script, as sbatch takes it."""
-    return "\n".join(["#!/bin/bash", *(f"#SBATCH {line}".rstrip() for line in _header(job)), "", batch_body(job)])
+    origin = "# Written by `megatron-dppo launch`."
+    return "\n".join(["#!/bin/bash", *(f"#SBATCH {line}" for line in _header(job)), "", origin, batch_body(job)])
 
 
 def _header(job: Job) -> list[str]:
@@ -109,7 +110,6 @@ def batch_body(job: Job) -> str:
 
 def _beginning(job: Job) -> str:
     return f"""\
-# Written by `megatron-dppo launch`. Start anew with: sbatch {shlex.quote(str(job.folder / "job.sbatch"))}
 set -u
 start=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 attempt={shlex.quote(str(job.folder))}/slurm-$SLURM_JOB_ID/start-$start

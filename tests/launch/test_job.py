@@ -54,7 +54,10 @@ def test_servers_of_a_node(overrides: tuple[str, ...], servers_per_node: int, no
         (("launch.port=80",), "launch.port = 80"),
         (("launch.env={2X: a}",), "launch.env = '2X'"),
         (("run.name=../elsewhere",), "run.name"),
-        (("rollout.sglang.num_servers=3",), "do not fit launch.server_nodes = 1 nodes of 8 GPUs: set num_servers to up to 2"),
+        (
+            ("rollout.sglang.num_servers=3",),
+            "do not fit launch.server_nodes = 1 nodes of 8 GPUs: set num_servers to up to 2",
+        ),
         (("launch.server_nodes=4",), "do not fit launch.server_nodes = 4"),
         (("launch.server_nodes=0",), "servers need nodes of their own"),
         (("launch.server_nodes=0", "launch.trainer_nodes=1"), "leave the trainer none"),

@@ -1,14 +1,15 @@
-"""The batch script: what it asks Slurm for, and what it does when things end, run by bash with stand-ins for Slurm's commands.
+"""The batch script: what it asks Slurm for, and what it does when things end. Bash runs it; Slurm's commands are stand-ins.
 
 tests/launch/test_slurm.py has a real Slurm run it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,26 +73,34 @@ class Batch:
     def begin(self, start: int = 1, **environment: str) -> subprocess.Popen[str]:
         known = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(start - 1)}
         known |= {"ATTEMPT": str(self.attempt(start)), "REQUEUED": str(self.requeued), "PATH": self._path}
-        return subprocess.Popen(
+        self._process = subprocess.Popen(
             ["bash", str(self.script)],
             env={**os.environ, **known, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
+        return self._process
 
     def run(self, start: int = 1, **environment: str) -> tuple[int, str]:
         process = self.begin(start, **environment)
         output, _ = process.communicate(timeout=30)
         return process.returncode, output
 
+    def close(self) -> None:
+        """Nothing is left, whatever failed."""
+        with contextlib.suppress(AttributeError, ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def was_requeued(self) -> bool:
         return self.requeued.exists()
 
 
 @pytest.fixture
-def batch(tmp_path: Path) -> Callable[..., Batch]:
-    return lambda *overrides: Batch(tmp_path, on_gpus(*overrides))
+def batch(tmp_path: Path) -> Iterator[Callable[..., Batch]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda *overrides: stack.enter_context(contextlib.closing(Batch(tmp_path, on_gpus(*overrides))))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +172,9 @@ def test_containers_get_image_mounts_and_working_directory(batch) -> None:
     assert text.count("--container-mounts=/data:/data") == 2
 
 
-@pytest.mark.parametrize("value", ["$(touch {0})", "`touch {0}`", "a'; touch {0}; '", 'a"; touch {0}; "', "a\ntouch {0}\n"])
+@pytest.mark.parametrize(
+    "value", ["$(touch {0})", "`touch {0}`", "a'; touch {0}; '", 'a"; touch {0}; "', "a\ntouch {0}\n"]
+)
 def test_no_value_is_run_by_the_shell(tmp_path: Path, value: str) -> None:
     """Environment, interpreter and image reach the process as they are: whatever stands in them."""
     evil = value.format(tmp_path / "pwned")
@@ -171,8 +182,8 @@ def test_no_value_is_run_by_the_shell(tmp_path: Path, value: str) -> None:
     recipe.launch.env = {"EVIL": evil}
     recipe.launch.python = evil
     recipe.launch.container.image = evil
-    script = Batch(tmp_path, recipe)
-    assert script.run(TRAINER_ENDS="0")[0] == 0
+    with contextlib.closing(Batch(tmp_path, recipe)) as script:
+        assert script.run(TRAINER_ENDS="0")[0] == 0
     assert not (tmp_path / "pwned").exists()
     arguments = (script.attempt() / "trainer.arguments").read_text()
     assert f"\nEVIL={evil}\n" in arguments
@@ -183,7 +194,7 @@ def test_no_value_is_run_by_the_shell(tmp_path: Path, value: str) -> None:
 @pytest.mark.parametrize("name", ["a b", "a$(x)", "a%j", "a'b", "a\nb"])
 def test_a_run_whose_folder_no_script_can_name_is_refused(name: str) -> None:
     job = describe(on_gpus())
-    with pytest.raises(ConfigError, match="choose run.root and run.name without"):
+    with pytest.raises(ConfigError, match=r"choose run\.root and run\.name without"):
         batch_script(replace(job, run_folder=Path("/shared") / name))
 
 
@@ -196,4 +207,6 @@ def kept_script(recipe: str) -> str:
 def test_the_script_of_every_recipe_is_the_one_that_was_looked_at(recipe: str) -> None:
     text = kept_script(recipe)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
-    assert text == (SCRIPTS / f"{recipe}.sbatch").read_text(), "python tools/check/launch_scripts.py, and look at the change"
+    assert text == (SCRIPTS / f"{recipe}.sbatch").read_text(), (
+        "python tools/check/launch_scripts.py, and look at the change"
+    )

@@ -1,13 +1,23 @@
-"""What a job on this machine would run, in words that a shell takes."""
+"""The commands of a job on this machine, whose nodes share its cores; and how they are shown to people."""
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from megatron_dppo.launch.environment import SERVER, TRAINER
 from megatron_dppo.launch.job import Job
 
-_HERE = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
+
+
+def local_trainer_command(job: Job, node: int, *, port: str, attempt: str) -> list[str]:
+    """See ``Job.trainer_command``. Each node has a part of the cores for itself, as it would have on a host of its own."""
+    cores = sorted(os.sched_getaffinity(0))[node :: job.launch.trainer_nodes]
+    place = ["--node-rank", str(node)]
+    if job.launch.trainer_nodes > 1 and cores:
+        place += ["--cores", ",".join(map(str, cores))]
+    return job.trainer_command(head=LOOPBACK, port=port, attempt=attempt, node_rank=place)
 
 
 def local_commands(job: Job) -> str:
@@ -16,9 +26,9 @@ def local_commands(job: Job) -> str:
     port = str(job.launch.port or "PORT")
     blocks = [f"cd {shlex.quote(str(job.directory))}"]
     if job.serving:
-        blocks.append(_block("all servers", job, SERVER, job.all_servers_command(attempt=attempt, address=_HERE)))
+        blocks.append(_block("all servers", job, SERVER, job.all_servers_command(attempt=attempt, address=LOOPBACK)))
     for node in range(job.launch.trainer_nodes):
-        command = job.trainer_command(head=_HERE, port=port, attempt=attempt, node_rank=["--node-rank", str(node)])
+        command = local_trainer_command(job, node, port=port, attempt=attempt)
         blocks.append(_block(f"trainer node {node}", job, TRAINER, command))
     return "\n\n".join(blocks) + "\n"
 
