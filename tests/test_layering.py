@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "convert": {"errors", "training"},
     "data": {"errors", "launch", "tasks", "training"},
     "launch": MODEL_LAYERS | {"rollout", "tasks", "training"},
+    "launch": MODEL_LAYERS | {"rollout", "tasks", "training", "serve", "train"},
     "cli": {"errors"},  # commands are modules that it imports by name
     "__main__": {"cli"},
     "integrations": LOSS_LAYERS,

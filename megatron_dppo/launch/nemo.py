@@ -38,7 +38,7 @@ def submit(job: Job, *, dry_run: bool) -> str:
             return ""
         try:
             experiment.run(detach=True)
-        except RuntimeError as error:
+        except Exception as error:  # whatever its tunnel raises: invoke's, the shell's, Slurm's
             raise LaunchError(f"NeMo-Run could not submit the job: {error}") from error
         return str(experiment._id)
 
@@ -62,6 +62,6 @@ def _executor(nemo_run: Any, job: Job, role: str) -> Any:
         heterogeneous=bool(job.serving) and job.launch.slurm.heterogeneous,
         job_name_prefix="dppo-",
         setup_lines="set +evx\n" + batch_body(job),
-        tunnel=nemo_run.LocalTunnel(job_dir=str(job.folder / "nemo_run")),
+        tunnel=nemo_run.LocalTunnel(job_dir=""),  # NeMo-Run's own folder of experiments
         packager=nemo_run.Packager(),
     )
