@@ -57,7 +57,7 @@ def test_nothing_is_left_of_a_job_that_is_ended(policy, tmp_path, number) -> Non
     python = stand_in_interpreter(tmp_path, before="sleep 1000")
     serving = ("rollout.engine=sglang", "launch.server_nodes=1", f"rollout.sglang.python={python}")
     launched = LaunchedRun(policy, tmp_path, *SMALL, *ONE_RANK, *serving)
-    launched.wait_for("sleep 1000")
+    launched.wait_for("sglang.launch_server")
     launched.wait_for("megatron_dppo.launch.rank")
     wait_until(lambda: "servers" in launched.log.read_text(), within_s=120, what="the trainer waits for servers")
     os.kill(launched.process.pid, number)
