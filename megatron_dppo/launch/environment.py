@@ -72,7 +72,8 @@ def _on_gpus(recipe: Recipe, role: str, folder: Path) -> list[Variable]:
             "one hardware queue keeps the order in which Megatron starts communication before the computation it overlaps",
         )
     )
-    if not sglang.colocated:  # servers cannot give such memory up, and it cannot be shared by handle
+    # Servers that the trainer starts inherit it. Colocated ones cannot give such memory up; it cannot be shared by handle.
+    if not (recipe.rollout.engine == "sglang" and sglang.starts_servers_here and not recipe.launch.server_nodes):
         variables.append(
             Variable(
                 "PYTORCH_CUDA_ALLOC_CONF",
