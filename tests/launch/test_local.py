@@ -51,7 +51,7 @@ def test_a_node_that_is_asked_to_stop_has_the_run_save_and_go_on_with_the_same_n
     assert logs == ["trainer-0.log", "trainer-1.log"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly)])
 def test_nothing_is_left_of_a_job_that_is_ended(policy, tmp_path, number) -> None:
     """While its trainer waits for a server that never becomes ready."""
     python = stand_in_interpreter(tmp_path, before="sleep 1000")
