@@ -111,7 +111,8 @@ def test_variables_follow_from_what_the_run_does() -> None:
     assert both == ["0", "0"]  # they are in one group
     colocated = ("rollout.sglang.colocated=true", "launch.server_nodes=0", "launch.trainer_nodes=1")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in names(job_on_gpus(*colocated), TRAINER)  # such memory cannot be given up
-    beside = ("rollout.sglang.num_servers=1", "launch.server_nodes=0", "launch.trainer_nodes=1")
+    layout = ("parallel.expert_model_parallel_size=4", "launch.server_nodes=0", "launch.trainer_nodes=1")
+    beside = ("rollout.sglang.num_servers=1", *layout)
     assert "PYTORCH_CUDA_ALLOC_CONF" not in names(job_on_gpus(*beside), TRAINER)  # the trainer's servers inherit it
     assert not any("NCCL" in name or "CUDA" in name for name in names(describe(quickstart()), TRAINER))
     assert all(variable.reason for role in (TRAINER, SERVER) for variable in job.environment[role])
