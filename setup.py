@@ -9,6 +9,7 @@ The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an
     sglang          the client of SGLang servers that run elsewhere: another host, container or virtual environment
     sglang-server   the server too, in the trainer's own environment (GPU hosts; tools/setup/install_sglang_cpu.sh for CPUs)
     te              Transformer Engine (GPU hosts; NVIDIA's apex is used too, but only its source can be installed)
+    launch          handing jobs to Slurm by NeMo-Run (launch.slurm.submit=nemo_run); all other launching needs no extra
     gguf            reading GGUF weights (tools/setup/prepare_smollm2.py)
     wandb           Weights & Biases as a sink of metrics (logging.wandb)
     plots           tools/plot_run.py and the charts of tools/bench
@@ -59,6 +60,7 @@ EXTRAS = {
     "http-reward": ["aiohttp>=3.9", "tenacity>=8.2"],
     "sglang": ["aiohttp>=3.9", "tenacity>=8.2"],
     "te": ["transformer-engine[pytorch]>=2.0"],
+    "launch": ["nemo-run==0.11.1", "leptonai==0.27.3"],  # a newer leptonai lacks what this nemo-run imports
     "gguf": ["gguf>=0.17", "accelerate>=1.0"],
     "plots": ["matplotlib>=3.8"],
     "docs": ["sphinx>=8.1", "furo>=2024.8", "myst-parser>=4"],

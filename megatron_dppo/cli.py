@@ -23,6 +23,7 @@ COMMANDS = {
         "look at this host before a run; find where server and policy disagree",
     ),
     "plan": ("megatron_dppo.launch.plan.command", "memory and time of a recipe, before it is given GPUs"),
+    "launch": ("megatron_dppo.launch.command", "start a whole run: on this machine, on Slurm, or as a manifest"),
     "convert": ("megatron_dppo.convert", "training checkpoint <-> Hugging Face folder"),
     "import-config": ("megatron_dppo.launch.import_config.command", "a recipe of NeMo-RL or verl as one of ours"),
 }

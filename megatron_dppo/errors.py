@@ -62,6 +62,10 @@ class RefusedRequestError(RolloutError):
     """The server understood the request and refused it (4xx): the same request will fail again."""
 
 
+class LaunchError(RuntimeError):
+    """A job could not be handed to what is to run it; the message has its answer."""
+
+
 class StopRequested(RuntimeError):  # noqa: N818  it is no error
     """The run was asked to stop, has written a checkpoint and goes on from there when it is started again."""
 

@@ -23,12 +23,13 @@ def _end_group() -> None:
 
 
 def main() -> int:
-    """Return the command's exit status, unless the parent goes first."""
+    """Return the command's exit code, 128 + signal if one ended it, unless the parent goes first."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     child = subprocess.Popen(command)
     while os.getppid() == parent:
         try:
-            return child.wait(timeout=POLL_S)
+            code = child.wait(timeout=POLL_S)
+            return code if code >= 0 else 128 - code
         except subprocess.TimeoutExpired:
             continue
     _end_group()

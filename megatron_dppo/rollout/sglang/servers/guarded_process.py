@@ -68,6 +68,11 @@ class GuardedProcess:
         """Whether the command has not ended."""
         return self._process.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of the command, 128 + signal if one ended it; None while it runs."""
+        return self._process.poll()
+
     def output(self) -> bytes:
         """What it has said."""
         return self.log_path.read_bytes()[self._log_start :]
