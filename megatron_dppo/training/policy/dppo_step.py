@@ -182,7 +182,7 @@ class DPPOStep:
         """One micro-batch through one of the policy's chunks as ``run`` does it, but for routing replay, and the loss of what
         comes out of the last. Nothing of it is kept, nothing waits: for whoever asks what it takes (launch/plan).
         """
-        return forward_micro_batch(batch, chunk, partial(self._loss_of, [], []), self._rollout_weights)
+        return forward_micro_batch(batch, chunk, partial(self._loss_of, _StepParts(())), self._rollout_weights)
 
     def _checked_mismatch(self, parts: Sequence[MetricSums]) -> dict[str, float]:
         """How far policy and engine are apart. ``parts``: of one optimizer step; empty but on the last pipeline stage."""
