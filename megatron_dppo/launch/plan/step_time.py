@@ -22,6 +22,7 @@ from megatron_dppo.launch.plan.sync_cost import Rates, planned_sync
 from megatron_dppo.launch.plan.trace import Times, message, message_time
 from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.hf.config import architecture, is_moe
+from megatron_dppo.rollout.sglang.dispatch import samples_together
 from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 from megatron_dppo.training.data.schedule import PADDING, PlannedMicroBatch, Scheduler
 
@@ -44,7 +45,7 @@ class StepTime:
         peak: of a GPU.
         trainer_gpus: of ``gpus``.
         at_once: most sequences that a server decodes at the same time.
-        idle_servers: that get no prompt: the samples of a prompt go to one server (rollout/sglang/dispatch.py).
+        idle_servers: that get nothing: there are more of them than samples.
     """
 
     phases: dict[str, float]
@@ -121,7 +122,7 @@ class Timing:
             peak=self.gpu.peak,
             trainer_gpus=self.setting.world_size,
             at_once=at_once,
-            idle_servers=0 if self.servers is None else max(0, self.servers.count - rollout.prompts_per_step),
+            idle_servers=0 if self.servers is None else self.servers.count - self._busy(self.servers),
         )
 
     def _generating(self, prompt: int, responses: list[int]) -> tuple[float, int]:
@@ -137,19 +138,29 @@ class Timing:
             server = ServerPlan(self.replicas, ranks, *parts, kv_bytes, room=math.inf, fraction=1.0, from_recipe=True)
             room: float = rollout.max_batch_size
         else:
-            asked = rollout.sglang.max_concurrent_requests * self.replicas / min(server.count, rollout.prompts_per_step)
+            asked = rollout.sglang.max_concurrent_requests * self.replicas / self._busy(server)
             room = min(asked, server.tokens / (prompt + statistics.fmean(responses)))
         decoding = Decoding(server, self.hf_config, self.gpu, self.assume)
-        samples = rollout.samples_per_prompt
+        together = self._together(server)
+        groups = [responses[first : first + together] for first in range(0, len(responses), together)]
         slowest, most = 0.0, 0
-        for index in range(server.count):
-            own = [n for number, n in enumerate(responses) if number // samples % server.count == index]
-            if not own:
-                continue
-            made = generate(prompt, own, max(1, int(room)), decoding.step)
-            seconds = made.seconds + decoding.prefill(len(own) / samples * prompt)
+        for index in range(self._busy(server)):
+            own = groups[index :: server.count]  # one after the other, to whoever has the least to do
+            lengths = [length for group in own for length in group]
+            made = generate(prompt, lengths, max(1, int(room)), decoding.step)
+            seconds = made.seconds + decoding.prefill(len(own) * prompt)
             slowest, most = max(slowest, seconds), max(most, made.most_at_once)
         return slowest, most
+
+    def _together(self, server: ServerPlan) -> int:
+        rollout = self.config.rollout
+        return samples_together(server.count, rollout.prompts_per_step, rollout.samples_per_prompt)
+
+    def _busy(self, server: ServerPlan) -> int:
+        """Servers that get something to do."""
+        rollout = self.config.rollout
+        groups = rollout.prompts_per_step * -(-rollout.samples_per_prompt // self._together(server))
+        return min(server.count, groups)
 
     def _handing_over(self, lengths: Mapping[int, int]) -> float:
         """Samples go from the replica that made them to the one that learns from them, to each of its ranks."""

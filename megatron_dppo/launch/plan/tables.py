@@ -191,8 +191,8 @@ def _print_step(plan: Plan, console: Console) -> None:
     )
     if step.idle_servers:
         console.print(
-            f"{step.idle_servers} servers have nothing to do: the samples of a prompt go to one server, and a step has"
-            f" {plan.config.rollout.prompts_per_step} prompts (rollout.prompts_per_step)"
+            f"{step.idle_servers} servers have nothing to do: a step has {plan.config.rollout.prompts_per_step} prompts"
+            f" (rollout.prompts_per_step) of {plan.config.rollout.samples_per_prompt} samples"
         )
 
 

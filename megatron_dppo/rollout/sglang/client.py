@@ -83,7 +83,7 @@ class RolloutClient:
     async def _generate_watched(
         self, watch: ProgressWatch, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
     ) -> list[Sample | FailedSample]:
-        self._dispatch.begin(sampling.samples_per_prompt)
+        self._dispatch.begin(len(prompts), sampling.samples_per_prompt)
         gate = asyncio.Semaphore(self._config.max_concurrent_requests)
         tasks = [
             asyncio.ensure_future(

@@ -190,14 +190,20 @@ def plan(tmp_path, monkeypatch, capsys):
 
 def test_the_command_prints_one_object(plan):
     code, output, errors = plan(
-        "--gpus", "16", "--json", "--gpu", "h200", "rollout.prompts_per_step=1", "train.updates_per_rollout=1"
+        "--gpus",
+        "16",
+        "--json",
+        "--gpu",
+        "h200",
+        "rollout.prompts_per_step=1",
+        "train.updates_per_rollout=1",
     )
     assert (code, errors) == (0, "")
     made = json.loads(output)
     assert made["trainer_gpus"] == 16
     assert made["gpu_bytes"] == 141e9
     assert made["search"] is None
-    assert made["step"]["idle_servers"] == 1  # of two, for one prompt
+    assert made["step"]["idle_servers"] == 0  # of two, which share the one prompt's samples
 
 
 @pytest.mark.nightly

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from megatron_dppo.rollout.sglang.dispatch import Dispatch
 
 
-def dispatch(urls: str, samples_per_prompt: int) -> Dispatch:
+def dispatch(urls: str, samples_per_prompt: int, prompts: int = 100) -> Dispatch:
     made = Dispatch()
     made.set_servers(urls)
-    made.begin(samples_per_prompt)
+    made.begin(prompts, samples_per_prompt)
     return made
 
 
@@ -30,9 +30,22 @@ def test_the_samples_of_a_prompt_share_a_server_and_prompts_are_spread() -> None
     assert Counter(of_prompt[0] for of_prompt in servers) == {"a": 2, "b": 2, "c": 2, "d": 2}
 
 
+def test_where_servers_outnumber_prompts_each_prompt_has_several_and_no_server_is_idle() -> None:
+    urls = [f"server {number}" for number in range(48)]
+    made = Dispatch()
+    made.set_servers(urls)
+    made.begin(8, 16)
+    servers = all_at_once(made, prompts=8, samples=16)
+    counts = Counter(url for of_prompt in servers for url in of_prompt)
+    assert len(counts) == 48
+    assert max(counts.values()) <= 3  # 128 samples
+    assert sum(len(set(of_prompt)) for of_prompt in servers) <= 56, "few servers compute a prompt that others have"
+
+
 @given(urls=st.integers(1, 9).map(lambda n: "abcdefghi"[:n]), prompts=st.integers(1, 20), samples=st.integers(1, 17))
 def test_no_server_gets_a_prompts_worth_more_than_another(urls: str, prompts: int, samples: int) -> None:
-    counts = Counter(url for of_prompt in all_at_once(dispatch(urls, samples), prompts, samples) for url in of_prompt)
+    made = dispatch(urls, samples, prompts)
+    counts = Counter(url for of_prompt in all_at_once(made, prompts, samples) for url in of_prompt)
     assert max(counts.values()) - min(counts[url] for url in urls) <= samples
 
 
