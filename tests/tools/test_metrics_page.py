@@ -21,8 +21,8 @@ LOOP = [ROOT / "megatron_dppo/training" / file for file in ("trainer.py", "devic
 PHASES = {phase for file in LOOP for phase in re.findall(r"timed\(\"(\w+)\"\)", file.read_text())}
 WORK = {"generate", "score", "forward_backward"}
 TIMES = {f"time/{phase}_{what}" for phase in PHASES | WORK for what in ("s", "mean_s", "slowest_rank")}
-# ... and what only serves to make another (the effective sample size, the largest token's share).
-NOT_WRITTEN = {"mismatch/ratio_squared_mean", "dppo/update_mean", "dppo/update_max"}
+# ... and what only serves to make another (the effective sample size, the largest token's share), or is Kubernetes' name.
+NOT_WRITTEN = {"mismatch/ratio_squared_mean", "dppo/update_mean", "dppo/update_max", "batch/v1"}
 
 
 def written_in(source: str) -> set[str]:

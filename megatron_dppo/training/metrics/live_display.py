@@ -34,6 +34,7 @@ _NUMBERS = (
     ("largest token", "dppo/largest_token_share", "{:.1%}"),
 )
 _SERVERS = (
+    ("servers", "rollout/servers", "{:.0f}"),
     ("fastest", "rollout/server_tokens_per_s_max", "{:.0f} tok/s"),
     ("slowest", "rollout/server_tokens_per_s_min", "{:.0f} tok/s"),
     ("longest queue", "rollout/server_queue_depth_max", "{:.0f}"),

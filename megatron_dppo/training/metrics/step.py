@@ -48,6 +48,7 @@ def _server_metrics(loads: Mapping[str, ServerLoad]) -> dict[str, float | str]:
     slowest = min(loads, key=lambda url: loads[url].tokens_per_s)
     depths = [load.queue_depth_max for load in loads.values() if load.queue_depth_max is not None]
     return {
+        "rollout/servers": float(len(loads)),
         **({"rollout/server_queue_depth_max": float(max(depths))} if depths else {}),
         "rollout/server_tokens_per_s_max": max(load.tokens_per_s for load in loads.values()),
         "rollout/server_tokens_per_s_min": loads[slowest].tokens_per_s,

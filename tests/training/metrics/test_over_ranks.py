@@ -57,6 +57,7 @@ def test_groups_of_equal_rewards_are_counted_among_the_prompts_that_have_answers
 
 def test_the_slowest_server_is_named():
     metrics = rollout_metrics(rollouts_of((0, 1.0)), 1, samples_per_prompt=1)
+    assert metrics["rollout/servers"] == 2.0
     assert metrics["rollout/slowest_server"] == "http://b"
     assert metrics["rollout/server_queue_depth_max"] == 7.0
     assert (metrics["rollout/server_tokens_per_s_min"], metrics["rollout/server_tokens_per_s_max"]) == (3.0, 20.0)

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang.servers.local import LocalServers
@@ -46,7 +47,7 @@ class ServingHost:
             self._servers.close()
 
     def _register(self, urls: tuple[str, ...], seconds: float) -> None:
-        running = {self._name(index): url for index, url in enumerate(self._servers.running(urls)) if url is not None}
+        running = {self._name(url): url for url in self._servers.running(urls) if url is not None}
         for name in self._registered.keys() - running.keys():
             _log.warning("%s has ended: %s", name, self._registered[name])
             self._leave(name)
@@ -65,8 +66,9 @@ class ServingHost:
         if self._registry is not None:
             self._registry.leave(name)
 
-    def _name(self, index: int) -> str:
-        return f"{self._host}-{index}"
+    def _name(self, url: str) -> str:
+        """No other server of this host has it, not even one that another process has started."""
+        return f"{self._host}-{urlsplit(url).port}"
 
     def _count(self, failures: tuple[str, ...]) -> None:
         for failure in failures:
