@@ -44,7 +44,6 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["logging.improvement_bound=true", "algorithm.anchor=recomputed"], 2, "improvement_bound compares"),
         (["algorithm.loss.kl_coef=0.1"], 2, "kl_coef with warm_start"),
         (["train.updates_per_rollout=1000"], 2, r"updates_per_rollout=1000 is more than the \d+ samples"),
-        (["rollout.embedded.weight_rounding=fp4"], 2, r"weight_rounding must be one of none, bf16, fp8_e4m3, int8"),
         ([*SGLANG, "rollout.embedded.weight_rounding=bf16"], 2, r"rollout\.engine=sglang generates with its own"),
         (["rollout.log_prob_floor=0"], 2, r"log_prob_floor must be below 0"),
         (["rollout.max_failed_share=1"], 2, r"max_failed_share must be below 1"),
