@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 PARTS, SHORT = "parts", "short"
-WARM_START = "warm_start"
+WARM_START, TIGHTNESS = "warm_start", "tightness"  # parts whose runs have one step and no curves
 
 
 class StudyError(ValueError):
@@ -90,7 +90,7 @@ def _runs_of(part: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Plann
                     mismatch=mismatch,
                     seed=seed,
                     policy=setting["policy"],
-                    overrides=(*overrides, f"run.seed={seed}"),
+                    overrides=(*overrides, *part.get("overrides", ()), f"run.seed={seed}"),
                 )
 
 

@@ -12,7 +12,6 @@ config.yaml (the study's list) and about.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from examples.stability_study.collapse import Outcome, outcome, wilson_interval
-from examples.stability_study.plan import WARM_START, read_study
+from examples.stability_study.plan import TIGHTNESS, WARM_START, read_study
 from examples.stability_study.records import AT_THE_END, BINS, missing, read_lines
 
 PAGE = ROOT / "docs" / "stability_study.md"
@@ -50,17 +49,18 @@ def main() -> int:
     parser.add_argument("--mismatch", default="fp8", help="whose runs are drawn (default: %(default)s)")
     parser.add_argument("--finish", action="store_true", help="figure, page and record: for a study that is complete")
     arguments = parser.parse_args()
-    lines = [line for line in read_lines(arguments.record / "metrics.jsonl") if line["part"] != WARM_START]
-    if not lines:
+    lines = read_lines(arguments.record / "metrics.jsonl")
+    curves = [line for line in lines if line["part"] not in (WARM_START, TIGHTNESS)]
+    if not curves:
         raise SystemExit(
             f"{arguments.record}/metrics.jsonl has no runs yet: examples/stability_study/run.py makes them"
         )
     if arguments.output:
-        draw(lines, arguments.mismatch, arguments.output)
+        draw(curves, arguments.mismatch, arguments.output)
     if arguments.table:
-        print(table(lines))
+        print(table(curves))
     if arguments.finish:
-        finish(arguments.record, lines, arguments.mismatch)
+        finish(arguments.record, lines, curves, arguments.mismatch)
     return 0
 
 
@@ -168,7 +168,7 @@ def _band(curves: Sequence[Sequence[float | None]]) -> tuple[list[int], list[flo
     return steps, lowest, middle, highest
 
 
-def finish(record: Path, lines: Sequence[dict[str, Any]], mismatch: str) -> None:
+def finish(record: Path, lines: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], mismatch: str) -> None:
     """What a complete study adds to the repository. SystemExit if runs are missing or were made by different code."""
     import yaml
 
@@ -183,20 +183,19 @@ def finish(record: Path, lines: Sequence[dict[str, Any]], mismatch: str) -> None
     commits = sorted({line["commit"] for line in lines})
     if len(commits) > 1:
         print(f"made by {len(commits)} commits, which each line names; about.json has the last", file=sys.stderr)
-    draw(lines, mismatch, FIGURE)
+    draw(curves, mismatch, FIGURE)
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_table(page, table(lines)), encoding="utf-8")
+    PAGE.write_text(with_table(page, table(curves)), encoding="utf-8")
     write_record(
         record,
         {"study": yaml.safe_load(path.read_text(encoding="utf-8"))},
-        read_lines(record / "metrics.jsonl"),
+        list(lines),
         command="python examples/stability_study/run.py",
         draw=f"python examples/stability_study/report.py docs/records/{record.name} --output docs/figures/{FIGURE.name}",
         commit=lines[-1]["commit"],
         ended=time.time(),
     )
-    about = json.loads((record / "about.json").read_text(encoding="utf-8"))
-    print(f"{record}: {len(lines)} runs, commit {about['commit'][:12]}")
+    print(f"{record}: {len(lines)} runs")
 
 
 def with_table(page: str, new: str) -> str:
