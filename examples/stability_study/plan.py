@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 PARTS, SHORT = "parts", "short"
-WARM_START, TIGHTNESS = "warm_start", "tightness"  # parts whose runs have one step and no curves
+WARM_START = "warm_start"
+NO_CURVES = (WARM_START, "tightness_from", "tightness_to")  # parts whose runs are made for the policy that they leave
 
 
 class StudyError(ValueError):
@@ -84,7 +85,7 @@ def _runs_of(part: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Plann
             for method in part.get("methods", text["methods"]):
                 overrides = [*text["train"], *setting.get("overrides", ()), *_entry(text["methods"], method, "methods")]
                 yield PlannedRun(
-                    name=f"{mismatch}-{method}-{seed}",
+                    name=f"{part['name']}-{mismatch}-{method}-{seed}",
                     part=part["name"],
                     method=method,
                     mismatch=mismatch,

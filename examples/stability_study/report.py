@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from examples.stability_study.collapse import Outcome, outcome, wilson_interval
-from examples.stability_study.plan import TIGHTNESS, WARM_START, read_study
+from examples.stability_study.plan import NO_CURVES, read_study
 from examples.stability_study.records import AT_THE_END, BINS, missing, read_lines
 
 PAGE = ROOT / "docs" / "stability_study.md"
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--finish", action="store_true", help="figure, page and record: for a study that is complete")
     arguments = parser.parse_args()
     lines = read_lines(arguments.record / "metrics.jsonl")
-    curves = [line for line in lines if line["part"] not in (WARM_START, TIGHTNESS)]
+    curves = [line for line in lines if line["part"] not in NO_CURVES]
     if not curves:
         raise SystemExit(
             f"{arguments.record}/metrics.jsonl has no runs yet: examples/stability_study/run.py makes them"

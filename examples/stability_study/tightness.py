@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What the cheap divergences miss, on real tokens: binary and top-K against the exact one, for the same pair of policies.
 
-    python examples/stability_study/tightness.py runs/stability_study/warm_start-dense/hf RUN/hf --rounding fp8_e4m3
+    python examples/stability_study/tightness.py --rounding fp8_e4m3 \\
+        runs/stability_study/tightness_{from,to}-fp8-binary_tv-201/hf
 
-mu is the first policy with rounded weights, which draws the tokens; pi the second one, e.g. after the updates of one rollout
-batch (train.steps=1 checkpoint.export_hf=true). For each divergence, how often it decides otherwise than the exact one at
-the same threshold: missed, the share of tokens beyond the threshold that it lets pass; false, the share of the others that it
-would mask. Counted are all tokens, as if every update led outward.
+mu is the first policy with rounded weights, which draws the tokens; pi the second one, after the updates of a rollout batch.
+For each divergence, how often it decides otherwise than the exact one at the same threshold: missed, the share of tokens
+beyond the threshold that it lets pass; false, the share of the others that it would mask. Counted are all tokens, as if every
+update led outward.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from tests.models.tiny_policies import tiny_hf_config
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "stability_study"
 STUDY = FOLDER / "study.yaml"
-RUN = PlannedRun("fp8-none-1", "methods", "none", "fp8", 1, "dense", ("run.seed=1",))
+RUN = PlannedRun("methods-fp8-none-1", "methods", "none", "fp8", 1, "dense", ("run.seed=1",))
 
 
 def test_every_planned_run_has_a_configuration_that_works():
@@ -58,7 +58,7 @@ def test_the_whole_study_takes_at_most_four_hours_on_two_cores():
     [
         ({"methods": ["nun"]}, r"methods has no 'nun'; it has .*cispo"),
         ({"mismatches": ["fp4"]}, r"mismatches has no 'fp4'"),
-        ({"seeds": [1, 1]}, r"fp8-none-1 is planned twice"),
+        ({"seeds": [1, 1]}, r"p-fp8-none-1 is planned twice"),
     ],
 )
 def test_a_list_that_cannot_be_made_is_refused(tmp_path, change, message):
@@ -250,7 +250,7 @@ def test_real_runs_are_recorded_and_made_once(tmp_path):
         assert len(line["series"]["reward/mean"]) == 2
         assert (tmp_path / "runs" / line["name"] / "config.yaml").exists()
     mismatch = {line["name"]: line["series"]["mismatch/abs_log_ratio"][0] for line in lines}
-    assert mismatch["fp8-none-1"] > 1e-4 > mismatch["warm_start-dense"]
+    assert mismatch["short-fp8-none-1"] > 1e-4 > mismatch["warm_start-dense"]
     assert "0 runs made, 0 of 3 missing" in _study(*arguments, timeout=60).stdout
 
 
