@@ -12,7 +12,7 @@ The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an
     launch          handing jobs to Slurm by NeMo-Run (launch.slurm.submit=nemo_run); all other launching needs no extra
     gguf            reading GGUF weights (tools/setup/prepare_smollm2.py)
     wandb           Weights & Biases as a sink of metrics (logging.wandb)
-    plots           tools/plot_run.py and the charts of tools/bench
+    plots           tools/plot_run.py, the charts of tools/bench and of the stability study
     docs            the documentation as a site (tools/build_docs.sh)
     test            tests of the loss and its operators (tests/loss, tests/ops)
     dev             everything that the tests, the linters and the tools need

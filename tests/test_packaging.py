@@ -37,6 +37,7 @@ EXTRAS_OF = {
     "megatron_dppo/training": ("train",),
     "megatron_dppo/training/metrics/wandb_sink.py": ("train", "wandb"),
     "examples": ("train",),
+    "examples/stability_study": ("train", "plots"),
     "tests": ("dev",),
     "tests/loss": ("test",),
     "tests/ops": ("test",),

@@ -142,7 +142,8 @@ def build_engine(
 ) -> tuple[RolloutEngine, Devices]:
     """The rollout engine that the configuration names, and how the trainer shares its devices with it."""
     if config.rollout.engine == "embedded":
-        return EmbeddedEngine(policy.chunks, policy.vocab_size, config.rollout.max_batch_size), OwnDevices()
+        batch_size, embedded = config.rollout.max_batch_size, config.rollout.embedded
+        return EmbeddedEngine(policy.chunks, policy.vocab_size, batch_size, embedded), OwnDevices()
     from megatron_dppo.rollout.sglang.engine import SGLangEngine  # its client is an extra
 
     colocated = config.rollout.sglang.colocated

@@ -24,7 +24,9 @@ from megatron.core.utils import unwrap_model
 from megatron_dppo.distributed.collectives import first_rank_where
 from megatron_dppo.distributed.layout import replica_group
 from megatron_dppo.errors import InvalidSampleError, RolloutError
+from megatron_dppo.rollout.embedded.config import EmbeddedConfig
 from megatron_dppo.rollout.embedded.decoder import CachedPolicy
+from megatron_dppo.rollout.embedded.rounding import RoundedWeights
 from megatron_dppo.rollout.embedded.routing import BatchRouting, ReplicaRouting
 from megatron_dppo.rollout.embedded.sampling import Draw, draw_tokens
 from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
@@ -38,13 +40,20 @@ class EmbeddedEngine:
     context parallelism the ranks of a replica decode the same sequences side by side.
     """
 
-    def __init__(self, model_chunks: Sequence[torch.nn.Module], vocab_size: int, max_batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        model_chunks: Sequence[torch.nn.Module],
+        vocab_size: int,
+        max_batch_size: int = 256,
+        config: EmbeddedConfig | None = None,
+    ) -> None:
         """Collective over all ranks; nothing is copied.
 
         Args:
             model_chunks: this rank's part of the policy, as built or wrapped (DDP, Float16Module).
             vocab_size: true size of the vocabulary; logits beyond it are padding.
             max_batch_size: sequences decoded at once, per replica: bounds the memory of the cache. The rest follows.
+            config: what it computes with. None: the training weights.
 
         Raises:
             ValueError: the policy cannot be decoded here (no rotary positions, experts that drop tokens, ...).
@@ -53,13 +62,15 @@ class EmbeddedEngine:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._chunks = list(model_chunks)
         models = list(unwrap_model(self._chunks))
-        config = models[0].config
+        policy_config = models[0].config
+        config = config or EmbeddedConfig()
         self._policy = CachedPolicy(models)
+        self._rounded_weights = RoundedWeights(models, config.weight_rounding, config.router_rounding)
         self._device = next(models[0].parameters()).device
         self._vocab_size = vocab_size
         self._max_batch_size = max_batch_size
         self._max_length: int = models[0].max_sequence_length
-        self._lockstep = _Lockstep(config.moe_token_dispatcher_type if config.num_moe_experts else None)
+        self._lockstep = _Lockstep(policy_config.moe_token_dispatcher_type if policy_config.num_moe_experts else None)
         self._group = replica_group()
         has_logits = any(model.post_process for model in models)
         self._drawing_rank = dist.get_global_rank(self._group, first_rank_where(has_logits, group=self._group))
@@ -98,7 +109,7 @@ class EmbeddedEngine:
         )
         group_ids = [g for g in range(len(prompts)) for _ in range(sampling.samples_per_prompt)]
         samples: list[Sample | FailedSample] = []
-        with self._policy.decoding(), self._recording(sampling):
+        with self._rounded_weights.in_place(), self._policy.decoding(), self._recording(sampling):
             for start in range(0, len(group_ids), self._max_batch_size):
                 batch = group_ids[start : start + self._max_batch_size]
                 samples += self._generate_batch(prompts, batch, sampling, generator)
@@ -123,7 +134,7 @@ class EmbeddedEngine:
         return BatchRouting(self._routing, prompts, source, sampling.max_new_tokens)
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
-        """Take note of the version; the engine reads the training weights themselves, and leaves ``weights`` alone."""
+        """Take note of the version; ``generate`` reads the training weights themselves. ``weights`` is left alone."""
         self.health()
         self._weight_version = version
 

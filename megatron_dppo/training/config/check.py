@@ -16,6 +16,7 @@ from megatron_dppo.errors import ConfigError, MissingDependencyError
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.ops.backend import BACKENDS, backend_report
+from megatron_dppo.rollout.embedded.config import NOT_ROUNDED
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
 from megatron_dppo.training.config.shared_devices import check_shared_devices
 from megatron_dppo.training.served_policy import served_policy
@@ -81,6 +82,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     _check_sinks(config)
     check_policy_fits(hf_config, config.parallel, world_size)
     config.rollout.sglang.check()
+    _check_rounding(config, hf_config)
     _check_timeouts(config)
     _check_sampling(config, hf_config)
     _check_algorithm(config, hf_config)
@@ -159,6 +161,20 @@ def _check_timeouts(config: Config) -> None:
                 raise ConfigError(
                     f"{name} = {value:g} s must be below {outer} = {patience:g} s, within which it happens: raise the latter"
                 )
+
+
+def _check_rounding(config: Config, hf_config: PretrainedConfig) -> None:
+    embedded = config.rollout.embedded
+    if embedded.rounds and config.rollout.engine != "embedded":
+        raise ConfigError(
+            f"rollout.embedded.* rounds weights, but rollout.engine={config.rollout.engine} generates with its own: choose"
+            " rollout.engine=embedded, or give the servers a dtype"
+        )
+    if embedded.router_rounding != NOT_ROUNDED and not is_moe(hf_config):
+        raise ConfigError(
+            f"rollout.embedded.router_rounding={embedded.router_rounding}, but a {hf_config.model_type} model has no"
+            f" routers: set it to {NOT_ROUNDED}"
+        )
 
 
 def _check_sampling(config: Config, hf_config: PretrainedConfig) -> None:

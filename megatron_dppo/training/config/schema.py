@@ -1,9 +1,9 @@
 """Every option of a training run, its default and its meaning: the only place where defaults of the trainer live.
 
 Sections that belong to a lower layer are that layer's own dataclasses (``DPPOConfig``, ``ParallelConfig``,
-``SGLangConfig``, ``TaskConfig``), so a default is never stated twice. Where the trainer has another one, the field that holds
-the section says so. ``load_config`` (load.py) reads YAML into these classes; ``check_config`` (check.py) refuses what cannot
-work.
+``EmbeddedConfig``, ``SGLangConfig``, ``TaskConfig``), so a default is never stated twice. Where the trainer has another one,
+the field that holds the section says so. ``load_config`` (load.py) reads YAML into these classes; ``check_config`` (check.py)
+refuses what cannot work.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.loss.config import DPPOConfig
+from megatron_dppo.rollout.embedded.config import EmbeddedConfig
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.tasks.config import TaskConfig
 
@@ -115,6 +116,7 @@ class RolloutConfig:
             replica); they are counted, named in failures.jsonl and not trained on. Above it the run stops with a checkpoint.
         exchange_timeout_s: how long ranks wait for the last one to have generated and scored its share. Every time-out within
             that time has to be shorter, and is named if it is not.
+        embedded: options of the embedded engine.
         sglang: options of the sglang engine.
     """
 
@@ -127,6 +129,7 @@ class RolloutConfig:
     log_prob_floor: float = -30.0
     max_failed_share: float = 0.1
     exchange_timeout_s: float = 14400.0
+    embedded: EmbeddedConfig = field(default_factory=EmbeddedConfig)
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
 

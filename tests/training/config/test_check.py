@@ -44,6 +44,7 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["logging.improvement_bound=true", "algorithm.anchor=recomputed"], 2, "improvement_bound compares"),
         (["algorithm.loss.kl_coef=0.1"], 2, "kl_coef with warm_start"),
         (["train.updates_per_rollout=1000"], 2, r"updates_per_rollout=1000 is more than the \d+ samples"),
+        ([*SGLANG, "rollout.embedded.weight_rounding=bf16"], 2, r"rollout\.engine=sglang generates with its own"),
         (["rollout.log_prob_floor=0"], 2, r"log_prob_floor must be below 0"),
         (["rollout.max_failed_share=1"], 2, r"max_failed_share must be below 1"),
         (["rollout.samples_per_prompt=1"], 2, "samples_per_prompt must be at least 2"),
@@ -148,6 +149,12 @@ def test_a_dense_policy_has_no_routing_to_replay():
     config = load_config(QUICKSTART, ["parallel.expert_model_parallel_size=1", "algorithm.routing_replay=true"])
     with pytest.raises(ConfigError, match="routing_replay=true, but a qwen3 model"):
         check_config(config, tiny_hf_config("qwen3"), 2)
+
+
+def test_a_dense_policy_has_no_routers_to_round():
+    overrides = ["parallel.expert_model_parallel_size=1", "rollout.embedded.router_rounding=int8"]
+    with pytest.raises(ConfigError, match="router_rounding=int8, but a qwen3 model has no routers"):
+        check_config(load_config(QUICKSTART, overrides), tiny_hf_config("qwen3"), 2)
 
 
 def test_kernels_that_are_not_there_are_not_replaced_in_silence(monkeypatch):

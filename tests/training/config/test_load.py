@@ -57,6 +57,11 @@ def test_a_list_override_replaces_the_list(tmp_path):
         ("train: 3", [], r"`train` is a section"),
         ("algorithm: {loss: {divergence: binary}}", [], r"divergence must be one of binary_tv, binary_kl"),
         ("algorithm: {loss: {delta_low: -1}}", [], "delta_low"),
+        (
+            "rollout: {embedded: {weight_rounding: fp4}}",
+            [],
+            "weight_rounding must be one of none, bf16, fp8_e4m3, int8",
+        ),
         ("parallel: {tensor_model_parallel_size: 0}", [], "tensor_model_parallel_size must be at least 1"),
         ("", ["train.steps"], "expected key.sub=value"),
         ("train: [", [], "not valid YAML"),
