@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_dppo import vocab_parallel_policy_stats
+from megatron_dppo.ops import fused_linear, linear_tiles
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from tests.counted_collectives import ALL_GATHER, counted_collectives
 from tests.rank_pool import RankPools
@@ -100,6 +102,26 @@ def test_any_number_of_shards_gives_the_same(
         for ours, expected in zip(results, whole, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
         assert (forward, backward) == collectives
+
+
+def _gathered_shape() -> tuple[int, ...]:
+    """Of what this rank sends when its shard is read in several chunks."""
+    arguments = _problem()
+    weight = arguments.pop("weight").chunk(dist.get_world_size())[dist.get_rank()]
+    with (
+        mock.patch.object(linear_tiles, "_MIN_COLUMNS", 5),
+        mock.patch.object(fused_linear, "gather_shards", wraps=fused_linear.gather_shards) as gather,
+    ):
+        fused_linear_policy_stats(
+            weight=weight, **arguments, vocab_size=VOCAB, tp_group=dist.group.WORLD, chunk_bytes=8 * S * B * 5
+        )
+    return tuple(gather.call_args.args[0].shape)
+
+
+def test_ranks_exchange_one_row_per_token_however_many_chunks(ranks: RankPools) -> None:
+    with mock.patch.object(linear_tiles, "_MIN_COLUMNS", 5):
+        assert len(linear_tiles.Tiling.within(8 * S * B * 5, S * B, WIDTH // 2, torch.float64).column_chunks()) > 1
+    assert ranks(2).run(_gathered_shape) == 2 * [(S * B, 5 + 2)]
 
 
 def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str, torch.Tensor]:
