@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_dppo import vocab_parallel_policy_stats
 from megatron_dppo.ops import fused_linear, linear_tiles
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
+from megatron_dppo.ops.gradient_in_forward import zero_with_policy_gradient
 from tests.counted_collectives import ALL_GATHER, counted_collectives
 from tests.rank_pool import RankPools
 
@@ -36,6 +37,9 @@ def _problem() -> dict[str, Any]:
 def _total(stats: Any) -> torch.Tensor:
     g1, g2 = torch.randn(2, S, B, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     return (g1 * stats.log_prob + g2 * stats.entropy).sum()
+
+
+_FACTORS = torch.randn(S, B, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
 def _whole() -> list[torch.Tensor]:
@@ -100,6 +104,73 @@ def test_any_number_of_shards_gives_the_same(
     whole = _whole()
     for results, forward, backward in ranks(world_size).run(_sharded, sequence_parallel, reduce_hidden_grad):
         for ours, expected in zip(results, whole, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+        assert (forward, backward) == collectives
+
+
+def _policy_gradient_of_shards(
+    sequence_parallel: bool, reduce_hidden_grad: bool
+) -> tuple[list[torch.Tensor], list[str], list[str]]:
+    """As ``_sharded``, of a policy gradient alone, made in forward in three blocks of tokens; nothing but the gradients."""
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    arguments = _problem()
+    hidden, weight = arguments.pop("hidden"), arguments.pop("weight").chunk(size)[rank].clone().requires_grad_()
+    hidden = (hidden.chunk(size)[rank] if sequence_parallel else hidden).clone().requires_grad_()
+    with counted_collectives() as forward:
+        zero = zero_with_policy_gradient(
+            hidden,
+            weight,
+            token_gradient=lambda stats, block: _FACTORS.flatten()[block] * stats.log_prob,
+            block_rows=8,
+            **arguments,
+            vocab_size=VOCAB,
+            temperature=1.0,
+            tp_group=group,
+            rows=None,
+            sequence_parallel=sequence_parallel,
+            reduce_hidden_grad=reduce_hidden_grad,
+            accumulate_into_main_grad=False,
+            fp32_logits=False,
+            chunk_bytes=1,
+            backend="torch",
+            checks="now",
+        )
+    with counted_collectives() as backward:
+        zero.backward()
+    grad_hidden = hidden.grad.clone()
+    if not reduce_hidden_grad:
+        dist.all_reduce(grad_hidden)
+    elif sequence_parallel:
+        grad_hidden = _joined(grad_hidden)
+    return [grad_hidden, _joined(weight.grad)], forward, backward
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "reduce_hidden_grad", "collectives"),
+    [
+        (False, True, (3 * [ALL_GATHER], ["all_reduce"])),
+        (False, False, (3 * [ALL_GATHER], [])),
+        # Hidden states first, then each block's statistics.
+        (True, True, (4 * [ALL_GATHER], ["reduce_scatter_tensor"])),
+    ],
+)
+def test_a_gradient_made_in_forward_is_that_of_any_number_of_shards(
+    ranks: RankPools,
+    world_size: int,
+    sequence_parallel: bool,
+    reduce_hidden_grad: bool,
+    collectives: tuple[list[str], list[str]],
+) -> None:
+    arguments = _problem()
+    hidden, weight = (arguments.pop(name).requires_grad_() for name in ("hidden", "weight"))
+    log_prob = vocab_parallel_policy_stats(hidden @ weight.t(), **arguments, vocab_size=VOCAB, backend="torch").log_prob
+    # The gradient's factor is made of the statistics, as the loss' is.
+    (0.5 * _FACTORS * log_prob.square()).sum().backward()
+    for results, forward, backward in ranks(world_size).run(
+        _policy_gradient_of_shards, sequence_parallel, reduce_hidden_grad
+    ):
+        for ours, expected in zip(results, (hidden.grad, weight.grad), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
         assert (forward, backward) == collectives
 
