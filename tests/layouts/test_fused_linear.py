@@ -195,6 +195,9 @@ def test_ranks_exchange_one_row_per_token_however_many_chunks(ranks: RankPools) 
     assert ranks(2).run(_gathered_shape) == 2 * [(S * B, 5 + 2)]
 
 
+_OVERLAPPED = ("fused into main_grad", "policy gradient in forward")
+
+
 def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str, torch.Tensor]:
     """Main gradients of two micro-batches' statistics, computed over logits or fused."""
     # Imported here: the ranks of the tests above start much faster without Megatron.
@@ -204,16 +207,41 @@ def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str
     from tests.models.policy_runs import LOSS_MASK, TOKENS, wrapped_policy
 
     # Overlapping insists on a gradient for every parameter, also for one that is in main_grad already.
-    (chunk,) = wrapped_policy(folder, layout, torch.float32, overlap_grad_reduce=route == "fused into main_grad")
+    (chunk,) = wrapped_policy(folder, layout, torch.float32, overlap_grad_reduce=route in _OVERLAPPED)
     chunk.zero_grad_buffer()
     head = PolicyHead(chunk)
+    entropy_coef = 0.0 if route.startswith("policy gradient") else 0.3
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     target, common = TOKENS.roll(-1, dims=1), {"vocab_size": 250, "tp_group": head.tp_group}
     for mask, last in ((LOSS_MASK, False), (LOSS_MASK.flip(0), True)):
         with hidden_states_only(chunk):
             output = chunk(TOKENS, positions, None)
         rows = mask.flatten().nonzero()[:, 0]
-        if route == "logits":
+        if route == "policy gradient in forward":
+            loss = zero_with_policy_gradient(
+                head.response_hidden(output, rows, mask.shape),
+                head.weight,
+                target[mask],
+                token_gradient=lambda stats, block: torch.ones_like(stats.log_prob),
+                block_rows=5,
+                backward_scale=1.0,
+                rows=None,
+                topk_ids=None,
+                token_mask=None,
+                temperature=1.0,
+                sequence_parallel=False,
+                reduce_hidden_grad=False,
+                accumulate_into_main_grad=True,
+                fp32_logits=False,
+                chunk_bytes=1,
+                backend="auto",
+                checks="off",
+                **common,
+            )
+            with nullcontext() if last else chunk.no_sync():
+                loss.backward()
+            continue
+        if route.endswith("logits"):
             logits_nV = head.logits(head.response_hidden(output, rows, mask.shape))
             stats = vocab_parallel_policy_stats(logits_nV, target[mask], **common)
         elif route == "fused behind the head":
@@ -237,24 +265,32 @@ def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str
                 accumulate_into_main_grad=route == "fused into main_grad",
             )
         with nullcontext() if last else chunk.no_sync():
-            (stats.log_prob.sum() + 0.3 * stats.entropy.sum()).backward()
+            (stats.log_prob.sum() + entropy_coef * stats.entropy.sum()).backward()
     finalize_model_grads([chunk])
     return {name: parameter.main_grad.clone() for name, parameter in chunk.named_parameters()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["fused", "fused into main_grad", "fused behind the head"])
+@pytest.mark.parametrize(
+    ("route", "reference"),
+    [
+        ("fused", "logits"),
+        ("fused into main_grad", "logits"),
+        ("fused behind the head", "logits"),
+        ("policy gradient in forward", "policy gradient over logits"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied"])
 @pytest.mark.parametrize("layout", ["TP2", "TP2 without sequence parallelism"])
 def test_a_model_gets_the_gradients_of_the_route_over_logits(
-    ranks: RankPools, tmp_path: Path, layout: str, kind: str, route: str
+    ranks: RankPools, tmp_path: Path, layout: str, kind: str, route: str, reference: str
 ) -> None:
     """Through Megatron's DistributedDataParallel, for every parameter; two micro-batches, so gradients accumulate."""
     from tests.models.policy_runs import TWO_RANK_LAYOUTS
     from tests.models.tiny_policies import write_tiny_hf_model
 
     arguments = (str(write_tiny_hf_model(kind, tmp_path)), TWO_RANK_LAYOUTS[layout])
-    expected = ranks(2).run(_main_gradients, *arguments, "logits")
+    expected = ranks(2).run(_main_gradients, *arguments, reference)
     for ours, theirs in zip(ranks(2).run(_main_gradients, *arguments, route), expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name, gradient in theirs.items():
