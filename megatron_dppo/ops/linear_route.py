@@ -13,9 +13,9 @@ The gradient is made in forward where all of these hold, else two passes are mad
   says so by asking);
 * a block that fits into ``chunk_bytes`` holds all tokens, or at least ``_FEWEST_ROWS``. Every block adds to all of the
   weight's gradient, which is read and written for that: 8 bytes for each 2 r operations, with r tokens in a block. A device
-  that does 230 operations in the time of a byte (H100: 770 TFLOP/s, 3.35 TB/s) waits for its memory below 920 tokens, if
-  nothing overlaps; with 512 the reading and writing takes 1.8 times as long as the product that it runs beside, and 3
-  products are no longer much less than 4. Two cores of a CPU do some 20 operations in that time, so 128 are enough;
+  that does 230 operations in the time of a byte (H100: 770 TFLOP/s, 3.35 TB/s) takes as long for the bytes as for the
+  product where r is 920; if nothing overlaps, three products with fewer tokens cost more than the fourth. Two cores of a CPU
+  do some 20 operations in that time, so 128 are enough;
 * the weight's gradient has a place: ``main_grad`` in fp32 with a promised ``backward_scale``, or a gradient of its own that
   loses nothing by being added to (one block, or a dtype that is not 16 bits). Two passes need no promise, and finish 16-bit
   gradients chunk by chunk.
@@ -30,11 +30,11 @@ import torch
 from megatron_dppo.ops.fp32_product import is_16_bit
 from megatron_dppo.ops.linear_call import CHUNK_BYTES
 
-# The block of a GPU is larger: 552 tokens with 151,936 columns of fp32 logits, 1104 of bf16 ones.
+# The block of a GPU is larger: 1104 tokens with 151,936 columns of fp32 logits, 2208 of bf16 ones.
 BLOCK_BYTES = {"cpu": CHUNK_BYTES}
-BLOCK_BYTES_ELSEWHERE = 320 * 2**20
+BLOCK_BYTES_ELSEWHERE = 640 * 2**20
 _FEWEST_ROWS = {"cpu": 128}
-_FEWEST_ROWS_ELSEWHERE = 512
+_FEWEST_ROWS_ELSEWHERE = 1024
 
 
 def rows_of_a_block(

@@ -14,7 +14,8 @@ Compared, forward and backward of a policy gradient to the hidden states and the
 The first three add the weight's gradient to an fp32 ``main_grad`` that is there already; the others return it. Methods take
 turns, so that a busy machine slows all of them; a ratio is the median over turns of (method's time / our time in that turn).
 ``memory`` is the peak of what forward + backward allocate. ``gradient error`` is the relative difference, in norm, of the
-weight's and the hidden states' gradients to those of ``logits + ours``, or to float64 with ``--exact``. Every bf16 gradient
+weight's and the hidden states' gradients to those of ``logits + ours`` (or the last way of ``--only``), or to float64 with
+``--exact``. Every bf16 gradient
 is rounded at the end, which is 1.7e-3 of it; only ``main_grad`` can be closer.
 """
 
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES / 2**20, help="largest tile of logits")
     parser.add_argument("--coefficients", default="signs", choices=["signs", "normal"], help="of the tokens' log-probs")
     parser.add_argument("--before", metavar="REV", help="a git revision whose ops/fused_linear.py is run beside")
+    parser.add_argument("--only", metavar="WAY,...", help="some of the ways, the one to compare with first")
     parser.add_argument("--exact", action="store_true", help="gradient errors are to float64 (minutes, GiB)")
     parser.add_argument("--fp32-logits", action="store_true", help="ours leave the logits of 16-bit inputs in fp32")
     parser.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
@@ -88,9 +90,12 @@ def main() -> int:
         inputs = make_inputs(shape, options.masked, DTYPES[options.dtype], options.device, options.coefficients)
         before = None if options.before is None else fused_linear_of(options.before)
         candidates = methods(int(options.chunk_mib * 2**20), options.fp32_logits, before)
+        if options.only is not None:
+            candidates = {name: candidates[name] for name in options.only.split(",")}
         results = measure(candidates, inputs, options.turns)
         title = f"{shape} {options.dtype}, {int(inputs.mask.sum())} tokens in the mask"
-        reference = exact_gradients(inputs) if options.exact else results["logits + ours"].gradients
+        compared = next(reversed(results)) if "logits + ours" not in results else "logits + ours"
+        reference = exact_gradients(inputs) if options.exact else results[compared].gradients
         print_table(title, results, inputs, reference)
         charts[title] = results
     if options.plot:
