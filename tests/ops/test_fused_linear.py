@@ -16,26 +16,10 @@ from megatron_dppo.ops import linear_tiles, torch_backend
 from megatron_dppo.ops.arguments import RowSelection, TokenIds, VocabShard
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from megatron_dppo.ops.shard_merge import merge_chunks
+from tests.ops.linear_problem import problem
 from tests.ops.tensor_sizes import TensorSizes
 
 Gradients = tuple[torch.Tensor, torch.Tensor]
-
-
-def problem(
-    n: int = 13, h: int = 24, width: int = 40, vocab: int = 37, k: int = 3, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """Hidden states [n, h], weight [width, h] with padded rows that must not count, targets, ids, a mask."""
-    weight = torch.randn(width, h) * 3 / h**0.5
-    weight[vocab:] = 7.0
-    return {
-        "hidden": torch.randn(n, h).to(dtype),
-        "weight": weight.to(dtype),
-        "target": torch.randint(0, vocab, (n,)),
-        "topk_ids": torch.randint(0, vocab, (n, k)) if k else None,
-        "temperature": 0.7,
-        "vocab_size": vocab,
-        "token_mask": torch.rand(n) < 0.7,
-    }
 
 
 def incoming(shape: torch.Size) -> list[torch.Tensor]:

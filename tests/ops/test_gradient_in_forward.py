@@ -14,8 +14,8 @@ from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from megatron_dppo.ops.gradient_in_forward import zero_with_policy_gradient
 from megatron_dppo.ops.linear_call import CHUNK_BYTES
 from megatron_dppo.ops.linear_route import rows_of_a_block
+from tests.ops.linear_problem import problem
 from tests.ops.tensor_sizes import TensorSizes
-from tests.ops.test_fused_linear import problem
 
 OTHERS: dict[str, Any] = {
     "tp_group": None,
