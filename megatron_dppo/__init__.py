@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from megatron_dppo.loss.advantages import group_advantages
     from megatron_dppo.loss.checks import InputChecks
     from megatron_dppo.loss.config import DPPOConfig
-    from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead, LossOutput
+    from megatron_dppo.loss.dppo_loss import DPPOLoss, LossOutput
     from megatron_dppo.loss.inputs import LossInputs, Sequences, TopK
+    from megatron_dppo.loss.linear_head import LinearHead
     from megatron_dppo.loss.metrics import MetricSums
     from megatron_dppo.loss.token_losses import TokenLosses, token_losses
     from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
@@ -24,8 +25,9 @@ _NAMES_OF = {
     "loss.advantages": ("group_advantages",),
     "loss.checks": ("InputChecks",),
     "loss.config": ("DPPOConfig",),
-    "loss.dppo_loss": ("DPPOLoss", "LinearHead", "LossOutput"),
+    "loss.dppo_loss": ("DPPOLoss", "LossOutput"),
     "loss.inputs": ("LossInputs", "Sequences", "TopK"),
+    "loss.linear_head": ("LinearHead",),
     "loss.metrics": ("MetricSums",),
     "loss.token_losses": ("TokenLosses", "token_losses"),
     "ops.fused_linear": ("fused_linear_policy_stats",),

@@ -45,6 +45,10 @@ class Aggregation:
         """Scalar, from [N] losses that are 0 outside the mask."""
         return per_token.sum() if self.token_weights is None else (self.token_weights * per_token).sum()
 
+    def weighted(self, values: torch.Tensor, block: slice) -> torch.Tensor:
+        """What ``sum`` adds up, for some of the tokens: [r] values of the block times its weights."""
+        return values if self.token_weights is None else self.token_weights[block] * values
+
 
 def aggregation_of(config: DPPOConfig, inputs: LossInputs, tokens: FlatTokens) -> Aggregation:
     """Weights of the tokens and the local denominator.

@@ -14,50 +14,27 @@ exception is ``checks="now"``, which looks at the record of impossible inputs be
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_dppo.errors import LossInputError
-from megatron_dppo.loss.aggregation import aggregation_of
+from megatron_dppo.loss.aggregation import Aggregation, aggregation_of
 from megatron_dppo.loss.checks import CHECKS, InputChecks, check_values
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.divergences import sampled_slot_valid
 from megatron_dppo.loss.fused_objective import objective_of
 from megatron_dppo.loss.inputs import FlatTokens, LossInputs, check_fields, flatten
+from megatron_dppo.loss.linear_head import LinearHead
 from megatron_dppo.loss.metrics import MetricSums
+from megatron_dppo.loss.objective import TokenObjective
 from megatron_dppo.loss.regularisers import differentiable_zero, reference_kl
-from megatron_dppo.ops.backend import choose_backend
+from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
-from megatron_dppo.ops.fused_linear import CHUNK_BYTES, fused_linear_policy_stats
 from megatron_dppo.ops.policy_stats import PolicyStats, vocab_parallel_policy_stats
 from megatron_dppo.ops.torch_backend import compute_dtype
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """In place of logits: what the output layer would make them of. They then never exist as a whole.
-
-    Attributes:
-        hidden: [..., h]; with ``sequence_parallel`` this rank's [s/TP, ..., h] of tokens [s, ...].
-        weight: [V/TP, h] this rank's rows of the output layer, in the dtype of ``hidden``.
-        sequence_parallel: ``hidden`` is sharded along its first dimension over the tensor-parallel group.
-        reduce_hidden_grad: sum the gradient of ``hidden`` over that group. False: the caller does.
-        accumulate_into_main_grad: add the weight's gradient to its ``main_grad`` (see ``ops/fused_linear.py``).
-        fp32_logits: do not round the logits of 16-bit hidden states to 16 bits.
-        chunk_bytes: largest tile of logits.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    _: KW_ONLY
-    sequence_parallel: bool = False
-    reduce_hidden_grad: bool = True
-    accumulate_into_main_grad: bool = False
-    fp32_logits: bool = False
-    chunk_bytes: int = CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -83,6 +60,16 @@ class LossOutput:
     log_prob: torch.Tensor
     backend: str
     checks: InputChecks | None
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """The loss with its gradient, and what it was made of: [N], without gradient but for ``kl``."""
+
+    loss: torch.Tensor
+    log_prob: torch.Tensor
+    objective: TokenObjective
+    kl: torch.Tensor | None
 
 
 class DPPOLoss:
@@ -139,29 +126,22 @@ class DPPOLoss:
         checks = None
         if self.checks != "off":
             checks = check_values(inputs, tokens, self.vocab_size, aggregation.local_lengths)
-        stats = self._policy_stats(policy, tokens)
-        exact_divergence = self._exact_divergence(policy, inputs, tokens)
-
-        decide = objective_of(backend)
-        objective = decide(self.config, tokens, stats.detach(), exact_divergence, self.vocab_size)
-        # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
-        per_token = -objective.coefficient * (1.0 + differentiable_zero(stats.log_prob))
-        kl = None
-        if tokens.ref_log_probs is not None:
-            kl = reference_kl(stats.log_prob, tokens.ref_log_probs, self.config.kl_estimator)
-        loss = aggregation.sum(self._with_penalties(per_token, stats.entropy, kl))
-        reported = {"loss": (loss, aggregation.num_tokens)}
-        if kl is not None:
-            reported["reference/kl"] = (kl.double().sum(), tokens.count())
+        decided = self._in_forward(policy, tokens, aggregation, backend)
+        if decided is None:
+            decided = self._by_autograd(policy, inputs, tokens, aggregation, backend)
+        objective = decided.objective
+        reported = {"loss": (decided.loss, aggregation.num_tokens)}
+        if decided.kl is not None:
+            reported["reference/kl"] = (decided.kl.double().sum(), tokens.count())
 
         shape = inputs.target.shape
         output = LossOutput(
-            loss=loss,
+            loss=decided.loss,
             num_tokens=aggregation.num_tokens,
             metrics=objective.metrics.with_means(reported).with_updates(objective.coefficient, tokens.count()),
             weight=objective.weight.view(shape),
             divergence=objective.divergence.view(shape),
-            log_prob=tokens.masked(stats.log_prob.detach()).view(shape),
+            log_prob=tokens.masked(decided.log_prob).view(shape),
             backend=backend.name,
             checks=checks,
         )
@@ -183,16 +163,65 @@ class DPPOLoss:
             shape = torch.Size((shape[0] * dist.get_world_size(self.tp_group), *shape[1:]))
         return shape
 
-    def _policy_stats(self, policy: torch.Tensor | LinearHead, tokens: FlatTokens) -> PolicyStats:
-        """[N] statistics of the policy at the tokens, with gradient."""
+    def _in_forward(
+        self, policy: torch.Tensor | LinearHead, tokens: FlatTokens, aggregation: Aggregation, backend: Backend
+    ) -> _Decided | None:
+        """With the gradient made as soon as a token's statistics are known; None where that cannot be, or does not pay."""
+        if not isinstance(policy, LinearHead) or self.config.entropy_coef != 0.0 or self.config.kl_coef != 0.0:
+            return None
+        block_rows = policy.rows_of_a_block(tokens.target.shape[0])
+        if block_rows is None:
+            return None
+
+        def decide(tokens: FlatTokens, stats: PolicyStats) -> TokenObjective:
+            return objective_of(backend)(self.config, tokens, stats, None, self.vocab_size)
+
+        zero, log_prob, objective = policy.policy_gradient(
+            tokens=tokens,
+            aggregation=aggregation,
+            decide=decide,
+            block_rows=block_rows,
+            **self._arguments(policy, tokens),
+        )
+        kl = None
+        if tokens.ref_log_probs is not None:
+            kl = reference_kl(log_prob, tokens.ref_log_probs, self.config.kl_estimator)
+        return _Decided(aggregation.sum(-objective.coefficient) + zero, log_prob, objective, kl)
+
+    def _by_autograd(
+        self,
+        policy: torch.Tensor | LinearHead,
+        inputs: LossInputs,
+        tokens: FlatTokens,
+        aggregation: Aggregation,
+        backend: Backend,
+    ) -> _Decided:
+        """With everything that carries gradient differentiated by autograd."""
+        arguments = self._arguments(policy, tokens)
+        if isinstance(policy, LinearHead):
+            stats = policy.policy_stats(**arguments).flatten()
+        else:
+            stats = vocab_parallel_policy_stats(policy, **arguments, inplace_backward=self.inplace_backward).flatten()
+        exact_divergence = self._exact_divergence(policy, inputs, tokens)
+        objective = objective_of(backend)(self.config, tokens, stats.detach(), exact_divergence, self.vocab_size)
+        # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
+        per_token = -objective.coefficient * (1.0 + differentiable_zero(stats.log_prob))
+        kl = None
+        if tokens.ref_log_probs is not None:
+            kl = reference_kl(stats.log_prob, tokens.ref_log_probs, self.config.kl_estimator)
+        loss = aggregation.sum(self._with_penalties(per_token, stats.entropy, kl))
+        return _Decided(loss, stats.log_prob.detach(), objective, kl)
+
+    def _arguments(self, policy: torch.Tensor | LinearHead, tokens: FlatTokens) -> dict[str, Any]:
+        """Of the operators that compute the policy's statistics, for logits and for hidden states."""
         shape = self._tokens_shape(policy)
         topk_ids = tokens.topk_ids if self.config.needs_topk else None
 
         def shaped(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.view(*shape, *values.shape[1:])
 
-        target = tokens.target.view(shape)
-        common: dict[str, Any] = {
+        arguments = {
+            "target": tokens.target.view(shape),
             "topk_ids": shaped(topk_ids),
             "temperature": self.config.temperature,
             "vocab_size": self.vocab_size,
@@ -201,21 +230,7 @@ class DPPOLoss:
             "backend": self.backend,
             "checks": "off",  # check_values has looked
         }
-        if isinstance(policy, LinearHead):
-            stats = fused_linear_policy_stats(
-                policy.hidden,
-                policy.weight,
-                target,
-                sequence_parallel=policy.sequence_parallel,
-                reduce_hidden_grad=policy.reduce_hidden_grad,
-                accumulate_into_main_grad=policy.accumulate_into_main_grad,
-                fp32_logits=policy.fp32_logits,
-                chunk_bytes=policy.chunk_bytes,
-                **common,
-            )
-        else:
-            stats = vocab_parallel_policy_stats(policy, target, inplace_backward=self.inplace_backward, **common)
-        return stats.flatten()
+        return arguments | {"rows": None} if isinstance(policy, LinearHead) else arguments
 
     def _with_penalties(self, per_token: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None) -> torch.Tensor:
         """[N] with the entropy bonus and the KL to the reference policy; both are 0 outside the mask."""

@@ -137,6 +137,11 @@ class FlatTokens:
         """[N, ...] with ``outside`` where the mask is False."""
         return masked(values, self.mask, outside)
 
+    def part(self, block: slice) -> FlatTokens:
+        """Some of the tokens."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: values[block] for name, values in parts.items() if values is not None})
+
     def count(self) -> torch.Tensor:
         """Scalar int64: how many tokens count. It stays on the device."""
         if self.mask is None:

@@ -7,6 +7,7 @@ This is the definition; ``loss/fused_objective.py`` is the same in one kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,18 @@ class TokenObjective:
     weight: torch.Tensor
     divergence: torch.Tensor
     metrics: MetricSums
+
+    @classmethod
+    def joined(cls, blocks: Sequence[TokenObjective]) -> TokenObjective:
+        """Of all tokens, from those of blocks of them in order."""
+        if len(blocks) == 1:
+            return blocks[0]
+        return cls(
+            coefficient=torch.cat([block.coefficient for block in blocks]),
+            weight=torch.cat([block.weight for block in blocks]),
+            divergence=torch.cat([block.divergence for block in blocks]),
+            metrics=MetricSums.total([block.metrics for block in blocks]),
+        )
 
 
 def token_objective(

@@ -49,7 +49,7 @@ def add_product(sums_mn: torch.Tensor, a_mk: torch.Tensor, b_kn: torch.Tensor) -
 
     Args:
         sums_mn: [m, n] fp32. In another dtype they are rounded once, when all of the product is added, part by part.
-        a_mk: [m, k] what ``gradient_factor`` made of an fp32 gradient.
+        a_mk: [m, k] what ``gradient_factor`` made of an fp32 gradient, or a gradient of the dtype of ``b_kn``.
         b_kn: [k, n] bf16 or fp16.
     """
     if sums_mn.dtype is not torch.float32:
@@ -61,8 +61,11 @@ def add_product(sums_mn: torch.Tensor, a_mk: torch.Tensor, b_kn: torch.Tensor) -
     if _writes_fp32_sums(sums_mn):
         torch.addmm(sums_mn, a_mk, b_kn, out_dtype=torch.float32, out=sums_mn)
         return
-    for part in _parts(b_kn.shape[0], b_kn.shape[1]):
-        sums_mn.addmm_(a_mk[:, part].float(), b_kn[part].float())
+    # A 16-bit gradient is as large as its logits: it too is upcast part by part.
+    all_rows = slice(0, a_mk.shape[0])
+    for rows in _parts(*a_mk.shape) if is_16_bit(a_mk) else (all_rows,):
+        for part in _parts(*b_kn.shape):
+            sums_mn[rows].addmm_(a_mk[rows, part].float(), b_kn[part].float())
 
 
 def gradient_factor(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

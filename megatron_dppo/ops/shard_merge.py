@@ -73,8 +73,8 @@ def all_gather_rows(gathered: torch.Tensor, local: torch.Tensor, group: dist.Pro
     collective(gathered, local, group=group)
 
 
-def merge_shards(partials_RnC: torch.Tensor, mask_n: torch.Tensor | None = None) -> MergedRows:
-    """[TP, n, 5 + K] partials of all shards -> statistics of the rows; all 0 for rows outside of the mask."""
+def merge_chunks(partials_RnC: torch.Tensor) -> torch.Tensor:
+    """[R, n, 5 + K] partials of R runs of columns -> [n, 5 + K], the partials of all their columns as one shard's."""
     state, gathered = partials_RnC[..., :STATE_COLUMNS], partials_RnC[..., STATE_COLUMNS:]
     max_Rn, rest_Rn, tilt_Rn, squares_Rn = state.unbind(-1)
     max_n, leader_n = max_Rn.max(dim=0)
@@ -87,11 +87,17 @@ def merge_shards(partials_RnC: torch.Tensor, mask_n: torch.Tensor | None = None)
     rest_n = (scale_Rn * (rest_Rn + counted_Rn)).sum(0)
     tilt_n = (scale_Rn * (tilt_Rn + shift_Rn * (1.0 + rest_Rn))).sum(0)
     squares_n = (scale_Rn.square() * (squares_Rn + counted_Rn)).sum(0)
+    # Exactly one shard owns each id and the others sent 0, so the sum is a selection.
+    return torch.cat([torch.stack([max_n, rest_n, tilt_n, squares_n], dim=1), gathered.sum(0)], dim=1)
 
+
+def merge_shards(partials_RnC: torch.Tensor, mask_n: torch.Tensor | None = None) -> MergedRows:
+    """[TP, n, 5 + K] partials of all shards -> statistics of the rows; all 0 for rows outside of the mask."""
+    whole_nC = merge_chunks(partials_RnC)
+    max_n, rest_n, tilt_n, squares_n = whole_nC[:, :STATE_COLUMNS].unbind(-1)
     log_sum_n = rest_n.log1p()
     total_n = 1.0 + rest_n
-    # Exactly one shard owns each id and the others sent 0, so the sum is a selection.
-    log_prob_nC = (gathered.sum(0) - max_n[:, None]) - log_sum_n[:, None]
+    log_prob_nC = (whole_nC[:, STATE_COLUMNS:] - max_n[:, None]) - log_sum_n[:, None]
     merged = MergedRows(
         log_prob=log_prob_nC[:, 0],
         entropy=log_sum_n - tilt_n / total_n,

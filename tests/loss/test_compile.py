@@ -11,11 +11,18 @@ from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
 
 @pytest.mark.emulated_nightly
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools")  # a table of places, the same at each call
-@pytest.mark.parametrize("entrance", ["logits", pytest.param("hidden", marks=pytest.mark.nightly)])
-def test_a_call_is_captured_whole(entrance: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("entrance", "penalty"),
+    [
+        ("logits", 0.1),
+        pytest.param("hidden", 0.1, marks=pytest.mark.nightly),
+        pytest.param("hidden", 0.0, marks=pytest.mark.nightly),  # the gradient is made in forward
+    ],
+)
+def test_a_call_is_captured_whole(entrance: str, penalty: float, backend: str) -> None:
     scenario = make_scenario()
     inputs = scenario.inputs("rollout_topk", "ref_log_probs")
-    config = DPPOConfig(divergence="topk_kl", entropy_coef=0.1, kl_coef=0.1)
+    config = DPPOConfig(divergence="topk_kl", entropy_coef=penalty, kl_coef=penalty)
     loss = DPPOLoss(config, vocab_size=VOCAB, backend=backend, checks="off")
     weight = torch.randn(PADDED, 8)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_dppo import DPPOConfig, DPPOLoss, LinearHead
 from megatron_dppo.errors import LossInputError
+from megatron_dppo.ops import linear_route
 from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
 
 HIDDEN = 16
@@ -22,21 +24,41 @@ def output_layer() -> tuple[torch.Tensor, torch.Tensor]:
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
+def names_of_graph(loss: torch.Tensor) -> set[str]:
+    """Of the operations that backward goes through."""
+    names, found = set(), [loss.grad_fn]
+    while found:
+        node = found.pop()
+        names.add(node.name())
+        found += [following for following, _ in node.next_functions if following is not None]
+    return names
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"divergence": "topk_kl", "direction": "predictive", "entropy_coef": 0.1, "temperature": 0.8},
         {"trust_region": "smooth", "aggregation": "seq_mean_token_mean", "kl_coef": 0.1},
+        {"divergence": "topk_tv", "direction": "predictive", "aggregation": "seq_mean_token_mean"},
     ],
 )
-def test_it_is_the_loss_of_the_logits(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("block_rows", [None, 5])
+def test_it_is_the_loss_of_the_logits(settings: dict[str, Any], block_rows: int | None) -> None:
+    """In two passes where there are penalties, else with the gradient made in forward, in one block or several."""
     inputs = make_scenario().inputs(*ENGINE)
     loss = DPPOLoss(DPPOConfig(**settings), vocab_size=VOCAB)
     hidden, weight = output_layer()
     from_logits = loss(hidden @ weight.t(), inputs)
     expected = torch.autograd.grad(from_logits.loss, (hidden, weight))
-    from_hidden = loss(LinearHead(hidden, weight), inputs)
+    with (
+        mock.patch.object(linear_route, "_FEWEST_ROWS", {"cpu": 1}),
+        mock.patch.object(linear_route, "_FEWEST_ROWS_ELSEWHERE", 1),
+    ):
+        chunk_bytes = None if block_rows is None else block_rows * PADDED * 8
+        from_hidden = loss(LinearHead(hidden, weight, chunk_bytes=chunk_bytes), inputs)
+    penalties = {"entropy_coef", "kl_coef"} & settings.keys()
+    assert any("GradientInForward" in name for name in names_of_graph(from_hidden.loss)) == (not penalties)
     got = torch.autograd.grad(from_hidden.loss, (hidden, weight))
     # float64 throughout: sums of a few hundred terms in another order.
     torch.testing.assert_close(from_hidden.loss, from_logits.loss, rtol=1e-12, atol=1e-12)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dppo.ops import fp32_product, fused_linear
+from megatron_dppo.ops import fp32_product, linear_tiles
 from megatron_dppo.ops.fp32_linear import fp32_linear
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from tests.ops.fp32_products import WAYS
@@ -117,7 +117,7 @@ def test_fused_statistics_and_gradients_are_those_of_float64(
 
     truth, theirs = by_pytorch(torch.float64), by_pytorch(torch.float32)
     with (
-        mock.patch.object(fused_linear, "_MIN_COLUMNS", tile_columns),
+        mock.patch.object(linear_tiles, "_MIN_COLUMNS", tile_columns),
         mock.patch.object(fp32_product, "PART_BYTES", 4 * h * 33),
         WAYS[way](),
     ):

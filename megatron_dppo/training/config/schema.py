@@ -172,8 +172,9 @@ class TrainConfig:
         micro_batch_size: padded: sequences per forward pass and replica.
         tokens_per_micro_batch: packed: most tokens per forward pass and replica.
         fused_linear: compute log-probs straight from hidden states, a few rows of logits at a time: the logits of a
-            micro-batch, often its largest tensor, never exist as a whole. Costs a second pass over the output matrix. Not
-            with exact_* divergences.
+            micro-batch, often its largest tensor, never exist as a whole. With algorithm.loss.entropy_coef or kl_coef it
+            costs a second pass over the output matrix (docs/kernels.md says when it is worth it). Not with exact_*
+            divergences.
         max_skipped_steps: an optimizer step whose gradients are NaN or infinite is skipped on all ranks and counted, and what
             may be to blame is kept in the run folder (evidence/). After more than so many in a row the run stops, with a
             checkpoint.

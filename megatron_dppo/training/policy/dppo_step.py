@@ -16,8 +16,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import MismatchError
-from megatron_dppo.loss.dppo_loss import DPPOLoss, LinearHead
+from megatron_dppo.loss.dppo_loss import DPPOLoss
 from megatron_dppo.loss.improvement_bound import ResponseSums
+from megatron_dppo.loss.linear_head import LinearHead
 from megatron_dppo.loss.metrics import MetricSums
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.models.routing_replay import RoutingReplay
@@ -214,6 +215,7 @@ class DPPOStep:
                 head.weight,
                 reduce_hidden_grad=False,  # the head does
                 accumulate_into_main_grad=True,
+                backward_scale=1.0,  # a loss per token of a bf16 or fp32 model: nothing divides or scales it
                 fp32_logits=head.fp32_logits,
             )
         else:
