@@ -48,7 +48,8 @@ def test_benchmarks_end_up_in_one_table() -> None:
         "exact divergence",
         "hash of weights",
         "eager",
-        "fused, ",
+        "in forward, ",
+        "two passes, ",
         "logits + eager, ",
         "two shards give what one gives",
     ):
