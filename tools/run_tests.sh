@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install everything, the real SGLang server for CPU included, then lint, type-check and run every test.
 #
-#   tools/run_tests.sh                   all but the nightly tier (17 minutes on 2 CPU cores, installation aside)
+#   tools/run_tests.sh                   all but the nightly tier (19 minutes on 2 CPU cores, installation aside)
 #   tools/run_tests.sh --nightly         the tests marked nightly as well
 #   tools/run_tests.sh -m 'not slow'     the fast tier (2 minutes); any other pytest arguments work as well
 #   tools/run_tests.sh --coverage        measures lines and branches too, in every process of the tests; half as slow again
