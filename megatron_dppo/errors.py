@@ -47,7 +47,7 @@ class WeightSyncError(RolloutError):
 
 
 class StoppedWaitingError(RolloutError):
-    """The run was asked to stop while it waited for servers; it goes on when it is started again."""
+    """The run was asked to stop while it waited for servers, or for responses; it goes on when it is started again."""
 
 
 class MismatchError(RolloutError):

@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import DistBackendError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistBackendError
 
+from megatron_dppo.distributed.notice import connect_to_store, start_key
 from megatron_dppo.errors import StopRequested
 
 EXIT_ANOTHER_FAILED = 4  # of a rank that ends because another has failed
@@ -29,7 +29,6 @@ _EVERY_S = 1.0
 _SILENCE_S = 20.0  # without a sign of life, a rank is taken to be dead
 _GRACE_S = 3.0  # for a rank to meet the same failure by itself
 _CLEAN_UP_S = 10.0  # for a rank that has failed to end what it started
-_STORE_TIMEOUT = timedelta(seconds=10)
 _LEFT = b"left"
 _BROKEN_CONNECTION = ("gloo/transport", "ncclRemoteError")  # in the messages; none of them has a class of its own
 
@@ -45,13 +44,12 @@ class Lifeline:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._next = rank, (rank + 1) % world_size
         self._is_alone = world_size == 1
-        self._prefix = f"megatron_dppo/lifeline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._ends_by_itself = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
 
     def __enter__(self) -> Lifeline:
         if not self._is_alone:
-            self._store = _connect()
+            self._store = connect_to_store()
             self._thread.start()
         return self
 
@@ -95,7 +93,7 @@ class Lifeline:
             self._store.set(self._key("failed"), reason)
 
     def _key(self, *parts: object) -> str:
-        return "/".join([self._prefix, *map(str, parts)])
+        return start_key("lifeline", *parts)
 
     def _watch(self) -> None:
         number, last, since = 0, b"", time.monotonic()
@@ -130,9 +128,3 @@ def _exit(message: str, code: int) -> None:
 def _is_of_a_connection(error: BaseException) -> bool:
     """Whether ``error`` is what gloo or NCCL says of another rank that has gone."""
     return type(error) in (RuntimeError, DistBackendError) and any(mark in str(error) for mark in _BROKEN_CONNECTION)
-
-
-def _connect() -> TCPStore:
-    """A connection of its own: a thread that waits for an answer must not hold up anybody else."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)

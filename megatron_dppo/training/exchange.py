@@ -57,6 +57,7 @@ class Report:
         server_loads: url -> (deepest queue seen or None, tokens per second that this replica got), of an engine's servers.
         error: what ended its work, if anything did.
         stop: why the run should stop once the step is done, if it should.
+        given_up: why it has stopped waiting for responses, if it has.
         save: whether it is time for a checkpoint, by the clock of this rank.
     """
 
@@ -68,6 +69,7 @@ class Report:
     server_loads: Mapping[str, tuple[int | None, float]] = field(default_factory=dict)
     error: str | None = None
     stop: str | None = None
+    given_up: str | None = None
     save: bool = False
 
     def to_bytes(self) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dppo.errors import RolloutError, ScoringError
+from megatron_dppo.errors import RolloutError, ScoringError, StoppedWaitingError
 from megatron_dppo.rollout.engine import RolloutEngine, ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.tasks.scoring import Scorer
@@ -62,7 +62,8 @@ class RolloutPhase:
     """Owns the way from prompts to scored samples. Every method is collective over all ranks.
 
     What goes wrong with one sample costs that sample. All ranks raise RolloutError, the same one, if more samples failed than
-    ``rollout.max_failed_share``, if none is left, or if anything else went wrong on any rank. But for one thing: where ranks
+    ``rollout.max_failed_share``, if none is left, or if anything else went wrong on any rank; or StoppedWaitingError, if any
+    replica's engine gave up waiting because the run is to stop. But for one thing: where ranks
     generate together, a rank that fails amid it raises its own error, as nobody would hear its report.
     """
 
@@ -173,6 +174,8 @@ class RolloutPhase:
 
     def _failure(self, error: Exception, asked: int) -> Report:
         """A replica without a server or a scorer has lost its samples; the others may have enough. All else is an error."""
+        if isinstance(error, StoppedWaitingError):
+            return Report(self._replica, given_up=str(error))
         if self._is_leader and isinstance(error, (RolloutError, ScoringError)):
             return Report(self._replica, failed=asked, reasons=(str(error),))
         return Report(self._replica, error=f"{type(error).__name__}: {error}")
@@ -182,6 +185,8 @@ class RolloutPhase:
         for rank, report in enumerate(reports):
             if report.error is not None:
                 return RolloutError(f"rank {rank} (replica {report.replica}) cannot go on: {report.error}")
+        if (given_up := next((report.given_up for report in reports if report.given_up), None)) is not None:
+            return StoppedWaitingError(given_up)
         failed = sum(report.failed for report in reports)
         usable = sum(len(report.samples) for report in reports)
         if usable and failed <= self._max_failed_share * (failed + usable):

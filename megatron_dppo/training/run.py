@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from megatron_dppo.compat.optional_dependencies import probe_apex, probe_transformer_engine
 from megatron_dppo.distributed.collectives import broadcast_object, on_one_rank
 from megatron_dppo.distributed.layout import initialize_model_parallel, replica_group
+from megatron_dppo.distributed.notice import Notice
 from megatron_dppo.distributed.ranks import joined_ranks
 from megatron_dppo.distributed.shared_folder import check_shared_folder
 from megatron_dppo.errors import ConfigError
@@ -69,6 +70,8 @@ def run_training(config: Config, inputs: RunInputs, device: torch.device) -> Non
                 host_timeout_s=config.rollout.exchange_timeout_s,
             )
         )
+        if dist.get_world_size() > 1:
+            stop_requests.share(Notice("stop"))
         with lifeline.told_first():
             _train(config, inputs, device, stop_requests, stack)
 
@@ -159,6 +162,7 @@ def build_engine(
         return_routed_experts=config.algorithm.routing_replay,
         serve_command=serve_command(folder.config_path),
         stop=lambda: stop_requests.reason,
+        stop_generating=lambda: stop_requests.signal,
         fp32_head=config.model.fp32_head,
     )
     return engine, SharedDevices(engine.release_memory) if colocated else OwnDevices()

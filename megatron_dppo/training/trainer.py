@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dppo.errors import NonFiniteGradientError, RolloutError, StopRequested
+from megatron_dppo.errors import NonFiniteGradientError, RolloutError, StoppedWaitingError, StopRequested
 from megatron_dppo.loss.advantages import group_advantages
 from megatron_dppo.models.hf.config import architecture
 from megatron_dppo.models.hf.export import PolicyWeights
@@ -75,15 +75,17 @@ class Trainer:
         self.state = TrainerState()
         self._seconds: dict[str, float] = {}
         self._last_save = time.monotonic()
+        self._saved_step = -1
 
     def train(self) -> None:
         """Run until ``train.steps`` steps are done; goes on where a stopped run left off.
 
         Raises StopRequested, on all ranks, when the run was asked to stop and is saved.
         """
-        self.resume()
+        with self.saved_if_asked_to_stop():
+            self.resume()
         self.policy.forward_backward.take_seconds()  # of a warm start
-        with self.saved_if_rollouts_stop():
+        with self.saved_if_asked_to_stop(), self.saved_if_rollouts_stop():
             while self.state.step < self.config.train.steps:
                 with self.timed("rollout"):
                     rollouts = self.generate_and_score()
@@ -111,6 +113,7 @@ class Trainer:
             checkpoint = self.checkpoint_writer.last()
             if checkpoint is not None:
                 self.state = load_checkpoint(checkpoint, self.policy, self.optimizer_state)
+                self._saved_step = self.state.step
                 self.log.say(f"resuming from {checkpoint}")
         self._seconds = {}
         self.log.start(self.state.step)
@@ -180,7 +183,7 @@ class Trainer:
         """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
         self.log.phase("checkpoint")
         self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_step = time.monotonic(), self.state.step
 
     def keep_evidence(self, suspects: Sequence[MicroBatch]) -> None:
         """Write down this rank's micro-batches whose loss is not finite: for ``torch.load``."""
@@ -214,10 +217,22 @@ class Trainer:
         )
 
     @contextmanager
+    def saved_if_asked_to_stop(self) -> Iterator[None]:
+        """The last step is in a checkpoint when waiting for servers or responses was given up because the run is to stop."""
+        try:
+            yield
+        except StoppedWaitingError as stopped:
+            if self._saved_step != self.state.step:  # who asked may have little patience
+                self.save_checkpoint()
+            self.stop(f"{stopped}")
+
+    @contextmanager
     def saved_if_rollouts_stop(self) -> Iterator[None]:
         """Whatever was trained when the engine gave out is in a checkpoint, from where the run can go on."""
         try:
             yield
+        except StoppedWaitingError:
+            raise
         except RolloutError:
             folder = self.checkpoint_writer.save(self.policy, self.optimizer_state, self.state)
             self.checkpoint_writer.finish()

@@ -9,7 +9,7 @@ import pytest
 from megatron.core import parallel_state
 
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel, replica_group
-from megatron_dppo.errors import RolloutError, ScoringError
+from megatron_dppo.errors import RolloutError, ScoringError, StoppedWaitingError
 from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.tasks.scoring import ScoreResult
@@ -36,6 +36,8 @@ class Engine:
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
         if self.fails == "no server":
             raise RolloutError("no SGLang server is left")
+        if self.fails == "stop":
+            raise StoppedWaitingError("SIGTERM amid rollouts, which were given up")
         if self.fails == "memory":
             raise MemoryError("too much")
         made: list[Sample | FailedSample] = []
@@ -165,6 +167,12 @@ def test_any_other_error_stops_all_ranks_whatever_share_failed(ranks: RankPools,
     assert (
         first == second == ("RolloutError", f"rank {replica} (replica {replica}) cannot go on: MemoryError: too much")
     )
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_responses_that_one_replica_gave_up_are_given_up_by_all(ranks: RankPools, evaluate: bool) -> None:
+    first, second = ranks(2).run(_collect, {}, "stop", 1, 0.9, evaluate)
+    assert first == second == ("StoppedWaitingError", "SIGTERM amid rollouts, which were given up")
 
 
 def test_an_evaluation_counts_what_all_replicas_have(ranks: RankPools) -> None:

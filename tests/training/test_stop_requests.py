@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -18,6 +21,26 @@ def test_a_signal_is_noted_while_entered(number):
         os.kill(os.getpid(), number)
         assert requests.reason == number.name
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_is_known_while_the_main_thread_cannot_look():
+    """As in a collective: no handler runs before it has ended."""
+    seen_in_time: list[bool] = []
+    ended = threading.Event()
+
+    def ask_and_look(requests: StopRequests) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while requests.signal is None:
+            time.sleep(0.001)
+        seen_in_time.append(not ended.is_set())
+
+    with StopRequests() as requests:
+        other = threading.Thread(target=ask_and_look, args=(requests,))
+        other.start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # a second without the interpreter's lock
+        ended.set()
+        other.join()
+    assert seen_in_time == [True]
 
 
 def test_a_second_interrupt_is_one():

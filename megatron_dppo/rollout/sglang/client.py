@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_dppo.compat.extras import from_extra
 from megatron_dppo.distributed.open_files import make_room_for_requests
-from megatron_dppo.errors import InvalidSampleError, RolloutError, TransientServerError
+from megatron_dppo.errors import InvalidSampleError, RolloutError, StoppedWaitingError, TransientServerError
 from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
@@ -27,14 +27,23 @@ from megatron_dppo.rollout.sglang.wire_format import (
 with from_extra("sglang"):
     from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
+_LOOK_FOR_STOP_S = 1.0
 _RETRY_WAIT_S = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
 
 
 class RolloutClient:
     """One replica's view of the servers: which are alive, and how much it has asked of each."""
 
-    def __init__(self, transport: Transport, config: SGLangConfig, routing: RoutingShape | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        config: SGLangConfig,
+        routing: RoutingShape | None = None,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> None:
         """``routing``: the shape of the policy's expert choices, if they can be asked for.
+
+        ``stop``: asked every second, in the event loop: why to give up what is asked for, or None.
 
         Raises ConfigError if the system does not allow so many connections at once as ``config`` does.
         """
@@ -42,6 +51,7 @@ class RolloutClient:
         self._transport = transport
         self._config = config
         self._routing = routing
+        self._stop = stop
         self._dispatch = Dispatch()
         self._health_checks: dict[str, asyncio.Future[None]] = {}
         self._last_failure = "no server was ever started"
@@ -59,7 +69,10 @@ class RolloutClient:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, weight_version: int
     ) -> list[Sample | FailedSample]:
-        """All samples of all (checked) prompts, in order; a FailedSample, with the reason, for one that could not be had."""
+        """All samples of all (checked) prompts, in order; a FailedSample, with the reason, for one that could not be had.
+
+        Raises StoppedWaitingError when ``stop`` has a reason; then the servers end what they were asked for.
+        """
         return self._transport.submit(self._generate_all(prompts, sampling, weight_version)).result()
 
     async def _generate_all(
@@ -97,7 +110,7 @@ class RolloutClient:
             for sample_index in range(sampling.samples_per_prompt)
         ]
         try:
-            await asyncio.wait(tasks, timeout=self._config.generate_timeout_s)
+            await self._wait_for(tasks)
             return [
                 task.result() if task.done() else self._unfinished(prompts, index // sampling.samples_per_prompt)
                 for index, task in enumerate(tasks)
@@ -105,6 +118,23 @@ class RolloutClient:
         finally:
             for task in tasks:  # what is still in flight would only load the servers
                 task.cancel()
+
+    async def _wait_for(self, tasks: Sequence[asyncio.Future[Any]]) -> None:
+        """Until all are done or time is over."""
+        answered = asyncio.ensure_future(asyncio.wait(tasks, timeout=self._config.generate_timeout_s))
+        stopped = asyncio.ensure_future(self._reason_to_stop())
+        try:
+            await asyncio.wait([answered, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                raise StoppedWaitingError(f"{stopped.result()} amid rollouts, which were given up")
+        finally:
+            answered.cancel()
+            stopped.cancel()
+
+    async def _reason_to_stop(self) -> str:
+        while (reason := self._stop()) is None:
+            await asyncio.sleep(_LOOK_FOR_STOP_S)
+        return reason
 
     def _unfinished(self, prompts: Sequence[Prompt], prompt_index: int) -> FailedSample:
         prompt, limit = prompts[prompt_index], self._config.generate_timeout_s

@@ -59,6 +59,7 @@ class SGLangEngine:
         return_routed_experts: bool = False,
         serve_command: Sequence[str] = (),
         stop: Callable[[], str | None] = lambda: None,
+        stop_generating: Callable[[], str | None] = lambda: None,
         fp32_head: bool = False,
     ) -> None:
         """Start (or find) the servers. Raises ValueError for a bad option, RolloutError if a server does not come up.
@@ -73,6 +74,7 @@ class SGLangEngine:
             return_routed_experts: start servers that can return expert choices, for
                 ``SamplingParams.return_routed_experts``. ValueError if the policy is dense.
             stop: asked while servers are waited for: why the run is to stop, or None.
+            stop_generating: the same, asked while responses are waited for, every second from the event loop's thread.
             serve_command: what ``config.launch`` runs on other hosts: ``python -m megatron_dppo.serve`` with all it needs.
             fp32_head: the trainer leaves its logits in fp32 (in float32 it does in any case). Started servers do too; found
                 ones that differ are refused.
@@ -96,7 +98,7 @@ class SGLangEngine:
         self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
         self._is_leader = replica_group is None or dist.get_rank(replica_group) == 0
         self._transport = Transport(config.keys)
-        self._client = RolloutClient(self._transport, config, self._routing)
+        self._client = RolloutClient(self._transport, config, self._routing, stop_generating)
         self._pool: ServerPool | None = None  # on the owner
         self._memory: ServerMemory | None = None  # likewise, if the servers are colocated
         self._sync: WeightSync | None = None
@@ -125,7 +127,7 @@ class SGLangEngine:
         return False
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample | FailedSample]:
-        """See ``RolloutEngine.generate``."""
+        """See ``RolloutEngine.generate``. Raises StoppedWaitingError when ``stop_generating`` has a reason."""
         self._require_usable()
         check_request(prompts, sampling, vocab_size=self._vocab_size)
         if sampling.return_routed_experts and self._routing is None:

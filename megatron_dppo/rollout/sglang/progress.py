@@ -70,6 +70,7 @@ class ProgressWatch:
         self._poll_every_s = min(_POLL_EVERY_S, timeout_s / _POLLS_PER_TIMEOUT)
         self._servers: dict[str, _Server] = {}
         self._started = self._ended = 0.0
+        self._is_over = False
 
     async def __aenter__(self) -> ProgressWatch:
         self._started = _now()
@@ -79,7 +80,7 @@ class ProgressWatch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended = _now()
+        self._ended, self._is_over = _now(), True
         watchers = [server.watcher for server in self._servers.values() if server.watcher is not None]
         for watcher in watchers:
             watcher.cancel()
@@ -132,6 +133,10 @@ class ProgressWatch:
         while True:
             if server.in_flight and not server.unreported:
                 await self._look(url, server)
+            if (
+                self._is_over
+            ):  # being cancelled is not enough: asyncio.wait_for forgets it if its own end comes at that moment
+                return
             if server.in_flight and _now() - server.last_progress >= self._timeout_s:
                 server.stalled.set_result(None)
                 server.stalled = _future()

@@ -8,13 +8,13 @@ import json
 import math
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from megatron_dppo.errors import RefusedRequestError, TransientServerError
+from megatron_dppo.errors import RefusedRequestError, StoppedWaitingError, TransientServerError
 from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.client import RolloutClient
@@ -33,11 +33,14 @@ def _prompts(count: int) -> list[Prompt]:
 
 
 @contextlib.contextmanager
-def _client(servers: Mapping[str, FakeServer], **options: Any) -> Iterator[RolloutClient]:
+def _client(
+    servers: Mapping[str, FakeServer], stop: Callable[[float], str | None] = lambda now: None, **options: Any
+) -> Iterator[RolloutClient]:
+    """``stop``: why to give up, by the time of the loop."""
     config = SGLangConfig(**{"request_timeout_s": 300.0, "generate_timeout_s": 7200.0, **options})
     config.check()
     transport = VirtualTimeTransport(servers)
-    client = RolloutClient(transport, config)
+    client = RolloutClient(transport, config, stop=lambda: stop(transport.loop.time()))
     client.set_servers(list(servers))
     yield client
     transport.close()
@@ -66,6 +69,21 @@ def test_a_response_may_take_many_times_the_timeout_while_its_server_makes_progr
 def test_the_whole_call_stays_bounded():
     (sample,) = _generate({A: FakeServer(response_s=(9000.0,))}, 1)
     assert "not complete after generate_timeout_s = 7200 s" in sample.reason
+
+
+def test_responses_are_given_up_within_seconds_when_the_run_is_to_stop():
+    server, asked = FakeServer(response_s=(1.0, 3000.0)), []
+
+    def stop(now: float) -> str | None:
+        asked.append(now)
+        return "SIGUSR1" if now >= 100.0 else None
+
+    with (
+        _client({A: server}, stop) as client,
+        pytest.raises(StoppedWaitingError, match="SIGUSR1 amid rollouts, which were given up"),
+    ):
+        client.generate(_prompts(2), SAMPLING, weight_version=1)
+    assert 100.0 <= asked[-1] < 103.0
 
 
 @pytest.mark.parametrize("silent", [False, True])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -84,3 +87,39 @@ def test_training_without_a_server_left_stops_with_a_checkpoint_and_resumes(tmp_
     assert set(range(saved + 3)) - set(steps) <= {saved}
     _assert_server_and_policy_agree(records)
     _assert_no_server_is_left(tmp_path)
+
+
+@pytest.mark.nightly  # on every push: its parts, with servers and engines that are made up
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_its_responses(tmp_path, number):
+    """One rank is asked, the one that waits for the other, while a server holds everything back."""
+    policy = write_tiny_policy(tmp_path / "policy")
+    server = SGLangServer(server_config(), prepare_served_folder(policy, tmp_path / "served"), "float32", tmp_path, 0)
+    transport = Transport()
+    held: list[psutil.Process] = []
+    try:
+        server.start()
+        server.wait_until_ready(transport)
+        attached = (*SMALL, f"rollout.sglang.urls=[{server.url}]", "train.steps=1000")
+        run = start_training(policy, tmp_path, "run", *attached)
+        wait_for_step(tmp_path / "run", 2)
+        held = [p for p in psutil.process_iter(["name"]) if "sglang::schedul" in (p.info["name"] or "")]
+        assert held
+        for process in held:
+            process.suspend()
+        time.sleep(3.0)  # by then both ranks wait for responses, or for an update that the server holds back
+        os.kill(run.processes[-1].pid, number)
+        began = time.monotonic()
+        codes, output = run.ends()
+    finally:
+        for process in held:
+            process.resume()
+        server.close()
+        transport.close()
+    assert codes == [75, 75], output[-4000:]
+    assert f"({number.name} amid rollouts, which were given up); it is saved" in output
+    assert (
+        time.monotonic() - began < 30.0
+    )  # control_timeout_s for leaving the servers that do not answer; not the response's
+    saved = int(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1].name.removeprefix("step_"))
+    assert saved >= 2
