@@ -172,9 +172,7 @@ def traced_pass(config: Config, hf_config: PretrainedConfig, setting: Setting, s
         policy, step, _ = _build(config, shallow)
         examples = largest_batch(config, hf_config, setting.prompt_tokens, micro_batches=1)
         (batch,) = MicroBatcher(step.scheduler).micro_batches(examples, 0)
-        # The rotary embedding reads the bounds of sequences.
-        batch = replace(batch.to(_META), packed_seq_params=batch.packed_seq_params)
-        return _traced(policy, step, batch, setting.gpus_per_node)
+        return _traced(policy, step, policy.on_device(batch), setting.gpus_per_node)
 
 
 def _with_stages_like(config: Config, stage: Stage) -> tuple[Config, int]:

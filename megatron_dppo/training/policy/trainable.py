@@ -19,6 +19,7 @@ from megatron_dppo.models.build import build_policy
 from megatron_dppo.models.flops import PolicyFlops
 from megatron_dppo.models.sharding import unwrapped
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, ModelConfig
+from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.metrics.work_clock import WorkClock
 
 
@@ -59,6 +60,15 @@ class TrainablePolicy:
     def transformer_config(self) -> Any:
         """Megatron's TransformerConfig of the policy."""
         return self.chunks[0].config
+
+    @property
+    def device(self) -> torch.device:
+        """Of all parameters."""
+        return next(self.chunks[0].parameters()).device
+
+    def on_device(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch where the policy computes, with the bounds of packed sequences where the policy reads them."""
+        return batch.to(self.device, core_reads_bounds_on_device=self.transformer_config.apply_rope_fusion)
 
     @property
     def fp32_head(self) -> bool:
