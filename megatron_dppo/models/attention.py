@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dppo.models.packed_sequences import PackedSequences, local_bounds
 
+varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -211,10 +212,10 @@ class SdpaCoreAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams, bounds: list[int]
     ) -> torch.Tensor:
         """[tokens, heads, dim] -> [tokens, heads * dim]: one kernel, whatever the number of sequences."""
-        given = packed.cu_seqlens if isinstance(packed, PackedSequences) else packed.cu_seqlens_q
+        given: Any = packed.cu_seqlens if isinstance(packed, PackedSequences) else packed.cu_seqlens_q
         cu_seqlens = given.to(device=query.device, dtype=torch.int32)  # a copy only if somebody else made ``packed``
         longest = max(end - start for start, end in pairwise(bounds))
-        context = varlen_attn(
+        context: torch.Tensor = varlen_attn(
             query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.softmax_scale,
             window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip

@@ -36,7 +36,7 @@ class PackedSequences(PackedSeqParams):
         """The same with its tensors moved: ``cu_seqlens``, and what core reads if it reads that on the device."""
         assert self.cu_seqlens is not None
         cu_seqlens, shared = move(self.cu_seqlens), self.cu_seqlens
-        read_by_core = {
+        read_by_core: dict[str, Any] = {
             field.name: cu_seqlens if core_reads_on_device else shared
             for field in fields(PackedSeqParams)
             if getattr(self, field.name) is shared  # all of them are this one tensor
