@@ -36,6 +36,7 @@ class _Run:
     weights: dict[str, torch.Tensor]
     grad_norms: list[float]
     buckets: int
+    micro_batches: int  # the most of an optimizer step
     reduced_early: int  # buckets whose reduction began before the last backward pass had ended
     gathered_early: int  # buckets that were gathered from within a forward pass
 
@@ -71,10 +72,10 @@ def _trained(policy_kind: str, layout: dict[str, Any], train: dict[str, Any], lo
     config = Config(
         parallel=parallel,
         algorithm=AlgorithmConfig(loss=DPPOConfig(**loss), max_mismatch=0.0),
-        train=TrainConfig(updates_per_rollout=2, micro_batch_size=1, tokens_per_micro_batch=40, **train),
+        train=TrainConfig(updates_per_rollout=2, micro_batch_size=1, tokens_per_micro_batch=24, **train),
     )
     step = DPPOStep(config, policy, build_optimizer(policy, GRADIENT_DESCENT, total_steps=4))
-    reduced_early, gathered_early, norms = 0, 0, []
+    reduced_early, gathered_early, micro_batches, norms = 0, 0, 0, []
     start_reduction, start_gathering = (
         _ParamAndGradBucketGroup.start_grad_sync,
         _ParamAndGradBucketGroup.start_param_sync,
@@ -96,14 +97,16 @@ def _trained(policy_kind: str, layout: dict[str, Any], train: dict[str, Any], lo
         mock.patch.object(_ParamAndGradBucketGroup, "start_param_sync", gathering),
     ):
         for _ in range(2):
-            norms.append(step.run(_own_part(replica_batch(step, batch, 2)))["grad_norm"])
+            own = _own_part(replica_batch(step, batch, 2))
+            micro_batches = max(micro_batches, *map(len, own.steps))
+            norms.append(step.run(own)["grad_norm"])
     weights = {
         f"{index}.{name}": parameter.detach().clone()
         for index, chunk in enumerate(policy.chunks)
         for name, parameter in chunk.named_parameters()
     }
     buckets = sum(len(c.bucket_groups) + len(c.expert_parallel_bucket_groups) for c in policy.chunks)
-    return _Run(weights, norms, buckets, reduced_early, gathered_early)
+    return _Run(weights, norms, buckets, micro_batches, reduced_early, gathered_early)
 
 
 TOPK = {"divergence": "topk_kl"}
@@ -153,6 +156,7 @@ def test_overlapped_messages_change_no_number(
             assert torch.equal(got.weights[name], weight), name
     first = overlapped[0]  # the first pipeline stage: core makes no buckets on others
     assert first.buckets > 4
+    assert first.micro_batches > 1 or few  # all but the last only add up
     # Not in the first step of all, which finds out which gradients come; in the three after it.
     assert first.reduced_early >= 3 * (first.buckets - 1)
     assert plain[0].reduced_early == plain[0].gathered_early == 0
