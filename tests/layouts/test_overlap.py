@@ -156,7 +156,8 @@ def test_overlapped_messages_change_no_number(
             assert torch.equal(got.weights[name], weight), name
     first = overlapped[0]  # the first pipeline stage: core makes no buckets on others
     assert first.buckets > 4
-    # All micro-batches but the last only add up. Were they counted, core would expect as many in every step (a pipeline has its multiples).
+    # All micro-batches but the last only add up; were they counted, core would expect as many in every step. A pipeline has
+    # multiples of its stages.
     assert few or "pipeline_model_parallel_size" in layout or len(first.micro_batches) > 1
     # Not in the first step of all, which finds out which gradients come; in the three after it.
     assert first.reduced_early >= 3 * (first.buckets - 1)
