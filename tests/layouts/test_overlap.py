@@ -151,7 +151,8 @@ def test_overlapped_messages_change_no_number(
     plain = ranks(world_size).run(_trained, policy_kind, layout, train, loss, few)
     overlapped = ranks(world_size).run(_trained, policy_kind, {**layout, **overlap}, train, loss, few)
     for got, expected in zip(overlapped, plain, strict=True):
-        assert got.grad_norms == pytest.approx(expected.grad_norms, rel=1e-6)
+        # Squares of up to 16384 elements, added in fp32 in another order: some sqrt(16384) roundings of 6e-8.
+        assert got.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
         for name, weight in expected.weights.items():
             assert torch.equal(got.weights[name], weight), name
     first = overlapped[0]  # the first pipeline stage: core makes no buckets on others
