@@ -19,11 +19,14 @@ from dataclasses import dataclass
 
 # What megatron-core's layers and fused kernels take from each package.
 _TRANSFORMER_ENGINE_SYMBOLS = ("LayerNormLinear", "Linear", "DotProductAttention", "RMSNorm")
+_OLDEST_TRANSFORMER_ENGINE = (2, 1)  # the first with the permutation kernels that core takes for MoE layers
 _APEX_MODULES = ("apex.normalization.fused_layer_norm", "amp_C")
 # Built with NVIDIA's Apex, but a top-level module of its own; core's linear layers call it for
 # gradient_accumulation_fusion, and refuse that setting without it, Transformer Engine or not.
 _WEIGHT_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"
 _WEIGHT_GRADIENT_SYMBOLS = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")
+
+_DEEP_EP = "deep_ep"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ def probe_transformer_engine() -> Availability:
         return Availability(False, f"transformer_engine is installed but broken ({type(error).__name__}: {error})")
     if missing:
         return Availability(False, f"transformer_engine.pytorch lacks {', '.join(missing)}")
-    version = getattr(sys.modules["transformer_engine"], "__version__", "unknown")
+    version = str(getattr(sys.modules["transformer_engine"], "__version__", "unknown"))
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < _OLDEST_TRANSFORMER_ENGINE:
+        oldest = ".".join(map(str, _OLDEST_TRANSFORMER_ENGINE))
+        return Availability(False, f"transformer_engine {version} lacks kernels that {oldest} has: install a newer one")
     return Availability(True, f"transformer_engine {version}")
 
 
@@ -80,8 +87,22 @@ def probe_weight_gradient_fusion() -> Availability:
     return Availability(True, _WEIGHT_GRADIENT_MODULE)
 
 
+@functools.cache
+def probe_deep_ep() -> Availability:
+    """Import the kernels that send tokens to experts for ``moe_token_dispatcher=flex``. The first answer is kept."""
+    if reason := _why_not(_DEEP_EP):
+        return Availability(False, reason)
+    try:
+        module = importlib.import_module(_DEEP_EP)
+    except Exception as error:
+        return Availability(False, f"{_DEEP_EP} is broken ({type(error).__name__}: {error})")
+    return (
+        Availability(True, _DEEP_EP) if hasattr(module, "Buffer") else Availability(False, f"{_DEEP_EP} lacks Buffer")
+    )
+
+
 def hide_unusable_dependencies() -> None:
-    """Make importing Transformer Engine, Apex or its weight-gradient kernel raise ImportError where it is unusable.
+    """Make importing Transformer Engine, Apex, its weight-gradient kernel or DeepEP raise ImportError where it is unusable.
 
     Has to run before the first import of megatron.core, which decides at import time what it builds on. Whatever the
     failed import left in ``sys.modules`` is hidden too, or core would find half a package there.
@@ -90,6 +111,7 @@ def hide_unusable_dependencies() -> None:
         ("transformer_engine", probe_transformer_engine()),
         ("apex", probe_apex()),
         (_WEIGHT_GRADIENT_MODULE, probe_weight_gradient_fusion()),
+        (_DEEP_EP, probe_deep_ep()),
     ):
         if availability.usable:
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_dppo.distributed.ranks import COLLECTIVE_TIMEOUT_S
 from megatron_dppo.errors import ConfigError
 
-MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather")
+MOE_TOKEN_DISPATCHERS = ("alltoall", "allgather", "flex")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,14 @@ class ParallelConfig:
             would otherwise repeat it).
         sequence_parallel: split activations over the TP ranks outside of the matrices. None: on when TP > 1.
         moe_token_dispatcher: how tokens reach experts on other ranks: ``alltoall`` sends each token where it is needed,
-            ``allgather`` sends every token everywhere (for few experts per rank and small groups).
+            ``allgather`` sends every token everywhere (for few experts per rank and small groups), ``flex`` is alltoall by
+            DeepEP's kernels, which send a token once to each node that needs it (GPUs, 16 bits; ``deep_ep`` has to be there).
         use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
+        overlap_grad_reduce: gradients are reduced bucket by bucket while the last micro-batch's backward pass makes others.
+        overlap_param_gather: with the distributed optimizer, weights are gathered bucket by bucket while the next optimizer
+            step's first forward pass uses those before. After the last step of a rollout batch they are gathered at once.
+        bucket_size: parameters of a bucket: gradients that are reduced, or weights that are gathered, in one message. None:
+            core's choice, 40 million or a million for each data-parallel rank if that is more.
         collective_timeout_s: how long ranks wait for each other in a collective on tensors before the run ends. They come
             within seconds of each other, but for a weight update of servers, which has to be allowed less.
     """
@@ -47,6 +53,9 @@ class ParallelConfig:
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
     collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -58,6 +67,7 @@ class ParallelConfig:
             "virtual_pipeline_model_parallel_size",
             "num_layers_in_first_pipeline_stage",
             "num_layers_in_last_pipeline_stage",
+            "bucket_size",
         ):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -82,6 +92,21 @@ class ParallelConfig:
                     f"ParallelConfig.{name}={getattr(self, name)} needs pipeline_model_parallel_size > 1, and no virtual"
                     " stages (leave it None)"
                 )
+        if self.moe_token_dispatcher == "flex" and self.expert_model_parallel_size * self.expert_tensor_size == 1:
+            raise ConfigError(
+                "ParallelConfig.moe_token_dispatcher='flex' needs expert_model_parallel_size > 1: every expert is on this"
+                " rank, and there is nothing to send (use 'alltoall')"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError(
+                "ParallelConfig.overlap_param_gather=True gathers weights that the ranks of a distributed optimizer updated,"
+                " in the buckets of overlap_grad_reduce: set use_distributed_optimizer and overlap_grad_reduce too"
+            )
+        if self.bucket_size is not None and not self.overlap_grad_reduce:
+            raise ConfigError(
+                f"ParallelConfig.bucket_size={self.bucket_size}: without overlap_grad_reduce there are no buckets: set it, or"
+                " leave bucket_size None"
+            )
         if self.moe_token_dispatcher not in MOE_TOKEN_DISPATCHERS:
             raise ConfigError(
                 f"ParallelConfig.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of "

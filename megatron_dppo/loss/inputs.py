@@ -90,23 +90,23 @@ class LossInputs:
     def take(self, rows: torch.Tensor) -> LossInputs:
         """The tokens at ``rows`` [n] of the flattened [...] only: compact fields, [n] (and [n, K], [n, V/TP])."""
         dims = self.target.dim()
-        return _map_tensors(self, lambda values: values.flatten(0, dims - 1).index_select(0, rows))
+        return map_tensors(self, lambda values: values.flatten(0, dims - 1).index_select(0, rows))
 
     def to(self, device: torch.device) -> LossInputs:
         """The same on another device."""
-        return _map_tensors(self, lambda values: values.to(device, non_blocking=True))
+        return map_tensors(self, lambda values: values.to(device, non_blocking=True))
 
 
 Fields = TypeVar("Fields", LossInputs, TopK, Sequences)
 
 
-def _map_tensors(holder: Fields, change: Callable[[torch.Tensor], torch.Tensor]) -> Fields:
+def map_tensors(holder: Fields, change: Callable[[torch.Tensor], torch.Tensor]) -> Fields:
     """The same fields with every tensor changed, those of the fields that hold tensors too."""
 
     def changed(value: Any) -> Any:
         if value is None:
             return None
-        return change(value) if isinstance(value, torch.Tensor) else _map_tensors(value, change)
+        return change(value) if isinstance(value, torch.Tensor) else map_tensors(value, change)
 
     return replace(holder, **{field.name: changed(getattr(holder, field.name)) for field in fields(holder)})
 

@@ -19,8 +19,8 @@ What packed sequences look like is core's contract as much as ours (its rotary e
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +33,15 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dppo.models.packed_sequences import PackedSequences, local_bounds
+
+varlen_attn: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+_VARLEN_TAKES = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def attend(
@@ -70,6 +79,21 @@ def attend(
     )
 
 
+def takes_variable_lengths(device_type: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's variable-length attention computes such packed sequences: FlashAttention does, on GPUs, in 16 bits.
+
+    It came with torch 2.10 and learned of grouped queries and causality by name later; older ones attend to one sequence
+    after the other.
+    """
+    return (
+        _VARLEN_TAKES.issuperset(("scale", "window_size", "enable_gqa"))
+        and device_type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim <= 256
+        and head_dim % 8 == 0
+    )
+
+
 def attention_scale(config: TransformerConfig) -> float:
     """What the scores are multiplied by. Raises ValueError for attention variants that ``attend`` does not compute."""
     unsupported = {
@@ -85,18 +109,6 @@ def attention_scale(config: TransformerConfig) -> float:
     if config.softmax_scale is not None:
         return float(config.softmax_scale)
     return 1.0 / math.sqrt(config.kv_channels)
-
-
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Core's description of packed sequences that has their bounds on the host too: to read them from the device would wait
-    for it, in every layer.
-
-    Attributes:
-        bounds: where the sequences begin, and the end of the last, before any cut over context-parallel ranks.
-    """
-
-    bounds: tuple[int, ...] = ()
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -175,9 +187,13 @@ class SdpaCoreAttention(MegatronModule):
     def _attend_packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
-        """One causal call per sequence: its cost is the sum of the squared lengths, not the square of the sum."""
+        """One call for all sequences where there is a kernel for that, else one for each: the cost is the sum of the squared
+        lengths, not the square of the sum.
+        """
         size = self.cp_group.size()
-        bounds = _local_bounds(packed, query.shape[0], size)
+        bounds = local_bounds(packed, query.shape[0], size)
+        if size == 1 and takes_variable_lengths(query.device.type, query.dtype, query.shape[-1]):
+            return self._attend_at_once(query, key, value, packed, bounds)
         if size > 1:
             key, value = self._gather(key), self._gather(value)
         contexts = []
@@ -191,6 +207,19 @@ class SdpaCoreAttention(MegatronModule):
                 context = self._attend(own, key[start:end, None], value[start:end, None], None)
             contexts.append(context[:, 0])
         return torch.cat(contexts)
+
+    def _attend_at_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams, bounds: list[int]
+    ) -> torch.Tensor:
+        """[tokens, heads, dim] -> [tokens, heads * dim]: one kernel, whatever the number of sequences."""
+        given: Any = packed.cu_seqlens if isinstance(packed, PackedSequences) else packed.cu_seqlens_q
+        cu_seqlens = given.to(device=query.device, dtype=torch.int32)  # a copy only if somebody else made ``packed``
+        longest = max(end - start for start, end in pairwise(bounds))
+        context: torch.Tensor = varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.softmax_scale,
+            window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return context.flatten(start_dim=1)
 
     def _attend_own_chunks(
         self, query: torch.Tensor, keys_of_ranks: torch.Tensor, values_of_ranks: torch.Tensor
@@ -218,29 +247,3 @@ def _in_sequence_order(of_ranks: torch.Tensor) -> torch.Tensor:
     # Rank r holds chunks r and 2 CP - 1 - r, so the first halves come in order and the second halves in reverse.
     first, second = of_ranks.chunk(2, dim=1)
     return torch.cat([first.flatten(0, 1), second.flip(0).flatten(0, 1)])
-
-
-def _local_bounds(packed: PackedSeqParams, local_tokens: int, context_parallel_size: int) -> list[int]:
-    """Where the sequences begin and end among this rank's tokens. ValueError if they cannot be laid out like this."""
-    if isinstance(packed, PackedSequences):
-        bounds = list(packed.bounds)
-    else:
-        bounds = (packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded).tolist()
-    if bounds[-1] != local_tokens * context_parallel_size:
-        raise ValueError(
-            f"packed_seq_params end at token {bounds[-1]}, but there are {local_tokens * context_parallel_size} tokens: "
-            "let padding be part of the last sequence, or a sequence of its own"
-        )
-    for start, end in pairwise(bounds):
-        if context_parallel_size > 1 and (end - start) % (2 * context_parallel_size):
-            raise ValueError(
-                f"a packed sequence of {end - start} tokens cannot be cut for context_parallel_size="
-                f"{context_parallel_size}: pad each sequence to a multiple of {2 * context_parallel_size} tokens"
-            )
-    longest = max(end - start for start, end in pairwise(bounds))
-    if packed.max_seqlen_q == bounds[-1] > longest:
-        raise ValueError(
-            f"packed_seq_params.max_seqlen_q={packed.max_seqlen_q} is the number of tokens: Megatron-core would count "
-            f"positions on from one sequence to the next; set it to the longest sequence, {longest}"
-        )
-    return [bound // context_parallel_size for bound in bounds]

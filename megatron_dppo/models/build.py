@@ -18,6 +18,7 @@ from megatron_dppo.compat.optional_dependencies import define_names_core_lacks_w
 from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.models.hf.config import check_policy_fits, rotary_arguments, to_transformer_config
 from megatron_dppo.models.hf.names import EMBEDDING, OUTPUT_LAYER, from_hf, hf_shapes
+from megatron_dppo.models.kernels import Kernels, choose_kernels
 from megatron_dppo.models.layer_spec import decoder_spec
 from megatron_dppo.models.sharding import cut_shard, local_parameters, mark_split_parameters, shard_group, unwrapped
 
@@ -38,6 +39,7 @@ def build_policy(
     device: torch.device | str | None = None,
     *,
     fp32_head: bool = False,
+    backend: str = "auto",
     **transformer_config_overrides: Any,
 ) -> list[GPTModel]:
     """Build this rank's part of the policy: one GPTModel per local pipeline chunk, in the order of their layers.
@@ -57,22 +59,20 @@ def build_policy(
         device: default: the current CUDA device, or the CPU if there is none.
         fp32_head: whoever applies the output layer (``PolicyHead``) makes fp32 logits of 16-bit hidden states. Nothing about
             the model itself changes: its own forward gives logits in ``dtype``.
+        backend: whose layers: te (Transformer Engine) | local | auto: te on a GPU, local elsewhere (``choose_kernels``).
         transformer_config_overrides: fields of Megatron's TransformerConfig, e.g. ``recompute_granularity="full"``.
 
     Raises:
-        ValueError: the model cannot be laid out like this (see ``check_policy_fits``).
+        ConfigError: the model cannot be laid out like this (see ``check_policy_fits``); Transformer Engine cannot be used.
     """
     enable_megatron_on_cpu()
     define_names_core_lacks_without_transformer_engine()
     check_policy_fits(hf_config, parallel, torch.distributed.get_world_size())
     target = torch.device(device if device is not None else _default_device())
-    overrides = dict(transformer_config_overrides)
-    if target.type != "cuda":
-        # Without it core names the CUDA device in every allocation; with it, torch's default device counts.
-        overrides["use_cpu_initialization"] = True
-    config = to_transformer_config(hf_config, parallel, dtype, **overrides)
+    kernels = choose_kernels(backend, target.type)
+    config = to_transformer_config(hf_config, parallel, dtype, kernels, **transformer_config_overrides)
     virtual_stages = range(parallel.chunks_per_stage) if parallel.chunks_per_stage > 1 else [None]
-    chunks = [_build_chunk(hf_config, config, target, stage) for stage in virtual_stages]
+    chunks = [_build_chunk(hf_config, config, target, kernels, stage) for stage in virtual_stages]
     for chunk in chunks:
         chunk.hf_config, chunk.fp32_head = hf_config, fp32_head
         mark_split_parameters(chunk)
@@ -85,13 +85,17 @@ def build_policy(
 
 
 def _build_chunk(
-    hf_config: PretrainedConfig, config: TransformerConfig, device: torch.device, vp_stage: int | None
+    hf_config: PretrainedConfig,
+    config: TransformerConfig,
+    device: torch.device,
+    kernels: Kernels,
+    vp_stage: int | None,
 ) -> GPTModel:
     """One run of consecutive layers; ``vp_stage`` is None if the rank has just one."""
     with device:
         return GPTModel(
             config=config,
-            transformer_layer_spec=decoder_spec(config, device, vp_stage),
+            transformer_layer_spec=decoder_spec(config, kernels, vp_stage),
             vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

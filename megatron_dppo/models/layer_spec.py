@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it works, core's own elsewhere."""
+"""Which modules a transformer layer is made of: Transformer Engine's, or core's own with our attention and norms."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.models.attention import SdpaCoreAttention
+from megatron_dppo.models.kernels import Kernels
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -29,16 +29,13 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 def decoder_spec(
-    config: TransformerConfig, device: torch.device, vp_stage: int | None
+    config: TransformerConfig, kernels: Kernels, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layer spec for the GPTModel that is chunk ``vp_stage`` of this rank (None: the only one).
-
-    Transformer Engine's modules run on CUDA only; meta models are built from core's.
-    """
-    if device.type == "cuda" and probe_transformer_engine().usable:
+    """The layer spec for the GPTModel that is chunk ``vp_stage`` of this rank (None: the only one)."""
+    if kernels.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.num_moe_experts is not None,
+            moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
     layer = get_gpt_layer_local_spec(

@@ -137,7 +137,7 @@ def build_trainable_policy(config: Config, inputs: RunInputs, device: torch.devi
         initialize_randomly(chunks, config.run.seed)
     else:
         load_hf_weights(chunks, Path(config.model.path))
-    return wrap_for_training(chunks, inputs.hf_config, dtype, config.parallel.use_distributed_optimizer)
+    return wrap_for_training(chunks, inputs.hf_config, dtype, config.parallel)
 
 
 def build_engine(

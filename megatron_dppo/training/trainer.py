@@ -67,7 +67,9 @@ class Trainer:
         self.stop_requests = stop_requests
         self.log = log
         optimizer_steps = config.train.steps * config.train.updates_per_rollout
-        self.optimizer_state = build_optimizer(policy, config.train.optimizer, optimizer_steps)
+        self.optimizer_state = build_optimizer(
+            policy, config.train.optimizer, optimizer_steps, config.train.optimizer_memory
+        )
         self.evidence = evidence
         self.dppo_step = DPPOStep(config, policy, self.optimizer_state, self.keep_evidence)
         self.update_memory = UpdateMemory(policy, self.optimizer_state, self.dppo_step.frozen)

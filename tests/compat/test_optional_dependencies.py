@@ -112,6 +112,29 @@ def test_present_transformer_engine(tmp_path: Path) -> None:
     assert answer == ["True", "transformer_engine 2.9", "imports transformer_engine.pytorch"]
 
 
+def test_a_transformer_engine_without_cores_kernels_is_too_old(tmp_path: Path) -> None:
+    files = {**_PRESENT, "transformer_engine/__init__.py": "__version__ = '2.0.1'\n"}
+    usable, reason, imported = _probe(tmp_path, files, "probe_transformer_engine", "transformer_engine")
+    assert usable == "False"
+    assert reason == "transformer_engine 2.0.1 lacks kernels that 2.1 has: install a newer one"
+    assert imported == "ImportError transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("source", "usable", "reason"),
+    [
+        ("class Buffer: pass\n", "True", "deep_ep"),
+        ("", "False", "deep_ep lacks Buffer"),
+        ("raise OSError('libnvshmem_host.so')\n", "False", "deep_ep is broken (OSError: libnvshmem_host.so)"),
+    ],
+)
+def test_deep_ep_is_probed_and_hidden_from_core_where_it_is_broken(
+    source: str, usable: str, reason: str, tmp_path: Path
+) -> None:
+    answer = _probe(tmp_path, {"deep_ep.py": source}, "probe_deep_ep", "deep_ep")
+    assert answer == [usable, reason, ("imports " if usable == "True" else "ImportError ") + "deep_ep"]
+
+
 def test_the_unrelated_package_called_apex_is_unusable_and_hidden_from_core(tmp_path: Path) -> None:
     usable, reason, imported = _probe(tmp_path, {"apex/__init__.py": ""}, "probe_apex", "apex")
     assert usable == "False"

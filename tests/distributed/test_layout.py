@@ -50,8 +50,26 @@ def test_model_chunks_need_a_pipeline() -> None:
 
 
 def test_unknown_token_dispatchers_are_refused() -> None:
-    with pytest.raises(ValueError, match="moe_token_dispatcher='flex' is not one of alltoall, allgather"):
+    with pytest.raises(ValueError, match="moe_token_dispatcher='ring' is not one of alltoall, allgather, flex"):
+        ParallelConfig(moe_token_dispatcher="ring")
+    with pytest.raises(ValueError, match="'flex' needs expert_model_parallel_size > 1"):
         ParallelConfig(moe_token_dispatcher="flex")
+    assert ParallelConfig(moe_token_dispatcher="flex", expert_model_parallel_size=2).moe_token_dispatcher == "flex"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap_param_gather": True}, "set use_distributed_optimizer and overlap_grad_reduce too"),
+        ({"overlap_param_gather": True, "overlap_grad_reduce": True}, "set use_distributed_optimizer"),
+        ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "and overlap_grad_reduce too"),
+        ({"bucket_size": 1000}, "without overlap_grad_reduce there are no buckets"),
+        ({"bucket_size": 0, "overlap_grad_reduce": True}, "bucket_size must be at least 1"),
+    ],
+)
+def test_overlap_that_would_do_nothing_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**options)
 
 
 @pytest.mark.parametrize(

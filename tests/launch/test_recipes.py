@@ -63,7 +63,10 @@ def test_a_twin_has_the_features_of_its_recipe(name: str) -> None:
     assert twin.algorithm.advantage == recipe.algorithm.advantage
     for feature in ("batching", "fused_linear"):
         assert getattr(twin.train, feature) == getattr(recipe.train, feature)
-    assert twin.model.recompute_activations == recipe.model.recompute_activations
+    for how in ("granularity", "method", "modules"):  # its layers are fewer
+        assert getattr(twin.model.recompute, how) == getattr(recipe.model.recompute, how)
+    for overlap in ("overlap_grad_reduce", "overlap_param_gather"):
+        assert getattr(twin.parallel, overlap) == getattr(recipe.parallel, overlap)
     for size in ("tensor", "pipeline", "context", "expert"):
         sizes = [
             getattr(r.parallel, f"{size}_model_parallel_size", None) or r.parallel.context_parallel_size

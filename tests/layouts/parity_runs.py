@@ -275,7 +275,7 @@ def _policy(policy_kind: str, num_layers: int, parallel: ParallelConfig) -> Trai
     hf_config = tiny_hf_config(policy_kind, num_hidden_layers=num_layers, initializer_range=0.1)
     chunks = build_policy(hf_config, parallel, torch.float32)
     initialize_randomly(chunks, seed=3)
-    policy = wrap_for_training(chunks, hf_config, torch.float32, parallel.use_distributed_optimizer)
+    policy = wrap_for_training(chunks, hf_config, torch.float32, parallel)
     _check_that_the_layout_is_in_force(policy, parallel)
     return policy
 
@@ -284,7 +284,8 @@ def _check_that_the_layout_is_in_force(policy: TrainablePolicy, parallel: Parall
     """An option that nobody reads would agree with a single rank very well."""
     config, chunk = policy.transformer_config, policy.chunks[0]
     assert len(policy.chunks) == (parallel.virtual_pipeline_model_parallel_size or 1)
-    assert chunk.ddp_config.use_distributed_optimizer == parallel.use_distributed_optimizer
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
+        assert getattr(chunk.ddp_config, name) == getattr(parallel, name)
     assert config.sequence_parallel == parallel.uses_sequence_parallel
     if config.num_moe_experts is not None:
         assert config.moe_token_dispatcher_type == parallel.moe_token_dispatcher

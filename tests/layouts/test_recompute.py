@@ -9,15 +9,21 @@ import pytest
 import torch
 
 from megatron_dppo.models.hf.weights import export_hf_weights
+from megatron_dppo.training.config.recompute import RecomputeConfig
 from tests.models.policy_runs import TWO_RANK_LAYOUTS, loaded_policy, packed, put_gradients_in_place_of_weights, rows
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rank_pool import RankPools
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "MLP": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "experts": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+    name: recompute.transformer_fields()
+    for name, recompute in {
+        "full": RecomputeConfig("full"),
+        "runs of two": RecomputeConfig("full", "uniform", 2),
+        "one of two": RecomputeConfig("full", "block", 1),
+        "attention": RecomputeConfig("selective"),
+        "MLP": RecomputeConfig("selective", modules=["mlp"]),
+        "experts": RecomputeConfig("selective", modules=["core_attn", "moe"]),
+    }.items()
 }
 
 
@@ -36,12 +42,15 @@ def _gradients(folder: str, layout: dict[str, Any], recompute: dict[str, Any], p
     ("kind", "layout", "recompute", "pack"),
     [
         ("qwen3", "one rank", "full", True),
+        ("qwen3", "one rank", "runs of two", True),
+        ("qwen3", "one rank", "one of two", True),
         ("qwen3", "one rank", "attention", True),
         ("qwen3", "one rank", "MLP", False),
         pytest.param("qwen3_moe", "TP2 EP2", "full", True, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "TP2 EP2", "experts", True, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "TP2 EP2 allgather", "experts", False, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "EP2", "full", False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "PP2", "one of two", True, marks=pytest.mark.slow),
         pytest.param("qwen3", "CP2", "full", True, marks=pytest.mark.slow),
         pytest.param("qwen3", "CP2", "attention", True, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "PP2 VPP2", "full", True, marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+import megatron_dppo.models.attention as attention_module
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
-from megatron_dppo.models.attention import SdpaCoreAttention
+from megatron_dppo.models.attention import SdpaCoreAttention, attend, takes_variable_lengths
+from megatron_dppo.models.packed_sequences import PackedSequences, packed_sequences
 
 HEADS, GROUPS, DIM = 4, 2, 8
 # fp32 inputs of size ~1: scores and a weighted mean, each a few roundings of 6e-8.
@@ -218,3 +221,65 @@ def _packed_context_parallel_errors(size: int) -> list[float]:
 def test_context_parallel_ranks_cut_every_packed_sequence(ranks):
     for errors in ranks(2).run(_packed_context_parallel_errors, 2):
         assert max(errors) < 1e-5
+
+
+def _varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of ``varlen_attn``: a window of (-1, 0) is causal."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    lengths = cu_seq_q.diff().tolist()
+    assert max(lengths) == max_q == max_k
+    contexts = []
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        attended = attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), None, scale)
+        contexts.append(attended[0].transpose(0, 1))
+    return torch.cat(contexts)
+
+
+def _check_one_call_for_all_sequences() -> None:
+    attention = build_attention()
+    qkv = [x[:, 0] for x in random_qkv(9, 9, 1)]
+    for packed in (packed_params([0, 4, 9]), packed_sequences([0, 4, 9], 1)):
+        expected = attention(*qkv, None, packed_seq_params=packed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_module, "takes_variable_lengths", lambda *args: True)
+            kernel = mock.Mock(side_effect=_varlen_by_hand)
+            patch.setattr(attention_module, "varlen_attn", kernel)
+            output = attention(*qkv, None, packed_seq_params=packed)
+        (call,) = kernel.call_args_list
+        assert not isinstance(packed, PackedSequences) or call.args[3] is packed.cu_seqlens, "no copy in a layer"
+        torch.testing.assert_close(output, expected, **TOLERANCE)
+
+
+def test_packed_sequences_take_one_call_where_there_is_a_kernel(ranks):
+    ranks(1).run(_on_one_rank, _check_one_call_for_all_sequences)
+
+
+@pytest.mark.skipif(attention_module.varlen_attn is None, reason="torch has no varlen_attn")
+def test_torch_takes_the_arguments_of_that_call() -> None:
+    """On the meta device: shapes and names, no kernel."""
+    query, key = (torch.empty(9, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (HEADS, GROUPS))
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    output = attention_module.varlen_attn(
+        query, key, key, bounds, bounds, 5, 5, scale=0.1, window_size=(-1, 0), enable_gqa=True
+    )
+    assert output.shape == query.shape
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, True),
+        ("cuda", torch.float32, 128, False),  # FlashAttention is a kernel of 16-bit numbers
+        ("cuda", torch.bfloat16, 320, False),
+        ("cuda", torch.bfloat16, 36, False),
+        ("cpu", torch.bfloat16, 128, False),
+        ("meta", torch.bfloat16, 128, False),  # planned as one call per sequence
+    ],
+)
+def test_when_there_is_a_kernel_for_variable_lengths(device, dtype, head_dim, expected, monkeypatch) -> None:
+    monkeypatch.setattr(attention_module, "_VARLEN_TAKES", frozenset({"scale", "window_size", "enable_gqa"}))
+    assert takes_variable_lengths(device, dtype, head_dim) is expected
+    monkeypatch.setattr(attention_module, "_VARLEN_TAKES", frozenset({"scale", "is_causal"}))  # torch 2.10
+    assert takes_variable_lengths(device, dtype, head_dim) is False

@@ -82,7 +82,7 @@ PACKED_AND_FUSED = ("train.batching=packed", "train.fused_linear=true")
 SMOOTH = ("algorithm.loss.trust_region=smooth", "algorithm.advantage=rloo")
 RECOMPUTED = ("algorithm.anchor=recomputed", "algorithm.loss.aggregation=seq_mean_token_mean", "warm_start.steps=0")
 PENALTY = ("algorithm.loss.kl_coef=0.1", "warm_start.steps=0")
-REPLAY = ("algorithm.routing_replay=true", "model.recompute_activations=true")
+REPLAY = ("algorithm.routing_replay=true", "model.recompute.granularity=full")
 
 
 @pytest.mark.parametrize(

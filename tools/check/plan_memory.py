@@ -76,7 +76,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "PP2": (DENSE, ["parallel.pipeline_model_parallel_size=2"]),
     "dense TP2, recomputed, fused": (
         DENSE,
-        ["parallel.tensor_model_parallel_size=2", "model.recompute_activations=true", "train.fused_linear=true"],
+        ["parallel.tensor_model_parallel_size=2", "model.recompute.granularity=full", "train.fused_linear=true"],
     ),
     "bf16, distributed optimizer": (DENSE, ["parallel.use_distributed_optimizer=true", "model.dtype=bf16"]),
 }
@@ -104,7 +104,7 @@ def steps_measured(config: Config, fields: dict[str, Any]) -> tuple[int, int]:
     chunks = build_chunks(config.model, config.parallel, hf_config, torch.device("cpu"))
     initialize_randomly(chunks, seed=1)
     dtype = MODEL_DTYPES[config.model.dtype]
-    policy = wrap_for_training(chunks, hf_config, dtype, config.parallel.use_distributed_optimizer)
+    policy = wrap_for_training(chunks, hf_config, dtype, config.parallel)
     step = DPPOStep(config, policy, build_optimizer(policy, config.train.optimizer, 10))
     batch = largest_batch(config, hf_config, 32, micro_batches=config.parallel.pipeline_model_parallel_size)
     step.run(batch)

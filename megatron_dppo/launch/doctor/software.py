@@ -55,8 +55,8 @@ def megatron_core(_: Subject) -> Line:
 
 
 def transformer_engine(_: Subject) -> Line:
-    """Without it Megatron's own layers are used: right, and on a GPU slower."""
-    remedy = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+    """Without it a run on GPUs has to ask for Megatron's own layers: right, and slower."""
+    remedy = "pip install --no-build-isolation 'transformer-engine[pytorch]', or run with model.backend=local"
     return _optional("transformer-engine", probe_transformer_engine(), remedy)
 
 

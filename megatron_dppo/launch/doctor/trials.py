@@ -58,7 +58,8 @@ def _train(what: str, options: list[str], subject: Subject, limit_s: float) -> L
         write_trial_policy(folder / "policy")
         (folder / "trial.yaml").write_text(_CONFIG.format(folder=folder), encoding="utf-8")
         device = f"run.device={subject.recipe.run.device}"
-        arguments = ["train", "--config", str(folder / "trial.yaml"), device, *options]
+        layers = f"model.backend={subject.recipe.model.backend}"
+        arguments = ["train", "--config", str(folder / "trial.yaml"), device, layers, *options]
         began = time.monotonic()
         code, output = _run([sys.executable, "-m", "megatron_dppo", *arguments], limit_s - 2 * _ENDING_S)
         took = time.monotonic() - began

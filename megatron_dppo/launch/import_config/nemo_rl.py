@@ -11,8 +11,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.launch.import_config import loss_terms, nemo_rl_cluster
-from megatron_dppo.launch.import_config.nemo_rl_keys import COPIED, DROPPED, DTENSOR, IGNORED, MEGATRON, SCHEDULER
-from megatron_dppo.launch.import_config.translation import Source, Translation
+from megatron_dppo.launch.import_config.nemo_rl_keys import (
+    COPIED,
+    DROPPED,
+    DTENSOR,
+    IGNORED,
+    MEGATRON,
+    RECOMPUTED,
+    SCHEDULER,
+)
+from megatron_dppo.launch.import_config.translation import Source, Translation, granularity
 
 # What its files compute with, e.g. ${mul:${policy.max_total_sequence_length}, 2}.
 _RESOLVERS: dict[str, Callable[[Any, Any], Any]] = {
@@ -35,6 +43,7 @@ def translate(path: Path) -> Translation:
     translation = Translation(source)
     megatron = source.is_on(f"{MEGATRON}.enabled")
     translation.copy(COPIED if megatron else {**{k: v for k, v in COPIED.items() if MEGATRON not in k}, **DTENSOR})
+    translation.copy({k: v for k, v in RECOMPUTED.items() if (MEGATRON in k) == megatron}, granularity)
     if not megatron:
         source.take("policy.dtensor_cfg.enabled")
         translation.differs["policy.dtensor_cfg.enabled"] = (

@@ -21,7 +21,6 @@ COPIED = {
     f"{MEGATRON}.num_layers_in_last_pipeline_stage": "parallel.num_layers_in_last_pipeline_stage",
     f"{MEGATRON}.context_parallel_size": "parallel.context_parallel_size",
     f"{MEGATRON}.expert_model_parallel_size": "parallel.expert_model_parallel_size",
-    f"{MEGATRON}.activation_checkpointing": "model.recompute_activations",
     f"{MEGATRON}.use_fused_linear_logprobs": "train.fused_linear",
     f"{OPTIMIZER}.use_distributed_optimizer": "parallel.use_distributed_optimizer",
     f"{OPTIMIZER}.lr": "train.optimizer.lr",
@@ -39,12 +38,16 @@ COPIED = {
     f"{MEGATRON}.checkpoint.async_save": "checkpoint.async_save",
     "logger.tensorboard_enabled": "logging.tensorboard",
 }
+# Whether whole layers are recomputed.
+RECOMPUTED = {
+    f"{MEGATRON}.activation_checkpointing": "model.recompute.granularity",
+    "policy.dtensor_cfg.activation_checkpointing": "model.recompute.granularity",
+}
 # Of the other backend, in the place of Megatron's.
 DTENSOR = {
     "policy.dtensor_cfg.tensor_parallel_size": "parallel.tensor_model_parallel_size",
     "policy.dtensor_cfg.context_parallel_size": "parallel.context_parallel_size",
     "policy.dtensor_cfg.expert_parallel_size": "parallel.expert_model_parallel_size",
-    "policy.dtensor_cfg.activation_checkpointing": "model.recompute_activations",
     "policy.optimizer.kwargs.lr": "train.optimizer.lr",
     "policy.optimizer.kwargs.weight_decay": "train.optimizer.weight_decay",
     "policy.optimizer.kwargs.eps": "train.optimizer.adam_eps",

@@ -40,6 +40,11 @@ class Source:
         return [key for key, value in self.values.items() if key not in self.read and value not in _OFF]
 
 
+def granularity(recomputes: object) -> str:
+    """A switch for activation recompute -> ours."""
+    return "full" if recomputes else "none"
+
+
 @dataclass
 class Translation:
     """The recipe that comes of it.

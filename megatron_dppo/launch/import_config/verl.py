@@ -8,8 +8,17 @@ from typing import Any
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.launch.import_config import loss_terms
 from megatron_dppo.launch.import_config.shell_overrides import read_overrides
-from megatron_dppo.launch.import_config.translation import Source, Translation
-from megatron_dppo.launch.import_config.verl_keys import ACTOR, COPIED, DROPPED, IGNORED, MEGATRON, ROLLOUT, TRANSFORMER
+from megatron_dppo.launch.import_config.translation import Source, Translation, granularity
+from megatron_dppo.launch.import_config.verl_keys import (
+    ACTOR,
+    COPIED,
+    DROPPED,
+    IGNORED,
+    MEGATRON,
+    RECOMPUTED,
+    ROLLOUT,
+    TRANSFORMER,
+)
 
 _AGGREGATIONS = {
     "token-mean": "token_mean",
@@ -37,6 +46,7 @@ def translate(path: Path) -> Translation:
         translation.missing[key] = "a shell decides it when the script runs"
         source.values = {name: value for name, value in source.values.items() if name != key}
     translation.copy(COPIED)
+    translation.copy(RECOMPUTED, granularity)
     _model(translation)
     _batches(translation)
     _loss(translation)
@@ -55,8 +65,8 @@ def _model(translation: Translation) -> None:
     if "$" in name:
         translation.missing["actor_rollout_ref.model.path"] = "a shell decides it when the script runs: set model.path"
     options["model.path"] = "" if "$" in name else f"models/{name}"
-    if source.take(f"{TRANSFORMER}.recompute_granularity") == "full":
-        options["model.recompute_activations"] = True
+    if (recomputed := source.take(f"{TRANSFORMER}.recompute_granularity")) in ("full", "selective"):
+        options["model.recompute.granularity"] = recomputed
     if source.take(f"{MEGATRON}.router_replay.mode", source.take(f"{ACTOR}.router_replay.mode")) == "R3":
         options["algorithm.routing_replay"] = True
     for section in (MEGATRON, f"{ACTOR}.fsdp_config"):

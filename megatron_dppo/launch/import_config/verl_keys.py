@@ -30,7 +30,6 @@ COPIED = {
     f"{TRANSFORMER}.num_layers_in_first_pipeline_stage": "parallel.num_layers_in_first_pipeline_stage",
     f"{TRANSFORMER}.num_layers_in_last_pipeline_stage": "parallel.num_layers_in_last_pipeline_stage",
     f"{ACTOR}.ulysses_sequence_parallel_size": "parallel.context_parallel_size",
-    "actor_rollout_ref.model.enable_gradient_checkpointing": "model.recompute_activations",
     "trainer.experiment_name": "run.name",
     "trainer.total_training_steps": "train.steps",
     "trainer.save_freq": "checkpoint.every",
@@ -38,6 +37,8 @@ COPIED = {
     "trainer.nnodes": "launch.trainer_nodes",
     "trainer.n_gpus_per_node": "launch.gpus_per_node",
 }
+# Whether whole layers are recomputed.
+RECOMPUTED = {"actor_rollout_ref.model.enable_gradient_checkpointing": "model.recompute.granularity"}
 DROPPED = {
     "algorithm.use_kl_in_reward": "a KL is a term of the loss here, never of the reward",
     "algorithm.filter_groups.enable": "groups whose rewards are all equal are kept; they have no gradient",

@@ -64,6 +64,8 @@ class Assumptions:
         expert_load: tokens that the experts of the rank with the most get, over the mean.
         network: bytes/s of each GPU to other nodes: 400 Gb/s, less a tenth.
         pcie: bytes/s between a GPU and pinned host memory.
+        host_memory: bytes/s that the CPU reads and writes for one rank, of optimizer state that is offloaded: an eighth of a
+            host of two sockets with 320 GB/s.
         host_network: bytes/s of a rank's values over gloo (samples on their way to who learns from them).
         matmul_share: of the peak, in products of matrices.
         attention_share: of the peak, in attention.
@@ -86,6 +88,7 @@ class Assumptions:
     expert_load: float = 1.2
     network: float = 45e9
     pcie: float = 50e9
+    host_memory: float = 40e9
     host_network: float = 2e9
     matmul_share: float = 0.6
     attention_share: float = 0.45
@@ -114,7 +117,9 @@ def assumptions_from(settings: Sequence[str]) -> Assumptions:
             number = kinds[name](value)
         except ValueError as error:
             raise ConfigError(f"--assume {setting}: {name} is a number") from error
-        if not 0 <= number < float("inf") or (number == 0 and name.endswith(("share", "network", "pcie", "load"))):
+        if not 0 <= number < float("inf") or (
+            number == 0 and name.endswith(("share", "network", "pcie", "memory", "load"))
+        ):
             raise ConfigError(f"--assume {setting}: {name} must be above 0 and finite")
         changes[name] = number
     return replace(Assumptions(), **changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,10 +11,45 @@ from transformers import PretrainedConfig
 
 from megatron_dppo.launch.plan.largest_batch import replayed_bytes
 from megatron_dppo.launch.plan.rank_plan import TRACED_LAYERS, Kept, Pass, Setting, Stage, kept, traced_pass
+from megatron_dppo.training.config.recompute import RecomputeConfig
 from megatron_dppo.training.config.schema import Config
 
 _BUCKETS_OF_SENDER = 6.5  # the most that was measured (docs/weight_sync.md)
 _BUCKETS_ON_SHARED_GPU = 3  # two of its own, and the messages of one more (docs/colocation.md)
+
+
+@dataclass(frozen=True)
+class TracedChunk:
+    """A micro-batch through two numbers of layers (or through all, if they are few), and what is to be made of that.
+
+    Attributes:
+        passes: through each of ``depths`` layers.
+        plain: likewise with nothing recomputed, if some layers are not (``model.recompute.method=block``); else empty.
+        depths: numbers of layers, one or two.
+        layers: that the chunk has.
+        plain_layers: of them, that are not recomputed although others are.
+    """
+
+    passes: list[Pass]
+    plain: list[Pass]
+    depths: tuple[int, ...]
+    layers: int
+    plain_layers: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the micro-batch."""
+        return self.passes[0].tokens
+
+    def whole(self, values: Sequence[float], plain: Sequence[float] = ()) -> float:
+        """What a figure is for the whole chunk: a straight line through what it is of ``passes``, and of ``plain``. Without
+        the latter: for the chunk without its plain layers.
+        """
+        if len(values) == 1:
+            return values[0]
+        step = self.depths[1] - self.depths[0]
+        result = values[0] + (values[1] - values[0]) / step * (self.layers - self.plain_layers - self.depths[0])
+        return result + ((plain[1] - plain[0]) / step * self.plain_layers if plain else 0.0)
 
 
 @dataclass(frozen=True)
@@ -30,7 +65,7 @@ class StageMemory:
         running: of the micro-batch that runs, at most.
         head: most that output layer and loss take beside what is held; the layers' backward pass may take more.
         sync: weight-sync buffers; not at the same time as micro-batches.
-        passes: a micro-batch through a few layers, for whoever wants to know how long it takes.
+        traced: a micro-batch through a few layers, for whoever wants to know how long it takes.
     """
 
     index: int
@@ -41,7 +76,7 @@ class StageMemory:
     running: float
     head: float
     sync: float
-    passes: list[Pass]
+    traced: TracedChunk
 
     @property
     def working(self) -> float:
@@ -84,13 +119,19 @@ def _of_stage(
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage
     stage = Stage(index == 0, index == stages - 1)
     holds = memo.of(
-        (parallel, setting.world_size, stage, layers, _model(config)),
+        (parallel, setting.world_size, stage, layers, _model(config), repr(config.train.optimizer_memory)),
         lambda: kept(config, hf_config, setting.world_size, index * setting.world_size // stages, setting.as_on_cuda),
     )
-    passes = passes_of(config, hf_config, setting, memo, stage, layers // chunks)
-    depth = layers / chunks
-    held, running, head = (_at_depth(passes, name, depth) for name in ("held", "peak", "head"))
-    replayed = replayed_bytes(config, hf_config, passes[0].tokens, layers)
+    traced = traced_chunk(config, hf_config, setting, memo, stage, layers // chunks)
+    held, running, head = (
+        traced.whole([getattr(one, name) for one in traced.passes], [getattr(one, name) for one in traced.plain])
+        for name in ("held", "peak", "head")
+    )
+    if traced.plain:
+        # Backward begins with the layers that are not recomputed, and has freed them when it comes to the others.
+        others = held + max(one.peak - one.held for one in traced.plain)
+        running = max(others, traced.whole([one.peak for one in traced.passes]))
+    replayed = replayed_bytes(config, hf_config, traced.tokens, layers)
     return StageMemory(
         index=index,
         layers=layers,
@@ -100,15 +141,44 @@ def _of_stage(
         running=running + replayed / chunks,
         head=head,
         sync=_sync_bytes(config),
-        passes=passes,
+        traced=traced,
     )
 
 
-def passes_of(
+def traced_chunk(
     config: Config, hf_config: PretrainedConfig, setting: Setting, memo: Memo, stage: Stage, layers: int
+) -> TracedChunk:
+    """The largest micro-batch through a chunk of ``layers`` layers, by way of fewer."""
+    recompute = config.model.recompute
+    runs = recompute.num_layers if recompute.granularity == "full" and recompute.method == "uniform" else 1
+    depths = tuple(depth * runs for depth in TRACED_LAYERS)  # of whole runs of layers that are recomputed together
+    if layers <= depths[-1]:
+        return TracedChunk(_passes(config, hf_config, setting, memo, stage, (layers,)), [], (layers,), layers, 0)
+    plain_layers = 0
+    if recompute.granularity == "full" and recompute.method == "block":
+        plain_layers = layers - min(recompute.num_layers, layers)
+    if not plain_layers:
+        return TracedChunk(_passes(config, hf_config, setting, memo, stage, depths), [], depths, layers, 0)
+    of_block, of_others = (
+        _passes(changed_recompute(config, granularity), hf_config, setting, memo, stage, depths)
+        for granularity in ("full", "none")
+    )
+    return TracedChunk(of_block, of_others, depths, layers, plain_layers)
+
+
+def changed_recompute(config: Config, granularity: str) -> Config:
+    """With every layer recomputed by itself, or none."""
+    return dataclasses.replace(config, model=replace(config.model, recompute=RecomputeConfig(granularity)))
+
+
+def _passes(
+    config: Config,
+    hf_config: PretrainedConfig,
+    setting: Setting,
+    memo: Memo,
+    stage: Stage,
+    depths: tuple[int, ...],
 ) -> list[Pass]:
-    """The largest micro-batch through exactly ``layers`` layers; or, if these are many, through two numbers of few."""
-    depths = TRACED_LAYERS if layers > TRACED_LAYERS[-1] else (layers,)
     parallel = replace(
         config.parallel,
         pipeline_model_parallel_size=1,
@@ -129,16 +199,7 @@ def passes_of(
 def _model(config: Config) -> Hashable:
     """What of the configuration decides about a rank's model beside its layout."""
     model, loss = config.model, config.algorithm.loss
-    return model.dtype, model.fp32_head, model.recompute_activations, loss, config.algorithm.topk
-
-
-def _at_depth(passes: list[Pass], name: str, depth: float) -> float:
-    """A straight line through what was found."""
-    values = [getattr(one, name) for one in passes]
-    if len(values) == 1:
-        return values[0]
-    per_layer = (values[1] - values[0]) / (TRACED_LAYERS[1] - TRACED_LAYERS[0])
-    return values[0] + per_layer * (depth - TRACED_LAYERS[0])
+    return model.dtype, model.fp32_head, repr(model.recompute), repr(model.overrides), loss, config.algorithm.topk
 
 
 def micro_batches_in_flight(stages: int, chunks: int, index: int) -> int:

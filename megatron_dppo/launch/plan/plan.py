@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 
 from megatron_dppo.launch.plan.hardware import Assumptions, Gpu
 from megatron_dppo.launch.plan.memory import Memo, StageMemory, memory_of_stages
-from megatron_dppo.launch.plan.rank_plan import Setting
+from megatron_dppo.launch.plan.rank_plan import Setting, with_plain_messages, without_transformer_engine
 from megatron_dppo.launch.plan.servers import ServerPlan, kv_bytes_per_token, planned_servers
 from megatron_dppo.launch.plan.step_time import StepTime, Timing
 from megatron_dppo.training.config.check import check_config
+from megatron_dppo.training.config.optimizer_memory import OptimizerMemoryConfig
 from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
 
 
@@ -112,6 +113,17 @@ def make_plan(
 ) -> Plan:
     """Raises ConfigError where a run would refuse to start, but for what only the run's own machine can tell."""
     anywhere = changed(changed(config, "train.kernel_backend", "auto"), "rollout.sglang.python", None)
+    anywhere = changed(anywhere, "parallel", with_plain_messages(config.parallel))
+    anywhere = changed(anywhere, "model", without_transformer_engine(config.model))
+    memory = config.train.optimizer_memory
+    memory.check(  # of GPUs, whatever is here
+        dtype=config.model.dtype,
+        distributed=config.parallel.use_distributed_optimizer,
+        device="cuda",
+        beta2=config.train.optimizer.adam_beta2,
+        transformer_engine=None,
+    )
+    anywhere = changed(anywhere, "train.optimizer_memory", OptimizerMemoryConfig())
     check_config(anywhere, hf_config, world_size)
     setting = Setting(world_size, gpus_per_node, assume.prompt_tokens, assume.expert_load)
     return Plan(config, hf_config, setting, gpu, assume, memory_of_stages(config, hf_config, setting, memo))

@@ -28,7 +28,9 @@ from megatron_dppo.models.sharding import unwrapped
 from megatron_dppo.ops import backend as backends
 from megatron_dppo.ops import fp32_product
 from megatron_dppo.training.checkpoint.optimizer_state import optimizer_shards
-from megatron_dppo.training.config.schema import MODEL_DTYPES, Config
+from megatron_dppo.training.config.model_overrides import ALLOWED
+from megatron_dppo.training.config.recompute import TRANSFORMER_ENGINE_MODULES
+from megatron_dppo.training.config.schema import MODEL_DTYPES, Config, ModelConfig
 from megatron_dppo.training.data.batcher import MicroBatcher
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.policy.dppo_step import DPPOStep
@@ -42,8 +44,7 @@ from megatron_dppo.training.policy.trainable import (
 
 _META = torch.device("meta")
 _BACKEND = "planned"
-_ADAM_BYTES = 8  # two fp32 moments
-_MAIN_BYTES = 4
+_GRADIENT_ON_HOST = 4  # fp32, pinned
 TRACED_LAYERS = (2, 3)  # a straight line through two depths
 
 
@@ -67,12 +68,22 @@ class Setting:
 
 
 class Share(NamedTuple):
-    """Of the parameters that a rank holds: dense ones, or experts."""
+    """Of the parameters that a rank holds: dense ones, or experts. Bytes on the GPU, but for what says otherwise.
+
+    Attributes:
+        parameters: how many.
+        weights, gradients: of them.
+        optimizer: state of those that the rank updates.
+        updated: how many those are.
+        on_host: bytes of host memory, for the state, gradients and weights of those that the CPU updates.
+    """
 
     parameters: int
     weights: int
     gradients: int
     optimizer: int
+    updated: int
+    on_host: int
 
 
 @dataclass(frozen=True)
@@ -147,12 +158,15 @@ def kept(config: Config, hf_config: PretrainedConfig, world_size: int, rank: int
         total = sum(numbers.values())
         expert_ids = {id(p) for name, p in named if ".experts." in name}
         itemsize = policy.dtype.itemsize
-        per_element = _ADAM_BYTES + (0 if policy.dtype is torch.float32 else _MAIN_BYTES)
+        memory = config.train.optimizer_memory
+        per_element, offloaded = memory.bytes_per_parameter(config.model.dtype), memory.offload_fraction
         for of_experts in (False, True):
             count = numbers[of_experts]
             updated = sum(s.main.numel() for s in shards if (id(s.parameter) in expert_ids) == of_experts)
             gradients = round(gradient_bytes * count / total) if total else 0
-            shares.append(Share(count, count * itemsize, gradients, updated * per_element))
+            here, away = round(updated * (1 - offloaded) * per_element), updated * offloaded
+            on_host = round(away * (per_element + _GRADIENT_ON_HOST))
+            shares.append(Share(count, count * itemsize, gradients, here, updated, on_host))
         frozen = sum(tensor.nbytes for copy_ in step.frozen for tensor in copy_.tensors)
         return Kept(shares[0], shares[1], frozen, groups)
 
@@ -172,9 +186,7 @@ def traced_pass(config: Config, hf_config: PretrainedConfig, setting: Setting, s
         policy, step, _ = _build(config, shallow)
         examples = largest_batch(config, hf_config, setting.prompt_tokens, micro_batches=1)
         (batch,) = MicroBatcher(step.scheduler).micro_batches(examples, 0)
-        # The rotary embedding reads the bounds of sequences.
-        batch = replace(batch.to(_META), packed_seq_params=batch.packed_seq_params)
-        return _traced(policy, step, batch, setting.gpus_per_node)
+        return _traced(policy, step, policy.on_device(batch), setting.gpus_per_node)
 
 
 def _with_stages_like(config: Config, stage: Stage) -> tuple[Config, int]:
@@ -238,6 +250,31 @@ def _rank_on_meta(
         yield groups
 
 
+def without_transformer_engine(model: ModelConfig) -> ModelConfig:
+    """What can be built on any machine: layers of core's own, without what only Transformer Engine's know. They take more
+    memory, not less: norms and activations of experts that would be recomputed are kept.
+    """
+    engines = {name for name, allowed in ALLOWED.items() if allowed.needs_transformer_engine}
+    anywhere = {name: value for name, value in model.overrides.items() if name not in engines}
+    recompute = model.recompute
+    if recompute.granularity == "selective":
+        modules = [module for module in recompute.modules if module not in TRANSFORMER_ENGINE_MODULES]
+        recompute = replace(recompute, modules=modules, granularity="selective" if modules else "none")
+    return replace(model, backend="local", overrides=anywhere, recompute=recompute)
+
+
+def with_plain_messages(parallel: ParallelConfig) -> ParallelConfig:
+    """That sends the same by collectives that can be traced: no DeepEP, and nothing amid a pass (counted with the step)."""
+    dispatcher = "alltoall" if parallel.moe_token_dispatcher == "flex" else parallel.moe_token_dispatcher
+    return replace(
+        parallel,
+        moe_token_dispatcher=dispatcher,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        bucket_size=None,
+    )
+
+
 def _build(config: Config, hf_config: PretrainedConfig) -> tuple[TrainablePolicy, DPPOStep, OptimizerState]:
     """As a run builds them. Kernels are the compiled ones, where they are built, else plain torch, which takes more."""
     if backends.native_operators(torch.device("cpu")) is not None:
@@ -247,8 +284,8 @@ def _build(config: Config, hf_config: PretrainedConfig) -> tuple[TrainablePolicy
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, kernel_backend=_BACKEND))
     algorithm = dataclasses.replace(config.algorithm, routing_replay=False)  # it takes values: its bytes are added
     config = dataclasses.replace(config, algorithm=algorithm)
-    dtype = MODEL_DTYPES[config.model.dtype]
-    chunks = build_chunks(config.model, config.parallel, hf_config, _META)
-    policy = wrap_for_training(chunks, hf_config, dtype, config.parallel.use_distributed_optimizer)
+    dtype, parallel = MODEL_DTYPES[config.model.dtype], with_plain_messages(config.parallel)
+    chunks = build_chunks(without_transformer_engine(config.model), parallel, hf_config, _META)
+    policy = wrap_for_training(chunks, hf_config, dtype, parallel)
     state = build_optimizer(policy, config.train.optimizer, total_steps=config.train.steps)
     return policy, DPPOStep(config, policy, state), state

@@ -61,7 +61,7 @@ def _tried(start: Remedy, memo: Memo) -> Iterator[Remedy]:
         setting = start.plan.setting
         config, world_size = start.plan.config, setting.world_size
         if key == "launch.trainer_nodes":
-            world_size = value * setting.gpus_per_node
+            world_size = int(value) * setting.gpus_per_node
         else:
             config = changed(config, key, value)
         try:
@@ -80,7 +80,7 @@ def _tried(start: Remedy, memo: Memo) -> Iterator[Remedy]:
         yield Remedy((*others, f"{key}={_written(value)}"), made)
 
 
-def _candidates(plan: Plan) -> Iterator[tuple[str, int | bool]]:
+def _candidates(plan: Plan) -> Iterator[tuple[str, float | bool | str]]:
     """What may help against what is too large, the cheapest first."""
     config, where = plan.config, {problem.where for problem in plan.problems}
     if "servers" in where:
@@ -92,8 +92,12 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, int | bool]]:
         yield "parallel.use_distributed_optimizer", True
     if not config.train.fused_linear and not config.algorithm.loss.needs_rollout_logits:
         yield "train.fused_linear", True
-    if not config.model.recompute_activations:
-        yield "model.recompute_activations", True
+    if config.model.recompute.granularity != "full":
+        yield "model.recompute.granularity", "full"
+    elif config.model.recompute.method != "uniform":
+        yield "model.recompute.method", "uniform"
+    elif config.model.recompute.num_layers > 1:
+        yield "model.recompute.num_layers", 1
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.train.batching == "packed":
         if config.train.tokens_per_micro_batch > longest:
@@ -103,8 +107,14 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, int | bool]]:
     sizes = ["tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"]
     for name in (["expert_model_parallel_size"] if is_moe(plan.hf_config) else []) + sizes:
         yield f"parallel.{name}", 2 * getattr(parallel, name)
+    if parallel.use_distributed_optimizer and config.model.dtype == "bf16":
+        memory = config.train.optimizer_memory
+        if memory.is_default:
+            yield "train.optimizer_memory.first_moment", "bf16"
+        if memory.first_moment == memory.second_moment == "fp32" and memory.offload_fraction < 1:
+            yield "train.optimizer_memory.offload_fraction", 1.0
     yield "launch.trainer_nodes", 2 * -(-plan.setting.world_size // plan.setting.gpus_per_node)
 
 
-def _written(value: int | bool) -> str:
+def _written(value: float | bool | str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

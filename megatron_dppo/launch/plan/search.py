@@ -95,7 +95,8 @@ def _uneven_ends(layers: int, stages: int) -> tuple[int | None, int | None]:
 def least_bytes(plan: Plan, parallel: ParallelConfig) -> float:
     """Of weights, gradients and optimizer state on a rank, if layers were all there is: no rank has so little everywhere."""
     itemsize = MODEL_DTYPES[plan.config.model.dtype].itemsize
-    state = 8 if itemsize == 4 else 12
+    memory = plan.config.train.optimizer_memory
+    state = memory.bytes_per_parameter(plan.config.model.dtype) * (1 - memory.offload_fraction)
     world_size = plan.setting.world_size
     dense, experts = parameters_of(plan.hf_config)
     total = 0.0

@@ -16,7 +16,7 @@ from megatron_dppo.launch.plan.generation import Decoding, generate
 from megatron_dppo.launch.plan.hardware import Assumptions, Gpu
 from megatron_dppo.launch.plan.lengths import Lengths
 from megatron_dppo.launch.plan.memory import StageMemory
-from megatron_dppo.launch.plan.rank_plan import TRACED_LAYERS, Setting
+from megatron_dppo.launch.plan.rank_plan import Pass, Setting
 from megatron_dppo.launch.plan.servers import ServerPlan, kv_bytes_per_token, parameters_of
 from megatron_dppo.launch.plan.sync_cost import Rates, planned_sync
 from megatron_dppo.launch.plan.trace import Times, message, message_time
@@ -28,8 +28,9 @@ from megatron_dppo.training.data.schedule import PADDING, PlannedMicroBatch, Sch
 
 _SEED = 0
 # Bytes of a parameter that an optimizer step reads and writes: the gradient zeroed, and read to see whether it is finite;
-# of those that the rank updates itself: norm, Adam (gradient; fp32 weight and two moments, read and written), bf16 weight.
-_GRADIENT_TRAFFIC, _UPDATE_TRAFFIC = 8, 4 + 4 + 2 * 12 + 2
+# of those that the rank updates itself: norm, Adam's gradient, bf16 weight; beside these its state, read and written.
+_GRADIENT_TRAFFIC, _UPDATE_TRAFFIC = 8, 4 + 4 + 2
+_OVER_PCIE = 4 + 4  # of those that the CPU updates: the gradient, and the new weight back, in fp32
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,16 @@ class Timing:
 
     def _largest(self, stage: StageMemory) -> Times:
         """The largest micro-batch through a stage, forward and backward."""
-        found = []
-        for one in stage.passes:
-            forward, backward = (work.times(self.gpu, self.assume) for work in (one.forward, one.backward))
-            found.append(Times(*(a + b for a, b in zip(forward, backward, strict=True))))
-        chunks = self.config.parallel.chunks_per_stage
-        times = found[0]
-        if len(found) > 1:
-            times = times.extrapolated(found[1], stage.layers / chunks - TRACED_LAYERS[0])
-        times = Times(*(chunks * part for part in times))
-        return times._replace(messages=times.messages + chunks * self._between_stages(stage.passes[0].tokens))
+        traced, chunks = stage.traced, self.config.parallel.chunks_per_stage
+        passes, plain = ([self._times(one) for one in found] for found in (traced.passes, traced.plain))
+        of_plain = zip(*plain, strict=True) if plain else [()] * len(Times._fields)
+        times = Times(*(chunks * traced.whole(p, q) for p, q in zip(zip(*passes, strict=True), of_plain, strict=True)))
+        return times._replace(messages=times.messages + chunks * self._between_stages(traced.tokens))
+
+    def _times(self, one: Pass) -> Times:
+        """Forward and backward."""
+        forward, backward = (work.times(self.gpu, self.assume) for work in (one.forward, one.backward))
+        return Times(*(a + b for a, b in zip(forward, backward, strict=True)))
 
     def _between_stages(self, tokens: int) -> float:
         """Hidden states forward and their gradients backward, to the rank at the same place on the next stage."""
@@ -258,9 +259,15 @@ class Timing:
             if share.parameters and len(ranks) > 1:
                 sent = reduced * (1 - 1 / len(ranks))
                 seconds += message_time(message(sent, ranks, self.setting.gpus_per_node, 0), self.gpu, self.assume)
-            per_element = 12 if self.config.model.dtype != "fp32" else 8
-            traffic = share.parameters * _GRADIENT_TRAFFIC + share.optimizer / per_element * _UPDATE_TRAFFIC
+            memory = self.config.train.optimizer_memory
+            of_state = 2 * memory.bytes_per_parameter(self.config.model.dtype)
+            by_cpu = share.updated * memory.offload_fraction
+            by_gpu = share.updated - by_cpu
+            traffic = share.parameters * _GRADIENT_TRAFFIC + by_gpu * (_UPDATE_TRAFFIC + of_state)
             seconds += traffic / (self.gpu.hbm * self.assume.hbm_share)
+            seconds += by_cpu * max(
+                _OVER_PCIE / self.assume.pcie, (_UPDATE_TRAFFIC + of_state) / self.assume.host_memory
+            )
         return seconds
 
     def _moving(self) -> float:

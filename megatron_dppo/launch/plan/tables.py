@@ -141,6 +141,7 @@ def _memory_table(plan: Plan) -> Table:
         for name, value in parts.items():
             rows.setdefault(name, []).append(float(value))
         rows.setdefault("all", []).append(plan.on_device(stage))
+        rows.setdefault("(host memory: optimizer state)", []).append(kept.dense.on_host + kept.experts.on_host)
     titles = [f"stage {stage.index} ({stage.layers} layers)" for stage in plan.stages]
     table = Table("GB on a GPU of", *(titles if len(titles) > 1 else ["every rank"]))
     for name, values in rows.items():

@@ -97,10 +97,6 @@ class Times(NamedTuple):
     other: float
     messages: float
 
-    def extrapolated(self, longer: Times, steps: float) -> Times:
-        """Where ``longer`` is with one layer more: with ``steps`` layers more."""
-        return Times(*(a + (b - a) * steps for a, b in zip(self, longer, strict=True)))
-
 
 def message_time(message: Message, gpu: Gpu, assume: Assumptions) -> float:
     """Seconds of a collective that nothing overlaps."""

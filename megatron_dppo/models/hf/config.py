@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from megatron_dppo.compat.optional_dependencies import probe_transformer_engine, probe_weight_gradient_fusion
+from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.errors import ConfigError
 from megatron_dppo.models.hf.config_json import (
@@ -26,6 +26,7 @@ from megatron_dppo.models.hf.config_json import (
     read_config_json,
     rope_parameters,
 )
+from megatron_dppo.models.kernels import Kernels
 
 # The supported families: model_type -> the architecture that config.json names.
 ARCHITECTURES = {
@@ -188,9 +189,13 @@ def check_policy_fits(hf_config: PretrainedConfig, parallel: ParallelConfig, wor
 
 
 def to_transformer_config(
-    hf_config: PretrainedConfig, parallel: ParallelConfig, dtype: torch.dtype, **overrides: Any
+    hf_config: PretrainedConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    **overrides: Any,
 ) -> TransformerConfig:
-    """The TransformerConfig of this model in this layout.
+    """The TransformerConfig of this model in this layout, with these kernels.
 
     ``overrides`` replaces any of its fields, e.g. activation recomputation or ``moe_enable_routing_replay``. Losses are
     per token (``calculate_per_token_loss``): gradients are summed over tokens and divided once, by the global count.
@@ -200,10 +205,10 @@ def to_transformer_config(
     fields: dict[str, Any] = {
         **_architecture_fields(hf_config),
         **_parallel_fields(parallel, dtype),
-        **_kernel_fields(),
+        **_kernel_fields(kernels),
     }
     if is_moe(hf_config):
-        fields.update(_moe_fields(hf_config, parallel))
+        fields.update(_moe_fields(hf_config, parallel, kernels))
     config = TransformerConfig(**{**fields, **overrides})
     _refuse_recompute_without_transformer_engine(config)
     return config
@@ -274,23 +279,23 @@ def _parallel_fields(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _kernel_fields() -> dict[str, Any]:
+def _kernel_fields(kernels: Kernels) -> dict[str, Any]:
     """Fused kernels are CUDA kernels, or compiled: on a CPU they are either missing or not worth their compile time."""
-    on_cuda = torch.cuda.is_available()
     return {
         # Weights are loaded or initialised after building: see build_policy.
         "perform_initialization": False,
-        "use_cpu_initialization": not on_cuda,
-        "bias_activation_fusion": on_cuda,
-        "bias_dropout_fusion": on_cuda,
+        # Without it core names the CUDA device in every allocation; with it, torch's default device counts.
+        "use_cpu_initialization": not kernels.on_cuda,
+        "bias_activation_fusion": kernels.on_cuda,
+        "bias_dropout_fusion": kernels.on_cuda,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": kernels.rope_fusion,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": on_cuda and probe_weight_gradient_fusion().usable,
+        "gradient_accumulation_fusion": kernels.core_weight_gradient_fusion,
     }
 
 
-def _moe_fields(hf_config: PretrainedConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def _moe_fields(hf_config: PretrainedConfig, parallel: ParallelConfig, kernels: Kernels) -> dict[str, Any]:
     """Dropless top-k routing with no auxiliary loss, which would pull the policy from its own objective."""
     fields = architecture(hf_config)
     return {
@@ -298,13 +303,15 @@ def _moe_fields(hf_config: PretrainedConfig, parallel: ParallelConfig) -> dict[s
         "moe_router_topk": fields["num_experts_per_tok"],
         "moe_ffn_hidden_size": fields["moe_intermediate_size"],
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher,
+        "moe_flex_dispatcher_backend": "deepep",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         # HF: softmax over all experts, top-k, then (norm_topk_prob) divide by the sum of the k. Core with pre_softmax
         # is the former without the division; without, a softmax over the k chosen logits, which equals the division.
         "moe_router_pre_softmax": not fields["norm_topk_prob"],
-        "moe_permute_fusion": False,
+        "moe_permute_fusion": kernels.permute_fusion,
+        "moe_grouped_gemm": kernels.transformer_engine,
     }
 
 

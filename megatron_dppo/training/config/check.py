@@ -15,8 +15,10 @@ from transformers import PretrainedConfig
 from megatron_dppo.errors import ConfigError, MissingDependencyError
 from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
+from megatron_dppo.models.kernels import MODEL_BACKENDS
 from megatron_dppo.ops.backend import BACKENDS, backend_report
 from megatron_dppo.rollout.embedded.config import NOT_ROUNDED
+from megatron_dppo.training.config.how_it_is_computed import check_how_it_is_computed
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
 from megatron_dppo.training.config.shared_devices import check_shared_devices
 from megatron_dppo.training.served_policy import served_policy
@@ -27,6 +29,7 @@ _AT_LEAST = {
     "run.max_seconds": 0,
     "algorithm.topk": 1,
     "algorithm.max_mismatch": 0,
+    "model.recompute.num_layers": 1,
     "rollout.max_prompt_tokens": 1,
     "rollout.max_response_tokens": 1,
     "rollout.max_batch_size": 1,
@@ -88,6 +91,7 @@ def check_config(config: Config, hf_config: PretrainedConfig, world_size: int) -
     _check_algorithm(config, hf_config)
     _check_batch_sizes(config)
     _check_kernels(config)
+    check_how_it_is_computed(config, hf_config)
     _check_extras(config)
     check_shared_devices(config, world_size)
     _check_optimizer("train.optimizer", config.train.optimizer)
@@ -100,6 +104,7 @@ def _check_choices(config: Config) -> None:
         ("run.resume", config.run.resume, ("auto", "never")),
         ("model.init", config.model.init, ("pretrained", "random")),
         ("model.dtype", config.model.dtype, tuple(MODEL_DTYPES)),
+        ("model.backend", config.model.backend, MODEL_BACKENDS),
         ("algorithm.advantage", config.algorithm.advantage, ADVANTAGE_KINDS),
         ("algorithm.anchor", config.algorithm.anchor, ("rollout", "recomputed")),
         ("rollout.engine", config.rollout.engine, ("embedded", "sglang")),

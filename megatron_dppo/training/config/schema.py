@@ -9,6 +9,7 @@ refuses what cannot work.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.rollout.embedded.config import EmbeddedConfig
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.tasks.config import TaskConfig
+from megatron_dppo.training.config.optimizer_memory import OptimizerMemoryConfig
+from megatron_dppo.training.config.recompute import RecomputeConfig
 
 # The names of dtypes in the configuration.
 MODEL_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,7 +63,11 @@ class ModelConfig:
             does not fit is an error, never a silent change. Its cost is memory: the logits of a micro-batch take twice as
             much (train.fused_linear bounds them). fp32 models have fp32 logits in any case, with and without Transformer
             Engine. A run goes on with the value that it began with.
-        recompute_activations: full recomputation of every layer in the backward pass.
+        backend: whose layers: te (Transformer Engine) | local (Megatron-core's own, with torch's attention) | auto: te on
+            GPUs, local on CPUs, whatever is installed: that Transformer Engine is asked for and cannot be used is an error.
+        recompute: of activations, in the backward pass.
+        overrides: fields of Megatron's TransformerConfig by core's own names, of those that change how fast the same numbers
+            are computed (docs/gpu_switches.md lists them, and why others are refused).
     """
 
     path: str = ""
@@ -69,7 +76,9 @@ class ModelConfig:
     init: str = "pretrained"
     dtype: str = "bf16"
     fp32_head: bool = True
-    recompute_activations: bool = False
+    backend: str = "auto"
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -180,6 +189,7 @@ class TrainConfig:
             checkpoint.
         kernel_backend: which kernels reduce the vocabulary: auto | cuda | cpu | torch; a named one is demanded.
         optimizer: of the policy.
+        optimizer_memory: how its state is kept; that of the warm start too.
     """
 
     steps: int = 100
@@ -191,6 +201,7 @@ class TrainConfig:
     max_skipped_steps: int = 3
     kernel_backend: str = "auto"
     optimizer: AdamConfig = field(default_factory=AdamConfig)
+    optimizer_memory: OptimizerMemoryConfig = field(default_factory=OptimizerMemoryConfig)
 
 
 @dataclass

@@ -18,7 +18,10 @@ _TRUNCATION = (
     "truncated sampling changes the support of the rollout policy, and the log-probs that the trust region is measured with"
     " would not be those of the sampled distribution; responses are drawn from the whole softmax"
 )
-_REFUSED_KEYS = {f"rollout.{key}": _TRUNCATION for key in ("top_p", "top_k", "min_p")}
+_REFUSED_KEYS = {
+    **{f"rollout.{key}": _TRUNCATION for key in ("top_p", "top_k", "min_p")},
+    "model.recompute_activations": "write model.recompute.granularity=full (or none) instead",
+}
 
 
 def refuse_unknown_keys(tree: DictConfig, root: type, source: str) -> None:

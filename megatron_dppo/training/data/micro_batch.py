@@ -15,10 +15,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_dppo.loss.inputs import LossInputs, Sequences, TopK
-from megatron_dppo.models.attention import PackedSequences
+from megatron_dppo.loss.inputs import LossInputs, Sequences, TopK, map_tensors
+from megatron_dppo.models.packed_sequences import PackedSequences, packed_sequences
 from megatron_dppo.rollout.sample import Sample
 from megatron_dppo.training.data.schedule import PADDING_LENGTH
 from megatron_dppo.training.data.token_layout import TokenLayout
@@ -136,21 +135,34 @@ class MicroBatch:
     response_positions: torch.Tensor
     inputs: LossInputs | None
     routed_experts: torch.Tensor | None
-    packed_seq_params: PackedSeqParams | None
+    packed_seq_params: PackedSequences | None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, S) of this rank."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on another device."""
-        moved: dict[str, Any] = {name: _moved(value, device) for name, value in vars(self).items()}
+    def to(self, device: torch.device, *, core_reads_bounds_on_device: bool) -> MicroBatch:
+        """The same micro-batch on another device. Every tensor is copied once, under however many names it is held: it takes
+        one copy, and Transformer Engine asks whether two tensors are the same object (models/packed_sequences.py).
+
+        Args:
+            device: where the model is.
+            core_reads_bounds_on_device: whether the model applies its rotary embedding in a fused kernel, which reads the
+                bounds of packed sequences there; without one, core would wait for the device to read them.
+        """
+        copies: dict[int, torch.Tensor] = {}
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to(device, non_blocking=True)
+            return copies[id(tensor)]
+
+        moved: dict[str, Any] = {n: move(value) for n, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        if self.inputs is not None:
+            moved["inputs"] = map_tensors(self.inputs, move)
         if self.packed_seq_params is not None:
-            fields = vars(self.packed_seq_params).items()
-            moved["packed_seq_params"] = replace(
-                self.packed_seq_params, **{name: _moved(value, device) for name, value in fields}
-            )
+            moved["packed_seq_params"] = self.packed_seq_params.moved(move, core_reads_bounds_on_device)
         return replace(self, **moved)
 
     def in_layout(self, values_n: torch.Tensor) -> torch.Tensor:
@@ -216,7 +228,8 @@ def make_micro_batch(
         values = on_this_rank(per_token[name])
         return None if values is None else values.flatten(0, 1).index_select(0, rows)
 
-    target, response_positions = of_learned_tokens("target"), of_learned_tokens("response_positions")
+    learned = {name: of_learned_tokens(name) for name in per_token}
+    target, response_positions = learned["target"], learned["response_positions"]
     assert target is not None
     assert response_positions is not None
     return MicroBatch(
@@ -227,8 +240,8 @@ def make_micro_batch(
         rows=rows,
         target=target,
         response_positions=response_positions,
-        inputs=_loss_inputs({name: of_learned_tokens(name) for name in per_token}),
-        packed_seq_params=_packed_seq_params(layout) if layout.packed else None,
+        inputs=_loss_inputs(learned),
+        packed_seq_params=packed_sequences(layout.bounds, context_parallel_size) if layout.packed else None,
         **{name: on_this_rank(values) for name, values in whole.items()},  # type: ignore[arg-type]
     )
 
@@ -321,29 +334,3 @@ class _Spans:
         if [len(value) for value in present] != self.lengths.tolist():
             raise ValueError("a per-token quantity does not have as many rows as its example has tokens for it")
         return self.write(torch.cat(present))
-
-
-def _packed_seq_params(layout: TokenLayout) -> PackedSequences:
-    """Core's description of the packed row, with every sequence's padding counted as part of the sequence.
-
-    Padding stands behind the tokens, where causal attention keeps it from reaching them, so nothing has to know about it;
-    attention kernels that skip it are slower or do not exist.
-    """
-    cu_seqlens = torch.tensor(layout.bounds, dtype=torch.int32)
-    longest = max(end - start for start, end in pairwise(layout.bounds))
-    return PackedSequences(
-        bounds=tuple(layout.bounds),
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, LossInputs):
-        return value.to(device)
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

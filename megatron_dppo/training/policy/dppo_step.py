@@ -161,6 +161,7 @@ class DPPOStep:
             if parts.metrics:  # on the last pipeline stage
                 step_metrics = MetricSums.total(parts.metrics)
                 every = step_metrics if every is None else every + step_metrics
+        self._policy.gather_weights()
         bound = {}
         if self._config.logging.improvement_bound:
             bound = global_bound(reduce(add, of_last_step) if of_last_step else None)

@@ -98,13 +98,12 @@ def optimizer_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer_state.optimizer.zero_grad()
-    device = next(policy.chunks[0].parameters()).device
 
     found: list[tuple[MicroBatch, InputChecks]] = []
     losses: list[tuple[MicroBatch, torch.Tensor]] = []
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = next(batches).to(device)
+        batch = policy.on_device(next(batches))
         output, loss_of_output = forward_micro_batch(batch, chunk, loss_of, rollout_weights, replay)
 
         def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -204,13 +203,12 @@ def forward_only(
         For each micro-batch, [rows, length] of its layout: the values where the tokens are predicted, 0 elsewhere. On the
         CPU, and on every rank of the replica.
     """
-    device = next(policy.chunks[0].parameters()).device
     training = [chunk.training for chunk in policy.chunks]
     for chunk in policy.chunks:
         chunk.eval()
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = next(batches).to(device)
+        batch = policy.on_device(next(batches))
 
         def keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             return batch.in_layout(consume(batch, hidden))
@@ -223,7 +221,7 @@ def forward_only(
     if parallel_state.get_context_parallel_world_size() > 1:
         for values in kept:
             dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
-    return _from_last_stage(kept, micro_batches, device)
+    return _from_last_stage(kept, micro_batches, policy.device)
 
 
 def _run_schedule(

@@ -89,7 +89,8 @@ class UpdateMemory:
         if self._optimizer_state is not None:
             for shard in optimizer_shards(self._optimizer_state.optimizer):
                 yield from (value for value in shard.state.values() if self._is_on_device(value))
-                if shard.main.dtype is not shard.parameter.dtype:  # else it is the weight itself, or a view of it
+                # Of the parameter's dtype it is the weight itself, or a view of it.
+                if shard.main.dtype is not shard.parameter.dtype and self._is_on_device(shard.main):
                     yield shard.main
         for frozen in self._frozen:
             yield from frozen.tensors

@@ -28,7 +28,7 @@ _REPORTS = 4  # lines printed over the whole phase
 def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: MetricsLog) -> None:
     """Run ``warm_start.steps`` supervised steps with an optimizer of their own. Collective over all ranks."""
     section, start = config.warm_start, time.perf_counter()
-    optimizer_state = build_optimizer(policy, section.optimizer, section.steps)
+    optimizer_state = build_optimizer(policy, section.optimizer, section.steps, config.train.optimizer_memory)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     scheduler = Scheduler(config.train, config.parallel, replicas, policy.flops.training)
     batcher = MicroBatcher(scheduler)
@@ -48,6 +48,7 @@ def warm_start(policy: TrainablePolicy, config: Config, inputs: RunInputs, log: 
                 f"warm start {step + 1}/{section.steps}  grad norm {outcome.grad_norm:.2f}"
                 f"  {time.perf_counter() - start:.0f} s"
             )
+    policy.gather_weights()
 
 
 def _reference_example(inputs: RunInputs, index: int) -> TrainingExample:

@@ -74,4 +74,4 @@ def test_copies_of_weights_are_counted(overrides):
 def test_expert_choices_are_counted_where_they_are_replayed():
     (without,) = _stages(MOE, 1, {})
     (replayed,) = _stages(MOE, 1, {}, "algorithm.routing_replay=true")
-    assert replayed.held - without.held == without.passes[0].tokens * 2 * 2  # layers x experts of a token, a byte each
+    assert replayed.held - without.held == without.traced.tokens * 2 * 2  # layers x experts of a token, a byte each

@@ -89,7 +89,7 @@ def test_products_are_counted_as_torch_counts_them():
 
 
 def test_recomputed_layers_run_forward_again_and_keep_their_input_only():
-    plain, recomputed = _pass(DENSE), _pass(DENSE, "model.recompute_activations=true")
+    plain, recomputed = _pass(DENSE), _pass(DENSE, "model.recompute.granularity=full")
     again = recomputed.backward.flops("matmul") - plain.backward.flops("matmul")
     assert again == plain.forward.flops("matmul")
     assert recomputed.held < plain.held / 3

@@ -19,6 +19,7 @@ from megatron_dppo.models.hf.config import (
     rotary_arguments,
     to_transformer_config,
 )
+from megatron_dppo.models.kernels import Kernels
 from tests.models.tiny_policies import KINDS, tiny_hf_config
 
 LLAMA3_ROPE = {
@@ -224,7 +225,7 @@ def test_rope_is_read_from_new_and_old_fields() -> None:
 def test_transformer_config_of_a_mixture_of_experts() -> None:
     layout = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2)
     config = to_transformer_config(
-        tiny_hf_config("qwen3_moe"), layout, torch.bfloat16, recompute_granularity="selective"
+        tiny_hf_config("qwen3_moe"), layout, torch.bfloat16, Kernels(), recompute_granularity="selective"
     )
     assert config.calculate_per_token_loss
     assert config.bf16
@@ -247,11 +248,11 @@ def test_layout_fields_reach_the_transformer_config() -> None:
     layout = ParallelConfig(
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, moe_token_dispatcher="allgather"
     )
-    config = to_transformer_config(tiny_hf_config("qwen3_moe", num_hidden_layers=4), layout, torch.float32)
+    config = to_transformer_config(tiny_hf_config("qwen3_moe", num_hidden_layers=4), layout, torch.float32, Kernels())
     assert config.virtual_pipeline_model_parallel_size == 2
     assert config.moe_token_dispatcher_type == "allgather"
     one_chunk = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1)
-    config = to_transformer_config(tiny_hf_config("qwen3"), one_chunk, torch.float32)
+    config = to_transformer_config(tiny_hf_config("qwen3"), one_chunk, torch.float32, Kernels())
     assert config.virtual_pipeline_model_parallel_size is None, "core takes 1 for an interleaved pipeline"
 
 
@@ -262,13 +263,14 @@ def test_recomputing_norms_without_transformer_engine_is_refused() -> None:
             tiny_hf_config("qwen3"),
             ParallelConfig(),
             torch.float32,
+            Kernels(),
             recompute_granularity="selective",
             recompute_modules=["layernorm"],
         )
 
 
 def test_qwen2_has_query_key_and_value_biases_only() -> None:
-    config = to_transformer_config(tiny_hf_config("qwen2"), ParallelConfig(), torch.float32)
+    config = to_transformer_config(tiny_hf_config("qwen2"), ParallelConfig(), torch.float32, Kernels())
     assert config.add_qkv_bias
     assert not config.add_bias_linear
     assert not config.qk_layernorm

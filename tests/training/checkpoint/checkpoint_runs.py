@@ -41,7 +41,7 @@ def start(
     hf_config = tiny_hf_config(kind, num_hidden_layers=4)
     chunks = build_policy(hf_config, parallel, dtype)
     initialize_randomly(chunks, seed=3)
-    policy = wrap_for_training(chunks, hf_config, dtype, parallel.use_distributed_optimizer)
+    policy = wrap_for_training(chunks, hf_config, dtype, parallel)
     return policy, build_optimizer(policy, OPTIMIZER, TOTAL_STEPS)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dppo.rollout.sample import Prompt, Sample
 from megatron_dppo.training.data.micro_batch import (
@@ -180,7 +182,42 @@ def test_a_per_token_value_for_some_examples_only_or_of_the_wrong_length_is_refu
         make_micro_batch([example(1, 1, ref_log_probs=torch.zeros(2))] * 2, [0, 1], layout)
 
 
-def test_all_of_a_micro_batch_moves_to_a_device():
-    batch = make_micro_batch([example(1, 2)], [0], packed_layout([3], 1, 3)).to(torch.device("meta"))
+META = torch.device("meta")
+
+
+def _packed_batch(context_parallel_size: int = 1) -> MicroBatch:
+    multiple = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    layout = packed_layout([3, 4], multiple, 8 * context_parallel_size)
+    return make_micro_batch([example(1, 2), example(2, 2)], [0, 1], layout, context_parallel_size)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_all_of_a_micro_batch_moves_to_a_device_but_for_what_core_reads_on_the_host(on_device: bool):
+    batch = _packed_batch().to(META, core_reads_bounds_on_device=on_device)
     assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
-    assert batch.packed_seq_params.cu_seqlens_kv.device.type == "meta"
+    assert batch.inputs.advantages.device == batch.inputs.sequences.ids.device == META
+    params = batch.packed_seq_params
+    assert params.cu_seqlens.device == META
+    assert params.cu_seqlens_q.device.type == params.cu_seqlens_kv.device.type == ("meta" if on_device else "cpu")
+
+
+@pytest.mark.parametrize("context_parallel_size", [1, 2])
+def test_what_was_one_tensor_is_one_tensor_on_the_device(context_parallel_size: int):
+    """On the meta device, as on a GPU, ``.to`` makes a new tensor with every call; on a CPU it would hide the difference."""
+    here = _packed_batch(context_parallel_size)
+    there = here.to(META, core_reads_bounds_on_device=True)
+    assert here.target is here.inputs.target
+    assert there.target is there.inputs.target
+    params = there.packed_seq_params
+    assert params.cu_seqlens_q is params.cu_seqlens_kv is params.cu_seqlens
+    if context_parallel_size > 1:
+        assert params.cu_seqlens_q_padded is params.cu_seqlens_kv_padded is params.cu_seqlens_q
+    else:  # Transformer Engine would ask whether they differ
+        assert params.cu_seqlens_q_padded is None
+        assert params.cu_seqlens_kv_padded is None
+
+
+def test_no_padding_between_packed_sequences_is_claimed_where_core_asks():
+    known = {field.name for field in dataclasses.fields(PackedSeqParams)}
+    assert getattr(_packed_batch().packed_seq_params, "pad_between_seqs", False) is False
+    assert hasattr(_packed_batch().packed_seq_params, "pad_between_seqs") == ("pad_between_seqs" in known)

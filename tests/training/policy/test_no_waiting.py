@@ -60,7 +60,7 @@ _PACKAGES = re.compile(r".*/(megatron/core|megatron_dppo)/")
 # core's file and function -> what it asks the device
 MEGATRON_WAITS = {
     "distributed/finalize_model_grads.py:finalize_model_grads": "whether there are any tokens, after the last backward",
-    "models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd": "packed: the sequences' bounds, in every layer",
+    "models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd": "packed: bounds, which lie on the host there",
     "tensor_parallel/layers.py:forward": "TP: which ids of the embedding are another rank's (a boolean index)",
     "tensor_parallel/random.py:fork": "TP, CPU only: the random state",
     "transformer/moe/experts.py:forward": "MoE: how many tokens each expert gets",

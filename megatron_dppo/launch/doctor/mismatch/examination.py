@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.distributed.parallel_config import ParallelConfig
 from megatron_dppo.launch.doctor.mismatch.comparison import Yardstick, pairs
 from megatron_dppo.launch.doctor.mismatch.definition import Definition
@@ -69,7 +70,9 @@ def examine(
 
 def load_policy(folder: Path, dtype: torch.dtype, fp32_head: bool = True) -> torch.nn.Module:
     """The policy of a folder on this rank alone, model parallelism being initialised."""
-    chunks = build_policy(load_hf_config(folder), ParallelConfig(), dtype, fp32_head=fp32_head)
+    # As a run would build it, or would have to be told to where Transformer Engine cannot be used.
+    backend = "local" if torch.cuda.is_available() and not probe_transformer_engine().usable else "auto"
+    chunks = build_policy(load_hf_config(folder), ParallelConfig(), dtype, fp32_head=fp32_head, backend=backend)
     load_hf_weights(chunks, folder)
     return chunks[0].eval()
 
