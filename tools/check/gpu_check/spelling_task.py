@@ -1,14 +1,14 @@
-"""The quick start's task without the library that it is from: words of random letters, to be spelled backward."""
+"""The quick start's task without the library that it is from, and in less time: words of few letters, spelled backward."""
 
 from __future__ import annotations
 
 import random
-import string
 
 from megatron_dppo.tasks.config import TaskConfig
 from megatron_dppo.tasks.task import Problem
 
-_LENGTHS = (3, 4, 5)
+_LETTERS = "abcdefgh"
+_LENGTHS = (3, 4)
 
 
 class SpellingTask:
@@ -25,7 +25,7 @@ class SpellingTask:
         if not 0 <= index < self._size:
             raise IndexError(index)
         letters = random.Random(f"{self._seed}/{index}")
-        word = "".join(letters.choices(string.ascii_lowercase, k=letters.choice(_LENGTHS)))
+        word = "".join(letters.choices(_LETTERS, k=letters.choice(_LENGTHS)))
         question = f"Spell this word backward (example: sun -> nus): {word}"
         return Problem(f"{self.name}/{index}", question, word[::-1])
 

@@ -6,6 +6,7 @@ twice that of the other bf16 policy passes.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.models.hf.export import export_hf_weights
 from tools.check.gpu_check.findings import Check, Finding, Options, Skipped
-from tools.check.gpu_check.sections.policies import policy_config, random_policy
+from tools.check.gpu_check.sections.policies import megatron_cores_layers, policy_config, random_policy
 
 LIMIT_S = 180.0
 LAYERS = 4
@@ -47,7 +48,8 @@ def checks(options: Options) -> list[Check]:
 def loss_and_gradients(options: Options, dtype: torch.dtype, local_layers: bool) -> dict[str, torch.Tensor]:
     """The mean log-likelihood of some tokens, and its gradient by Hugging Face name; fp32 on the CPU."""
     layers = LAYERS if options.on_gpu else 2
-    (model,) = random_policy(options.device, dtype, local_layers=local_layers, layers=layers)
+    with megatron_cores_layers() if local_layers else nullcontext():
+        (model,) = random_policy(options.device, dtype, layers=layers)
     model.train()
     vocab, device = policy_config(options.device).vocab_size, next(model.parameters()).device
     shape = (2, 256) if options.on_gpu else (2, 16)

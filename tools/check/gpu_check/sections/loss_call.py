@@ -67,7 +67,7 @@ def make_call(config: DPPOConfig, tokens: int, vocab: int, device: str) -> Call:
         loss_mask=None,
         advantages=torch.randn(*shape, device=device),
         rollout_log_probs=log_mu,
-        rollout_topk=TopK(ids=torch.arange(_TOPK, device=device).expand(*shape, _TOPK), log_probs=topk),
+        rollout_topk=TopK(ids=torch.arange(_TOPK, device=device).repeat(*shape, 1), log_probs=topk),
     )
     return Call(logits, inputs, DPPOLoss(config, vocab_size=vocab, backend=device, checks="deferred"))
 

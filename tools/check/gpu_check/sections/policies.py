@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.compat import optional_dependencies
+from megatron_dppo.compat.optional_dependencies import Availability
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
 from megatron_dppo.models import layer_spec
 from megatron_dppo.models.build import build_policy, initialize_randomly
@@ -58,23 +60,27 @@ def start_one_rank(device: str) -> None:
     initialize_model_parallel(ParallelConfig(), seed=1)
 
 
-def random_policy(device: str, dtype: torch.dtype, local_layers: bool = False, layers: int | None = None) -> list[Any]:
-    """The policy with weights that depend on nothing but their names.
+@contextmanager
+def megatron_cores_layers() -> Iterator[None]:
+    """Within, policies are built of Megatron-core's modules and ours, also where Transformer Engine is usable.
 
-    ``local_layers``: of Megatron-core's modules and ours, also where Transformer Engine is usable. ``layers``: so many only.
+    What is compared in fp32 needs them: Transformer Engine multiplies fp32 matrices in TF32, of 11 bits.
     """
+    absent = Availability(False, "not wanted here")
+    with (
+        mock.patch.object(layer_spec, "probe_transformer_engine", return_value=absent),
+        mock.patch.object(hf_config_module, "probe_transformer_engine", return_value=absent),
+    ):
+        yield
+
+
+def random_policy(device: str, dtype: torch.dtype, layers: int | None = None) -> list[Any]:
+    """The policy with weights that depend on nothing but their names; ``layers``: so many only."""
     start_one_rank(device)
     hf_config = policy_config(device)
     if layers is not None:
         hf_config.num_hidden_layers = layers
-    if local_layers:
-        absent = optional_dependencies.Availability(False, "not wanted here")
-        with (
-            mock.patch.object(layer_spec, "probe_transformer_engine", return_value=absent),
-            mock.patch.object(hf_config_module, "probe_transformer_engine", return_value=absent),
-        ):
-            chunks = build_policy(hf_config, ParallelConfig(), dtype)
-    else:
-        chunks = build_policy(hf_config, ParallelConfig(), dtype)
+    # Gradients are wanted where autograd puts them: there is no DistributedDataParallel with fp32 ones.
+    chunks = build_policy(hf_config, ParallelConfig(), dtype, gradient_accumulation_fusion=False)
     initialize_randomly(chunks, seed=0)
     return chunks
