@@ -43,10 +43,9 @@ def run_section(section: str, options: Options, deadline: float, log: Path, limi
         yield from attempt.rows()
         if attempt.finished:
             return
-        if attempt.begun is None:  # no check had begun: the next attempt would end the same way
-            yield Row(section, section, attempt.outcome, attempt.reason, seconds=attempt.took())
-            return
-        yield Row(section, attempt.check, attempt.outcome, attempt.reason, seconds=attempt.took())
+        yield Row(section, attempt.check or section, attempt.outcome, attempt.reason, seconds=attempt.took())
+        if attempt.begun is None or time.monotonic() >= deadline:
+            return  # the next attempt would end the same way
         first = attempt.begun + 1
 
 
@@ -89,17 +88,14 @@ class _Attempt:
             while (line := lines.next(self._ends(limit))) is not None:
                 if "begins" in line:
                     self.begun, self.check = line["begins"], line["check"]
-                    self._since, limit = time.monotonic(), line["limit_s"]
-                    if self._since >= self.deadline:
-                        self._out_of_time(limit)
-                        return
+                    own, self._since = line["limit_s"], time.monotonic()
+                    limit = own if self.limit_s is None else min(own, self.limit_s)
                 else:
                     share = line["seconds"] / max(len(line["rows"]), 1)
                     yield from (Row(self.section, seconds=share, **fields) for fields in line["rows"])
-                    self.begun, self._since, limit = None, time.monotonic(), IMPORT_LIMIT_S
-                    self.first = line["ends"] + 1
+                    self.begun, self.check, self._since, limit = None, "", time.monotonic(), IMPORT_LIMIT_S
             if lines.ended:
-                self._ended(process.wait())
+                self._ended(process)
             else:
                 self._out_of_time(limit)
         finally:
@@ -107,17 +103,19 @@ class _Attempt:
             end_group(process)
 
     def _ends(self, limit_s: float) -> float:
-        own = limit_s if self.limit_s is None else min(limit_s, self.limit_s)
-        return min(self._since + own, max(self.deadline, self._since))
+        return min(self._since + limit_s, self.deadline)
 
     def _out_of_time(self, limit_s: float) -> None:
         if time.monotonic() >= self.deadline:
-            self.outcome, self.reason = "not run", "the time of the whole was over"
+            self.outcome, self.reason = "not run", "the time of the whole was over; nor is what follows in this section"
         else:
-            own = limit_s if self.limit_s is None else min(limit_s, self.limit_s)
-            self.reason = f"not done within its limit of {own:.0f} s"
+            self.reason = f"not done within its limit of {limit_s:g} s"
 
-    def _ended(self, code: int) -> None:
+    def _ended(self, process: subprocess.Popen) -> None:
+        try:
+            code = process.wait(_ENDING_S)
+        except subprocess.TimeoutExpired:
+            code = 0  # it has told everything, and hangs in what ends a process
         if code == 0 and self.begun is None:
             self.finished = True
         else:

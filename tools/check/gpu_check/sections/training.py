@@ -15,7 +15,7 @@ from tools.check.gpu_check.extension import ROOT
 from tools.check.gpu_check.findings import Check, Finding, Options
 
 LIMIT_S = 420.0
-STEPS = 40
+STEPS, QUICK_STEPS = 40, 25
 # Engine and policy compute the same fp32 network in another order of sums (tests/training/tiny_runs.py says more): a seam
 # that does not fit costs 1e-3 and more. Transformer Engine multiplies fp32 matrices in TF32, which keeps 11 bits.
 MISMATCH, MISMATCH_IN_TF32 = 5e-6, 2.0**-9
@@ -24,8 +24,8 @@ _ENDS = 5  # steps at either end that are compared
 
 
 def checks(options: Options) -> list[Check]:
-    """One run of 40 steps (25 with --quick, and on a CPU, where it is a smaller run)."""
-    steps = STEPS if options.on_gpu and not options.quick else 25
+    """One run; a shorter one with --quick, and on a CPU, where it has half of the prompts."""
+    steps = STEPS if options.on_gpu and not options.quick else QUICK_STEPS
     return [Check(f"the quick start's policy, {steps} steps", lambda: train_and_judge(options, steps), LIMIT_S)]
 
 
@@ -33,7 +33,7 @@ def train_and_judge(options: Options, steps: int) -> list[Finding]:
     policy = write_policy(options.scratch / "policy")
     settings = ["parallel.tensor_model_parallel_size=1", "parallel.expert_model_parallel_size=1"]
     prompts = 64 if options.on_gpu else 32
-    settings += [f"rollout.prompts_per_step={prompts}", f"warm_start.steps={180 if options.on_gpu else 60}"]
+    settings += [f"rollout.prompts_per_step={prompts}", f"warm_start.steps={180 if steps == STEPS else 60}"]
     run = train(policy, options, "one_device", 1, f"train.steps={steps}", *settings)
     return judge(read_metrics(run), largest_mismatch(options), prompts)
 
@@ -93,10 +93,10 @@ def largest_mismatch(options: Options) -> float:
 
 def judge(records: list[dict], largest_mismatch: float, prompts: int) -> list[Finding]:
     """Whether the reward rose by more than chance, and the rest of what a healthy run has."""
-    first, last = (part(records, "reward/mean") for part in (records[:_ENDS], records[-_ENDS:]))
+    first, last = (mean_of(steps, "reward/mean") for steps in (records[:_ENDS], records[-_ENDS:]))
     # Responses to a prompt resemble each other: a step counts for as many responses as it has prompts. A difference of two
     # means of five steps is four of its standard errors by chance once in 30,000 runs.
-    deviation = part(records, "reward/std")
+    deviation = mean_of(records, "reward/std")
     least = 4.0 * math.sqrt(2.0) * deviation / math.sqrt(prompts * _ENDS)
     mismatch = max(record["mismatch/abs_log_ratio"] for record in records)
     step_s = statistics.median(record["time/step_s"] for record in records)
@@ -121,6 +121,6 @@ def judge(records: list[dict], largest_mismatch: float, prompts: int) -> list[Fi
     ]
 
 
-def part(records: list[dict], name: str) -> float:
+def mean_of(records: list[dict], name: str) -> float:
     """Mean over records."""
     return statistics.fmean(record[name] for record in records)
