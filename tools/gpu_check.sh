@@ -11,6 +11,8 @@
 # /usr/local/cuda). Used where installed: compute-sanitizer, ncu, Transformer Engine, Liger, a second GPU.
 # Exit code: 0 all passed, 1 something failed or was not run, 2 it could not begin, 3 there is no GPU.
 set -euo pipefail
+[[ -z ${WHEELS:-} ]] || WHEELS=$(realpath "$WHEELS")
+[[ ${PYTHON:-} != */* ]] || PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 cd "$(dirname "$0")/.."
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,13s/^# \{0,1\}//p' "$0"

@@ -9,6 +9,7 @@
 # PYTHON=python3.12 chooses the interpreter whose pip is used (default: .venv's, else python3). Versions are those of
 # constraints.txt. torch and what comes with it is never among them.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/../.."
 if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
   sed -n '2,10s/^# \{0,1\}//p' "$0"
@@ -16,7 +17,7 @@ if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
 fi
 python=${PYTHON:-python3}
 [[ -z ${PYTHON:-} && -x .venv/bin/python ]] && python=.venv/bin/python
-folder=$1 installed= more=() target=()
+folder=$(cd "$here" && realpath -m "$1") installed= more=() target=()
 shift
 while (($#)); do
   case $1 in
@@ -26,7 +27,7 @@ while (($#)); do
       target+=(--platform "manylinux2014_$(uname -m)" --platform "manylinux1_$(uname -m)")
       shift
       ;;
-    --installed) installed=$2 && shift ;;
+    --installed) installed=$(cd "$here" && realpath "$2") && shift ;;
     -*) echo "gather_wheels.sh: unknown option $1" >&2 && exit 2 ;;
     *) more+=("$1") ;;
   esac

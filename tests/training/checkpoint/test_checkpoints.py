@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import threading
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import CheckpointError
+from megatron_dppo.training.checkpoint import info
 from megatron_dppo.training.checkpoint.load import TrainerState, last_checkpoint, load_checkpoint
 from megatron_dppo.training.checkpoint.pieces import _rectangles
 from megatron_dppo.training.checkpoint.save import CheckpointWriter

@@ -11,6 +11,7 @@ SECTIONS = {
     "training": "the quick start's policy on one device: its reward must rise",
     "generation": "the embedded engine: tokens per second, and how far its log-probs are from a forward pass",
     "fused_linear": "loss from hidden states: without logits, with them, eager, Liger where it is installed",
+    "policy_stats": "log-prob, entropy and gradient: ours, eager, what Megatron-core and Transformer Engine have",
     "fp32_head": "an output layer that leaves fp32 logits, beside one that rounds them",
     "layer_specs": "Transformer Engine's layers beside Megatron-core's: loss and gradients",
     "two_ranks": "two GPUs over NCCL: vocabulary shards, layouts beside one rank, the quick start",

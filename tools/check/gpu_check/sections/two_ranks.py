@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ from tests.layouts.parity_tolerances import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from tools.bench import policy_stats as bench
 from tools.check.gpu_check.findings import Check, Finding, Options, Skipped
 from tools.check.gpu_check.sections import training
+from tools.check.gpu_check.sections.policy_stats import compare_methods
 from tools.check.gpu_check.sections.policies import megatron_cores_layers
 
-LIMIT_S = 300.0
+LIMIT_S = 400.0
 # A layout of each kind of communication, with a policy that has it.
 LAYOUTS = {"TP2": QWEN3, "DP2, distributed optimizer": QWEN3, "TP2 EP2": QWEN3_MOE, "PP2": QWEN3, "CP2": QWEN3}
 QUICK_LAYOUTS = ("TP2", "DP2, distributed optimizer")
@@ -51,14 +51,7 @@ def shards(options: Options) -> list[Finding]:
     need_two_gpus(options)
     bench.start_ranks(compare_shards, (options.device, str(options.scratch)), 2, options.device)
     shape = "4096x151936" if options.on_gpu else "64x4000"
-    settings = Namespace(shapes=shape, dtypes="bf16", device=options.device, threads=2, turns=3 if options.quick else 9)
-    (results,) = bench.run_ranks(2, settings).values()
-    found = [Finding("two give what one gives", True, name="vocabulary shards")]
-    for name, result in results.items():
-        median, ratio = statistics.median(result.both), bench.ratios(results, name, "both")
-        figures = f"{1e3 * median:.3f} ms forward + backward, {ratio:.2f}x, {result.collectives} collectives"
-        found.append(Finding(figures, None, {"seconds": median, "ratio": ratio}, name=f"{name}, {shape} bf16, TP 2"))
-    return found
+    return [Finding("two give what one gives", True, name="vocabulary shards"), *compare_methods(options, 2, shape)]
 
 
 def compare_shards(rank: int, device: str, folder: str) -> None:
