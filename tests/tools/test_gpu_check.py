@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_dppo.ops.backend import backend_report
+from tests.waiting import wait_until
 from tools.check.gpu_check import supervise, wheels
 from tools.check.gpu_check.findings import Check, Finding, Options, Skipped
 from tools.check.gpu_check.sections import SECTIONS, calls, counters, sanitizers
@@ -93,11 +94,13 @@ def test_rows_of_a_section_end_up_in_a_file_and_in_a_table(tmp_path: Path) -> No
 @pytest.mark.slow
 @with_kernels
 def test_a_row_that_exceeds_its_limit_fails_and_the_next_section_goes_on(tmp_path: Path) -> None:
-    only = ("--only", "machine,unit_tests", "--row-limit", "1.5")  # pytest takes longer to import torch
+    only = ("--only", "unit_tests,counters", "--row-limit", "1.5")  # pytest takes longer to import torch
     result = gpu_check("--device", "cpu", *only, "--output", str(tmp_path))
     assert result.returncode == 1
-    late = [row for row in rows_in(tmp_path) if row["section"] == "unit_tests"]
+    *_, first, second, next_one = rows_in(tmp_path)
+    late = [first, second]
     assert [row["outcome"] for row in late] == ["failed", "failed"]
+    assert (next_one["section"], next_one["outcome"]) == ("counters", "skipped")
     assert {row["figures"] for row in late} == {"not done within its limit of 1.5 s"}
 
 
@@ -178,9 +181,24 @@ def test_whatever_a_check_does_the_next_one_is_made(section: Path, tmp_path: Pat
 def test_nothing_that_a_check_started_outlives_it(section: Path, tmp_path: Path) -> None:
     source = TRIAL.replace('time.sleep(600)")', 'time.sleep(600)", sys.argv[4])')
     run_trial(section, tmp_path, source.replace("(fine, hangs, raises, dies, skips)", "(hangs,)"))
+    assert processes_that_name(str(tmp_path).encode()) == []
+
+
+@pytest.mark.slow
+@with_kernels
+def test_a_command_that_is_ended_leaves_no_process_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.check.gpu_check", "--device", "cpu", "--only", "unit_tests"]
     mine = str(tmp_path).encode()
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if mine in read_if_there(path)]
-    assert left == []
+    scratch = {**os.environ, "TMPDIR": str(tmp_path)}  # is named in the worker's arguments
+    with subprocess.Popen([*command, "--output", str(tmp_path)], cwd=ROOT, env=scratch) as process:
+        wait_until(lambda: len(processes_that_name(mine)) > 1, within_s=120, what="the section's process")
+        process.terminate()
+        assert process.wait(60) == 128 + 15
+    assert processes_that_name(mine) == []
+
+
+def processes_that_name(what: bytes) -> list[Path]:
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if what in read_if_there(path)]
 
 
 def read_if_there(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ _BUILD_LIMIT_S = 900.0
 def main() -> int:
     began = time.monotonic()
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends too
     output, wheels = options.output.resolve(), options.wheels
     output.mkdir(parents=True, exist_ok=True)
     table, log, site = Table(output), output / "log.txt", ROOT / "build" / "gpu_check_site"

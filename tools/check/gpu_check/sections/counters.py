@@ -33,6 +33,8 @@ def checks(options: Options) -> list[Check]:
 def profile(options: Options) -> list[Finding]:
     if not options.on_gpu:
         raise Skipped("Nsight Compute needs a GPU; tools/check/sass_report.py reads the machine code without one")
+    if options.quick:
+        raise Skipped("left out by --quick")
     if (program := find_program("ncu")) is None:
         raise Skipped("ncu is not installed")
     done = subprocess.run(command(program), cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)

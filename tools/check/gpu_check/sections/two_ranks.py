@@ -15,8 +15,8 @@ from tests.layouts.parity_tolerances import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from tools.bench import policy_stats as bench
 from tools.check.gpu_check.findings import Check, Finding, Options, Skipped
 from tools.check.gpu_check.sections import training
-from tools.check.gpu_check.sections.policy_stats import compare_methods
 from tools.check.gpu_check.sections.policies import megatron_cores_layers
+from tools.check.gpu_check.sections.policy_stats import compare_methods
 
 LIMIT_S = 400.0
 # A layout of each kind of communication, with a policy that has it.
