@@ -9,5 +9,5 @@
     findings.py     what a section is made of
     sections/       one module each
 
-Up to ``worker.py`` the standard library alone is imported: what is broken on the machine breaks a row, not the table.
+The standard library alone is imported outside the worker: what is broken on the machine breaks a row, not the table.
 """

@@ -17,13 +17,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from megatron_dppo.compat.optional_dependencies import hide_unusable_dependencies
 from tools.check.gpu_check.findings import Check, Finding, Options, Skipped
-
-IMPORTING = "importing"  # what is said to begin before there are checks
 
 
 def main() -> int:
     section, first, descriptor, options = sys.argv[1:]
+    hide_unusable_dependencies()  # before a section imports megatron.core
     with os.fdopen(int(descriptor), "w", buffering=1) as pipe:
 
         def tell(**line: Any) -> None:

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 
 import megatron_dppo
+from megatron_dppo.compat.optional_dependencies import hide_unusable_dependencies
+
+hide_unusable_dependencies()  # the ranks import this module, and it imports megatron.core
+
 from tests.layouts import parity_runs
 from tests.layouts.parity_runs import QWEN3, QWEN3_MOE, ROWS, Column
 from tests.layouts.parity_tolerances import GRADIENT_TOLERANCE, LOSS_TOLERANCE
