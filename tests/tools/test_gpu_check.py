@@ -178,7 +178,9 @@ def test_whatever_a_check_does_the_next_one_is_made(section: Path, tmp_path: Pat
 
 
 def test_nothing_that_a_check_started_outlives_it(section: Path, tmp_path: Path) -> None:
-    source = TRIAL.replace('time.sleep(600)")', 'time.sleep(600)", sys.argv[4])')
+    # The process that the check starts is named by the section's options, which name this folder.
+    source = TRIAL.replace('time.sleep(600)"])', 'time.sleep(600)", sys.argv[4]])')
+    assert source != TRIAL
     run_trial(section, tmp_path, source.replace("(fine, hangs, raises, dies, skips)", "(hangs,)"))
     assert processes_that_name(str(tmp_path).encode()) == []
 

@@ -10,6 +10,7 @@ Exit code: 0 all passed, 1 something failed or was not run, 2 it could not begin
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -36,7 +37,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends too
     output, wheels = options.output.resolve(), options.wheels
     output.mkdir(parents=True, exist_ok=True)
-    table, log, site = Table(output), output / "log.txt", ROOT / "build" / "gpu_check_site"
+    table, log, site = Table(output), output / "log.txt", site_of_this_interpreter()
     log.write_text("")
     seconds = QUICK_S if options.seconds is None and options.quick else options.seconds
     deadline = began + seconds if seconds is not None else float("inf")
@@ -115,6 +116,12 @@ def parse_arguments() -> argparse.Namespace:
     if options.sanitizers is None:
         options.sanitizers = SANITIZERS[:1] if options.quick else SANITIZERS
     return options
+
+
+def site_of_this_interpreter() -> Path:
+    """Where its wheels go: what fits one interpreter need not fit another."""
+    name = f"{sys.implementation.cache_tag}-{hashlib.sha256(sys.executable.encode()).hexdigest()[:8]}"
+    return ROOT / "build" / "gpu_check_site" / name
 
 
 def put_first(site: Path) -> None:
