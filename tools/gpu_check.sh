@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that only a machine with a CUDA GPU can show, in one command and one table (docs/gpu.md).
 #
-#   tools/gpu_check.sh                              installs into .venv, builds the CUDA kernels, then checks everything
-#   PYTHON=python3 WHEELS=wheels tools/gpu_check.sh   with an interpreter that has torch, and no registry: what it lacks
-#                                                   comes from a folder of wheels (tools/setup/gather_wheels.sh makes one)
-#   tools/gpu_check.sh --quick                      8 minutes at most
-#   tools/gpu_check.sh --only training,loss_call    some sections; --help lists them and all options
+#   tools/gpu_check.sh                               installs into .venv, builds the CUDA kernels, then checks everything
+#   PYTHON=python3 WHEELS=wheels tools/gpu_check.sh  with an interpreter that has torch, and no registry: what it lacks
+#                                                    comes from a folder of wheels (tools/setup/gather_wheels.sh makes it)
+#   tools/gpu_check.sh --quick                       8 minutes at most
+#   tools/gpu_check.sh --only training,loss_call     some sections; --help lists them and all options
 #
 # Needs an NVIDIA driver and GPU (compute capability 8.0 or newer) and nvcc (CUDA_HOME, if it is neither on PATH nor in
 # /usr/local/cuda). Used where installed: compute-sanitizer, ncu, Transformer Engine, Liger, a second GPU.

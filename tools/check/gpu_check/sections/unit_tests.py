@@ -12,7 +12,7 @@ LIMIT_S = 300.0
 FOLDERS = {
     "tests/ops": ["tests/ops"],
     "tests/loss": ["tests/loss"],
-    "operators and hash": ["tests/csrc/test_operator_registration.py", "tests/rollout/sglang/test_tile_hash.py"],
+    "operators": ["tests/csrc/test_operator_registration.py"],
 }
 QUICK = {
     "tests/ops": ["tests/ops/test_policy_stats.py", "tests/ops/test_gradient_in_forward.py"],
