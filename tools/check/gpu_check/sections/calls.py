@@ -28,8 +28,8 @@ LIMIT_S = 120.0
 # by 1 + |log p| < 20. What these tests have to find, an element left out or read twice, costs 1 / V = 7e-6 of a sum at the
 # least where all elements are alike; the largest of a row, where vectors begin and end, far more.
 ABSOLUTE = 2e-5
-# A gradient is rounded once to its dtype, after fp32 arithmetic: p (1 + log p + H) less 1 at the target. log p and H may be off
-# by ABSOLUTE each; p, an exponential, by what its argument's rounding makes of it, and by two units of the GPU's instruction.
+# A gradient is rounded once to its dtype, after fp32 arithmetic: p (1 + log p + H) less 1 at the target. log p and H may be
+# off by ABSOLUTE each; p, an exponential, by what its argument's rounding makes of it and by the GPU's instruction.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 6e-8, torch.float32: 1e-30}  # fp16 is subnormal below 6e-5
 EXPONENTIAL = 2.0**-22
