@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dppo.errors import LossInputError
-from megatron_dppo.loss.inputs import FlatTokens, LossInputs, masked
+from megatron_dppo.loss.inputs import FlatTokens, LossInputs
 
 CHECKS = ("now", "deferred", "off")
 
@@ -81,7 +81,7 @@ class _Checker:
             bad = bad.any(dim=1)
         self.messages.append(message)
         self.values.append(values.double())
-        self.bad.append(bad if everywhere else masked(bad, self.mask))
+        self.bad.append(bad if everywhere or self.mask is None else bad & self.mask)
 
     def record(self, target: torch.Tensor) -> torch.Tensor:
         if target.shape[0] == 0:

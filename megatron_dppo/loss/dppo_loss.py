@@ -30,7 +30,7 @@ from megatron_dppo.loss.inputs import FlatTokens, LossInputs, check_fields, flat
 from megatron_dppo.loss.linear_head import LinearHead
 from megatron_dppo.loss.metrics import MetricSums
 from megatron_dppo.loss.objective import TokenObjective
-from megatron_dppo.loss.regularisers import differentiable_zero, reference_kl
+from megatron_dppo.loss.regularisers import reference_kl, scored
 from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
 from megatron_dppo.ops.policy_stats import PolicyStats, vocab_parallel_policy_stats
@@ -138,10 +138,10 @@ class DPPOLoss:
         output = LossOutput(
             loss=decided.loss,
             num_tokens=aggregation.num_tokens,
-            metrics=objective.metrics.with_means(reported).with_updates(objective.coefficient, tokens.count()),
+            metrics=objective.metrics.with_updates(objective.coefficient, tokens.count(), reported),
             weight=objective.weight.view(shape),
             divergence=objective.divergence.view(shape),
-            log_prob=tokens.masked(decided.log_prob).view(shape),
+            log_prob=decided.log_prob.view(shape),
             backend=backend.name,
             checks=checks,
         )
@@ -205,7 +205,7 @@ class DPPOLoss:
         exact_divergence = self._exact_divergence(policy, inputs, tokens)
         objective = objective_of(backend)(self.config, tokens, stats.detach(), exact_divergence, self.vocab_size)
         # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
-        per_token = -objective.coefficient * (1.0 + differentiable_zero(stats.log_prob))
+        per_token = scored(objective.coefficient, stats.log_prob, -1.0)
         kl = None
         if tokens.ref_log_probs is not None:
             kl = reference_kl(stats.log_prob, tokens.ref_log_probs, self.config.kl_estimator)

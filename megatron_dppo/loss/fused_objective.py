@@ -78,16 +78,16 @@ def fused_token_objective(
         trust_region=config.trust_region,
         limits=_limits(config),
     )
-    numerators, denominators, maxima = _places_of_totals(totals.device)
+    means, maxima = _arranged(totals)
     return TokenObjective(
         coefficient=coefficient,
         weight=weight,
         divergence=divergence,
         metrics=MetricSums(
             mean_names=tuple(_MEANS),
-            means=torch.stack([totals.index_select(0, numerators), totals.index_select(0, denominators)], dim=1),
+            means=means,
             maximum_names=metrics.MAXIMA,
-            maxima=totals.index_select(0, maxima),
+            maxima=maxima,
             histogram=histogram,
         ),
     )
@@ -111,9 +111,20 @@ def _limits(config: DPPOConfig) -> list[float]:
     return [values[name] for name in _C.limit_names]
 
 
+def _arranged(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, 2] numerators and denominators and [E] maxima of the kernel's totals.
+
+    Picked one by one: a tensor of places would have to be kept for the next call, and one that was made while torch.export
+    looks on has no values. And no views: what leaves a part of a captured graph must be memory of its own.
+    """
+    at, of = _places_of_totals(), totals.unbind()
+    pairs = torch.stack([of[at[total]] for pair in _MEANS.values() for total in pair])
+    return pairs.view(-1, 2).clone(), torch.stack([of[at[_MAXIMA[name]]] for name in metrics.MAXIMA])
+
+
 @cache
-def _places_of_totals(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the kernel's totals hold the metrics' numerators, denominators and maxima; refuses a kernel of other metrics."""
+def _places_of_totals() -> dict[str, int]:
+    """{name: where the kernel's totals hold it}; refuses a kernel of other metrics."""
     import megatron_dppo._C as _C
 
     constants = {
@@ -130,9 +141,4 @@ def _places_of_totals(device: torch.device) -> tuple[torch.Tensor, torch.Tensor,
                 f"megatron_dppo._C has {name}={_C.metric_constants[name]}, loss/metrics.py with {value}: "
                 "it was built from other sources, build it again"
             )
-    at = {name: place for place, name in enumerate(_C.total_names)}
-    return (
-        torch.tensor([at[numerator] for numerator, _ in _MEANS.values()], device=device),
-        torch.tensor([at[denominator] for _, denominator in _MEANS.values()], device=device),
-        torch.tensor([at[_MAXIMA[name]] for name in metrics.MAXIMA], device=device),
-    )
+    return {name: place for place, name in enumerate(_C.total_names)}

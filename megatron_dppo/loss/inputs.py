@@ -117,6 +117,7 @@ class FlatTokens:
 
     Attributes:
         mask: [N] bool, or None: every token counts.
+        outside: [N] bool, where it is False; or None.
         target: [N] int64.
         advantages: [N].
         rollout_log_probs: [N] <= 0.
@@ -126,6 +127,7 @@ class FlatTokens:
     """
 
     mask: torch.Tensor | None
+    outside: torch.Tensor | None
     target: torch.Tensor
     advantages: torch.Tensor
     rollout_log_probs: torch.Tensor
@@ -133,9 +135,9 @@ class FlatTokens:
     topk_log_probs: torch.Tensor | None
     ref_log_probs: torch.Tensor | None
 
-    def masked(self, values: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
-        """[N, ...] with ``outside`` where the mask is False."""
-        return masked(values, self.mask, outside)
+    def masked(self, values: torch.Tensor) -> torch.Tensor:
+        """[N, ...] with 0 where the mask is False."""
+        return filled(values, self.outside, 0.0)
 
     def part(self, block: slice) -> FlatTokens:
         """Some of the tokens."""
@@ -151,9 +153,14 @@ class FlatTokens:
 
 def masked(values: torch.Tensor, mask: torch.Tensor | None, outside: float = 0.0) -> torch.Tensor:
     """[N, ...] with ``outside`` where the mask [N] is False; None is all True."""
-    if mask is None:
+    return values if mask is None else filled(values, ~mask, outside)
+
+
+def filled(values: torch.Tensor, where: torch.Tensor | None, value: float) -> torch.Tensor:
+    """[N, ...] with ``value`` where ``where`` [N] is True; None is nowhere."""
+    if where is None:
         return values
-    return values.masked_fill(~mask.view(-1, *(1,) * (values.dim() - 1)), outside)
+    return values.masked_fill(where.view(-1, *(1,) * (values.dim() - 1)) if values.dim() > 1 else where, value)
 
 
 def check_fields(config: DPPOConfig, inputs: LossInputs, shape: torch.Size) -> None:
@@ -211,18 +218,20 @@ def check_fields(config: DPPOConfig, inputs: LossInputs, shape: torch.Size) -> N
 def flatten(config: DPPOConfig, inputs: LossInputs, dtype: torch.dtype) -> FlatTokens:
     """The fields that ``config`` reads, flat, as ``dtype``, clean outside the mask. Values are not checked."""
     mask = None if inputs.loss_mask is None else inputs.loss_mask.reshape(-1).bool()
+    outside = None if mask is None else ~mask
 
-    def per_token(values: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
-        return masked(values.reshape(-1).to(dtype), mask, outside)
+    def per_token(values: torch.Tensor) -> torch.Tensor:
+        return filled(values.reshape(-1).to(dtype), outside, 0.0)
 
     topk_ids = topk_log_probs = None
     if inputs.rollout_topk is not None and config.reads_topk:
         topk, n = inputs.rollout_topk, inputs.target.numel()
-        topk_ids = masked(topk.ids.reshape(n, topk.ids.shape[-1]), mask, 0)
-        topk_log_probs = masked(topk.log_probs.reshape(topk_ids.shape).to(dtype), mask, -torch.inf).clamp(max=0.0)
+        topk_ids = filled(topk.ids.reshape(n, topk.ids.shape[-1]), outside, 0)
+        topk_log_probs = filled(topk.log_probs.reshape(topk_ids.shape).to(dtype), outside, -torch.inf).clamp(max=0.0)
     return FlatTokens(
         mask=mask,
-        target=masked(inputs.target.reshape(-1), mask, 0),
+        outside=outside,
+        target=filled(inputs.target.reshape(-1), outside, 0),
         advantages=per_token(inputs.advantages),
         rollout_log_probs=per_token(inputs.rollout_log_probs).clamp(max=0.0),
         topk_ids=topk_ids,

@@ -81,7 +81,7 @@ class MetricSums:
 
     def with_means(self, means: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> MetricSums:
         """The same and some more {name: (numerator, denominator)}, scalars."""
-        more = torch.stack([torch.stack([part.detach().double() for part in pair]) for pair in means.values()])
+        more = torch.stack([part.detach().double() for pair in means.values() for part in pair]).view(-1, 2)
         return replace(self, mean_names=self.mean_names + tuple(means), means=torch.cat([self.means, more]))
 
     def without_mean(self, name: str) -> MetricSums:
@@ -93,17 +93,20 @@ class MetricSums:
             means=torch.stack([self.means[at] for at in keep]),
         )
 
-    def with_updates(self, coefficient: torch.Tensor, count: torch.Tensor) -> MetricSums:
-        """The same and what ``dppo/largest_token_share`` is made of.
+    def with_updates(
+        self, coefficient: torch.Tensor, count: torch.Tensor, means: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> MetricSums:
+        """The same, what ``dppo/largest_token_share`` is made of, and more means.
 
         Args:
             coefficient: [N] w r A, 0 outside the mask.
             count: scalar, number of tokens in the mask.
+            means: as for ``with_means``.
         """
         size = coefficient.detach().abs()
-        largest = _max(size, torch.ones_like(size, dtype=torch.bool))
+        largest = (size.max() if size.shape[0] else size.new_full((), -torch.inf)).double()
         return replace(
-            self.with_means({_UPDATES: (size.double().sum(), count)}),
+            self.with_means({**means, _UPDATES: (size.sum(dtype=torch.float64), count)}),
             maximum_names=(*self.maximum_names, _LARGEST_UPDATE),
             maxima=torch.cat([self.maxima, largest[None]]),
         )
@@ -215,8 +218,9 @@ def divergence_histogram(divergence: torch.Tensor, where: torch.Tensor) -> torch
 
 
 def _max(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    floor = values.new_full((1,), -torch.inf)
-    return torch.cat([values.masked_fill(~where, -torch.inf), floor]).max().double()
+    if values.shape[0] == 0:
+        return values.new_full((), -torch.inf).double()
+    return values.masked_fill(~where, -torch.inf).max().double()
 
 
 def _percentile(histogram: torch.Tensor, fraction: float) -> float:

@@ -1,8 +1,11 @@
-"""KL to a fixed reference policy, estimated at the sampled token."""
+"""Per-token terms of the loss as autograd sees them: values with the gradient of a score, and KL to a fixed reference."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 _LOG_CLAMP = 20.0  # overflow guard for exp()
 
@@ -22,16 +25,30 @@ def reference_kl(log_prob: torch.Tensor, ref_log_prob: torch.Tensor, estimator: 
     """
     difference = log_prob - ref_log_prob
     if estimator == "k1":
-        return difference.detach() * (1.0 + differentiable_zero(log_prob))
+        return scored(difference.detach(), log_prob)
     if estimator == "k2":
         return 0.5 * difference.square()
     return torch.exp((-difference).clamp(max=_LOG_CLAMP)) - 1.0 + difference
 
 
-def differentiable_zero(log_prob: torch.Tensor) -> torch.Tensor:
-    """0 with the gradient of ``log_prob``, so that a coefficient can be given a gradient without changing the value.
+def scored(values: torch.Tensor, log_prob: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """[n] ``scale * values``, constants, with the gradient ``scale * values * grad(log_prob)``.
 
     Where log_prob is -inf the gradient is 0: the policy gives that token no probability that an update could scale.
     """
-    finite = torch.where(log_prob == -torch.inf, 0.0, log_prob)
-    return finite - finite.detach()
+    result: torch.Tensor = _Scored.apply(values, log_prob, scale)
+    return result
+
+
+class _Scored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, log_prob: torch.Tensor, scale: float) -> torch.Tensor:
+        result = values * scale
+        ctx.save_for_backward(result, log_prob)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        result, log_prob = ctx.saved_tensors
+        return None, (grad * result).masked_fill(log_prob == -torch.inf, 0.0).to(log_prob.dtype), None

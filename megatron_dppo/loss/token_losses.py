@@ -16,9 +16,9 @@ from megatron_dppo.errors import ConfigError, LossInputError
 from megatron_dppo.loss.checks import CHECKS, InputChecks, check_sampled_values
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.fused_objective import objective_of
-from megatron_dppo.loss.inputs import FlatTokens, masked
+from megatron_dppo.loss.inputs import FlatTokens, filled
 from megatron_dppo.loss.metrics import MetricSums
-from megatron_dppo.loss.regularisers import differentiable_zero
+from megatron_dppo.loss.regularisers import scored
 from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.ops.policy_stats import PolicyStats
 from megatron_dppo.ops.torch_backend import compute_dtype
@@ -98,12 +98,14 @@ def token_losses(
     _check_shapes(log_probs, rollout_log_probs=rollout_log_probs, advantages=advantages, loss_mask=loss_mask)
     chosen, dtype, shape = choose_backend(backend, log_probs), compute_dtype(log_probs), log_probs.shape
     mask = None if loss_mask is None else loss_mask.reshape(-1).bool()
-    flat = masked(log_probs.reshape(-1), mask)
+    outside = None if mask is None else ~mask
+    flat = filled(log_probs.reshape(-1), outside, 0.0)
     tokens = FlatTokens(
         mask=mask,
+        outside=outside,
         target=torch.zeros(flat.shape, dtype=torch.int64, device=flat.device),
-        advantages=masked(advantages.detach().reshape(-1).to(dtype), mask),
-        rollout_log_probs=masked(rollout_log_probs.detach().reshape(-1).to(dtype), mask).clamp(max=0.0),
+        advantages=filled(advantages.detach().reshape(-1).to(dtype), outside, 0.0),
+        rollout_log_probs=filled(rollout_log_probs.detach().reshape(-1).to(dtype), outside, 0.0).clamp(max=0.0),
         topk_ids=None,
         topk_log_probs=None,
         ref_log_probs=None,
@@ -116,12 +118,11 @@ def token_losses(
     unknown = torch.zeros_like(tokens.advantages)
     stats = PolicyStats(flat.detach().to(dtype), entropy=unknown, collision=unknown, topk_log_prob=None)
     objective = objective_of(chosen)(config, tokens, stats, None, _NO_VOCABULARY)
-    per_token = -objective.coefficient * (1.0 + differentiable_zero(flat))
     return TokenLosses(
-        per_token=per_token.view(shape),
+        per_token=scored(objective.coefficient, flat, -1.0).view(shape),
         weight=objective.weight.view(shape),
         divergence=objective.divergence.view(shape),
-        metrics=objective.metrics.without_mean("entropy").with_updates(objective.coefficient, tokens.count()),
+        metrics=objective.metrics.without_mean("entropy").with_updates(objective.coefficient, tokens.count(), {}),
         checks=found,
     )
 

@@ -78,6 +78,14 @@ class _Arriving(NamedTuple):
     works: list[dist.Work]
 
 
+class _Leaving(NamedTuple):
+    """This rank's part of a bucket on its way to the sender."""
+
+    number: int
+    message: torch.Tensor
+    works: list[dist.Work]
+
+
 class ExportPlan:
     """Who holds what of a policy, and so who sends which bucket. Nothing here needs the ranks themselves."""
 
@@ -146,6 +154,7 @@ class PolicyWeights:
         )
         self._plan = ExportPlan(self._hf_config, places)
         self._buckets: dict[tuple[torch.dtype, int, int], list[Bucket]] = {}
+        self._given_up: list[_Arriving | _Leaving] = []  # begun and not waited for
 
     def buckets(self, *, dtype: torch.dtype, bucket_bytes: int, max_senders: int) -> list[Bucket]:
         """See ``ExportPlan.buckets``. The same list for every update: making it takes a second for 235B."""
@@ -171,16 +180,34 @@ class PolicyWeights:
             (index, tensors), on the sender of ``buckets[index]``: tensors in ``dtype`` in its order. They may be views of the
             live weights.
         """
+        arriving: deque[_Arriving] = deque()
+        leaving: deque[_Leaving] = deque()
+        try:
+            yield from self._fetch(buckets, dtype, wait, arriving, leaving)
+        except BaseException:
+            # Gloo reads no further from a rank whose message finds its buffer gone, and all ranks are about to tell each
+            # other what has failed. On a GPU the memory would be used again while it is still written.
+            self._given_up += [*arriving, *leaving]
+            raise
+
+    def _fetch(
+        self,
+        buckets: Sequence[Bucket],
+        dtype: torch.dtype,
+        wait: Callable[[dist.Work], None],
+        arriving: deque[_Arriving],
+        leaving: deque[_Leaving],
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """``arriving`` and ``leaving`` hold what has been begun and is not known to have ended."""
         local: dict[str, torch.Tensor] = {}
         for name, parameter in local_parameters(self._chunks):
             local.setdefault(name, parameter.detach())
-        arriving: deque[_Arriving] = deque()
-        leaving: deque[tuple[int, torch.Tensor, list[dist.Work]]] = deque()
 
         def next_whole() -> tuple[int, list[torch.Tensor]]:
-            index, messages, works = arriving.popleft()
+            index, messages, works = arriving[0]
             for work in works:
                 wait(work)
+            arriving.popleft()
             return index, self._put_together(buckets[index], local, messages, dtype)
 
         # No circle can form: ranks post what belongs to a bucket in the order of buckets, and before they wait for one they
@@ -196,17 +223,18 @@ class PolicyWeights:
                     yield next_whole()
                 continue
             if len(leaving) == 2:
-                first, _, works = leaving.popleft()
-                while arriving and arriving[0].number < first:
+                first = leaving[0]
+                while arriving and arriving[0].number < first.number:
                     yield next_whole()
-                for work in works:
+                for work in first.works:
                     wait(work)
+                leaving.popleft()
             message = _flat([local[shard.parameter] for shard in shards if shard.holder == self._rank], dtype)
-            leaving.append((index, message, _posted(dist.isend, {bucket.sender: message})))
+            leaving.append(_Leaving(index, message, _posted(dist.isend, {bucket.sender: message})))
         while arriving:
             yield next_whole()
-        for _, _, works in leaving:
-            for work in works:
+        for sent in leaving:
+            for work in sent.works:
                 wait(work)
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:

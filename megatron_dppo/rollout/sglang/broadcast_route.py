@@ -58,6 +58,7 @@ class BroadcastRoute:
         self._meeting: Meeting | None = None
         self._senders: list[int] = []  # that have groups, or are about to
         self._connected = False
+        self._loading: asyncio.Future[None] | None = None  # the last bucket
         self._group: dist.ProcessGroup | None = None  # of this rank with the servers
 
     def ranks(self, buckets: Sequence[Bucket]) -> frozenset[int]:
@@ -133,7 +134,11 @@ class BroadcastRoute:
             "flush_cache": False,
         }
         bodies = {server.url: body for server in self._servers}
-        await self._calls.load(bucket, "/update_weights_from_distributed", bodies, self._shape)
+        # Servers are told of what was taken even if the update is given up meanwhile: its sender broadcasts it in any case,
+        # and a broadcast that they know nothing of keeps its group, and whoever closes that, until the time-out.
+        path = "/update_weights_from_distributed"
+        self._loading = asyncio.ensure_future(self._calls.load(bucket, path, bodies, self._shape))
+        await asyncio.shield(self._loading)
 
     def send(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
         """See ``WeightRoute``."""
@@ -190,6 +195,8 @@ class BroadcastRoute:
 
     async def leave(self) -> None:
         """See ``WeightRoute``."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading], timeout=self._watch.time_left())
         await self._destroy(map(self._group_name, range(len(self._senders))))
 
     def close(self) -> None:

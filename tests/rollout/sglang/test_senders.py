@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_dppo.errors import WeightSyncError
 from megatron_dppo.models.hf.export import PolicyWeights
 from megatron_dppo.rollout.sample import SamplingParams
 from megatron_dppo.rollout.sglang import broadcast_route
+from megatron_dppo.rollout.sglang.update_calls import UpdateCalls
 from tests.models.policy_runs import loaded_policy
 from tests.models.tiny_policies import tiny_hf_model, write_tiny_hf_model
 from tests.rank_pool import RankPools
@@ -135,14 +137,25 @@ class _Failing(PolicyWeights):
             yield entry
 
 
-def _fail(server: RunningServer, folder: str, wrong_rank: int) -> str:
+def _fail(server: RunningServer, folder: str, wrong_rank: int) -> tuple[str, int, int]:
+    """(what the update says, buckets that were taken, those of them that the server has loaded)."""
     weights = _Failing(loaded_policy(folder, LAYOUTS["TP2 PP2"]))
     weights.wrong_rank = wrong_rank
     engine = server.attach(bucket_bytes=BUCKET_BYTES, max_senders=4, replica_group=dist.group.WORLD)
-    with pytest.raises(WeightSyncError) as raised:
-        engine.update_weights(weights, 1)
-    engine.close()
-    return str(raised.value)
+    load, taken, loaded = UpdateCalls.load, [], []
+
+    async def load_later(calls: UpdateCalls, bucket: Any, *args: Any) -> None:
+        taken.append(bucket)
+        await asyncio.sleep(0.1)  # by then a sender has failed
+        await load(calls, bucket, *args)
+        loaded.append(bucket)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UpdateCalls, "load", load_later)
+        with pytest.raises(WeightSyncError) as raised:
+            engine.update_weights(weights, 1)
+        engine.close()
+    return str(raised.value), len(taken), len(loaded)
 
 
 @pytest.mark.parametrize("wrong_rank", [0, 3])
@@ -150,7 +163,10 @@ def test_a_sender_that_fails_ends_the_update_on_all_ranks_at_once(
     wrong_rank: int, ranks: RankPools, servers, tmp_path
 ) -> None:
     write_tiny_hf_model("qwen3_moe", tmp_path, seed=6)
-    messages = ranks(4).run(_fail, servers("qwen3_moe"), str(tmp_path), wrong_rank, timeout=40.0)
-    assert all("the disk is gone" in message for message in messages)
+    results = ranks(4).run(_fail, servers("qwen3_moe"), str(tmp_path), wrong_rank, timeout=40.0)
+    assert all("the disk is gone" in message for message, *_ in results)
+    _, taken, loaded = results[0]
+    # A sender whose bucket was taken sends it, and would wait for a server that knows nothing of it.
+    assert loaded == taken > 0
     # The servers are as another engine can use them.
     ranks(4).run(_update, servers("qwen3_moe"), str(tmp_path), LAYOUTS["TP2 PP2"], 1)
