@@ -14,6 +14,7 @@ The loss needs torch alone: ``pip install megatron-dppo``. Everything else is an
     wandb           Weights & Biases as a sink of metrics (logging.wandb)
     plots           tools/plot_run.py, the charts of tools/bench and of the stability study
     docs            the documentation as a site (tools/build_docs.sh)
+    gpu-check       tools/gpu_check.sh in an interpreter that has torch already (docs/gpu.md)
     test            tests of the loss and its operators (tests/loss, tests/ops)
     dev             everything that the tests, the linters and the tools need
 
@@ -68,11 +69,18 @@ EXTRAS = {
     "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", OMEGACONF],
 }
 EXTRAS["sglang-server"] = [*EXTRAS["sglang"], "sglang>=0.5.20"]
+# Without tensorboard, whose sink is off there, and reasoning-gym: less to carry to a machine without a registry.
+EXTRAS["gpu-check"] = [
+    *(requirement for requirement in EXTRAS["train"] if not requirement.startswith("tensorboard")),
+    *EXTRAS["test"],
+    "ninja>=1.11",  # compiles the extension's sources side by side
+    "setuptools>=68",  # builds it; Python 3.12 has none of its own
+]
 EXTRAS["dev"] = sorted(
     {
         *(
             requirement
-            for name in ("train", "tasks", "data", "sglang", "gguf", "plots", "docs", "test")
+            for name in ("train", "tasks", "data", "sglang", "gguf", "plots", "docs", "test", "gpu-check")
             for requirement in EXTRAS[name]
         ),
         "coverage>=7.10",
@@ -80,7 +88,6 @@ EXTRAS["dev"] = sorted(
         "ruff>=0.6",
         "mypy>=1.11",
         "clang-format>=18",
-        "ninja>=1.11",  # compiles the extension's sources side by side
         # Emulates AVX-512 for tests/csrc/test_cpu_levels.py; 0.4.0 asks for the C library of 2023 (glibc 2.38).
         "bochscpu-python==0.3.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
     }

@@ -49,6 +49,7 @@ ABSENT_AT_TIMES = {"bochscpu": "bochscpu-python"}
 NOT_OURS = {
     "setuptools",  # torch brings it
     "sgl_kernel",  # cpu_shim stands in for it in the server's process
+    "liger_kernel",  # compared with where it is installed
     # tools/integrations records the calls of these beside their sources; what comes with them is theirs.
     "hydra",
     "miles",

@@ -144,8 +144,8 @@ class LaunchConfig:
         env: environment variables, which win over those that launching sets; null: leave one of them out.
         port: where the trainer's processes meet, on the first node; servers that are larger than a node take the one after.
             None: derived from the job's number on Slurm, a free one on this machine, 29500 on Kubernetes.
-        warning_s: before its time is over, a job is asked to save. Leave room for one update, weight sync and checkpoint; with
-            the embedded engine, for one step. After as long whoever was asked to stop is ended.
+        warning_s: before its time is over, a job is asked to save. Leave room for one update, weight sync and checkpoint; for
+            one step with the embedded engine. After as long whoever was asked to stop is ended.
         max_restarts: times that a run which was asked to stop, and has saved, is started again by itself.
         container: that processes run in.
         slurm: what is asked of Slurm.

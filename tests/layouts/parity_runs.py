@@ -360,7 +360,8 @@ def _parameters(policy: TrainablePolicy) -> list[torch.nn.Parameter]:
 
 
 def _clones(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors}
+    """On the host: what is compared may come from another rank's device."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
 
 
 def _gather_gradient_shards(policy: TrainablePolicy) -> None:

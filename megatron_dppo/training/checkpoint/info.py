@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,20 @@ def describe(policy: TrainablePolicy, optimizer_state: OptimizerState | None, tr
         layout=present_layout(policy),
         fp32_head=policy.fp32_head,
         packages={
-            "megatron-dppo": version("megatron-dppo"),
+            "megatron-dppo": own_version(),
             "megatron-core": megatron.core.__version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
         },
     )
+
+
+def own_version() -> str:
+    """Of this package, for the record; a checkout on PYTHONPATH has no metadata."""
+    try:
+        return version("megatron-dppo")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _yaml(value: bool | None) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import threading
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state
 
 from megatron_dppo.errors import CheckpointError
+from megatron_dppo.training.checkpoint import info
 from megatron_dppo.training.checkpoint.load import TrainerState, last_checkpoint, load_checkpoint
 from megatron_dppo.training.checkpoint.pieces import _rectangles
 from megatron_dppo.training.checkpoint.save import CheckpointWriter
@@ -223,3 +225,12 @@ def test_ranks_share_the_writing(ranks, tmp_path):
     sizes, _ = ranks(2).run(_stored_sizes, tmp_path)
     assert sizes.keys() == {"checkpoint.json", ".metadata", "__0_0.distcp", "__1_0.distcp"}
     assert math.isclose(sizes["__0_0.distcp"], sizes["__1_0.distcp"], rel_tol=0.1)
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    def no_metadata(name):
+        raise PackageNotFoundError(name)
+
+    assert info.own_version() == version("megatron-dppo")
+    monkeypatch.setattr(info, "version", no_metadata)
+    assert info.own_version() == "not installed"
