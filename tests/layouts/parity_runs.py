@@ -273,7 +273,7 @@ def _policy(policy_kind: str, num_layers: int, parallel: ParallelConfig) -> Trai
     """Weights are so large that attention and experts matter."""
     initialize_model_parallel(parallel, seed=3)
     hf_config = tiny_hf_config(policy_kind, num_hidden_layers=num_layers, initializer_range=0.1)
-    chunks = build_policy(hf_config, parallel, torch.float32)
+    chunks = build_policy(hf_config, parallel, torch.float32, backend="local")
     initialize_randomly(chunks, seed=3)
     policy = wrap_for_training(chunks, hf_config, torch.float32, parallel)
     _check_that_the_layout_is_in_force(policy, parallel)

@@ -113,7 +113,7 @@ def small_policy(options: argparse.Namespace, device: torch.device) -> tuple[Tra
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chunks = build_policy(hf_config, ParallelConfig(), dtype, device)
     initialize_randomly(chunks, seed=0)
-    policy = wrap_for_training(chunks, hf_config, dtype)
+    policy = wrap_for_training(chunks, hf_config, dtype, ParallelConfig())
     return policy, build_optimizer(policy, AdamConfig(), total_steps=1000)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from megatron_dppo.rollout.embedded.engine import EmbeddedEngine
 from megatron_dppo.rollout.sample import Prompt, Sample, SamplingParams
 from tools.bench.policy_stats import clock
 from tools.check.gpu_check.findings import Check, Finding, Options
-from tools.check.gpu_check.sections.policies import megatron_cores_layers, policy_config, random_policy
+from tools.check.gpu_check.sections.policies import policy_config, random_policy
 
 LIMIT_S = 180.0
 # fp32, some tens of roundings of a logit in another order (tests/rollout/engine_contract.py), with 28 layers on a GPU in
@@ -30,8 +28,7 @@ def generate(options: Options, dtype: torch.dtype) -> Finding:
     prompts_n, samples, length, new = (32, 4, 256, 128) if options.on_gpu else (4, 2, 12, 8)
     if options.quick and options.on_gpu:
         new = 64
-    with megatron_cores_layers() if dtype is torch.float32 else nullcontext():
-        chunks = random_policy(options.device, dtype)
+    chunks = random_policy(options.device, dtype)
     vocab, device = policy_config(options.device).vocab_size, next(chunks[0].parameters()).device
     engine = EmbeddedEngine(chunks, vocab, max_batch_size=prompts_n * samples)
     generator = torch.Generator().manual_seed(0)

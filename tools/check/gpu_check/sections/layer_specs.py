@@ -6,7 +6,6 @@ twice that of the other bf16 policy passes.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from megatron_dppo.compat.optional_dependencies import probe_transformer_engine
 from megatron_dppo.models.hf.export import export_hf_weights
 from tools.check.gpu_check.findings import Check, Finding, Options, Skipped
-from tools.check.gpu_check.sections.policies import megatron_cores_layers, policy_config, random_policy
+from tools.check.gpu_check.sections.policies import policy_config, random_policy
 
 LIMIT_S = 180.0
 LAYERS = 4
@@ -27,8 +26,8 @@ def checks(options: Options) -> list[Check]:
     kept: dict[str, Any] = {}
 
     def local() -> Finding:
-        kept["exact"] = loss_and_gradients(options, torch.float32, local_layers=True)
-        kept["bf16"] = errors(loss_and_gradients(options, torch.bfloat16, local_layers=True), kept["exact"])
+        kept["exact"] = loss_and_gradients(options, torch.float32, "local")
+        kept["bf16"] = errors(loss_and_gradients(options, torch.bfloat16, "local"), kept["exact"])
         return described(kept["bf16"], max(kept["bf16"].values()) <= LARGEST_ERROR)
 
     def engine() -> Finding:
@@ -38,18 +37,17 @@ def checks(options: Options) -> list[Check]:
             raise Skipped(probed.reason)
         if "bf16" not in kept:
             raise RuntimeError("there is nothing to compare with: the local layers failed")
-        found = errors(loss_and_gradients(options, torch.bfloat16, local_layers=False), kept["exact"])
+        found = errors(loss_and_gradients(options, torch.bfloat16, "te"), kept["exact"])
         fine = all(error <= 2.0 * kept["bf16"][name] for name, error in found.items())
         return described(found, fine)
 
     return [Check("Megatron-core's layers, bf16", local, LIMIT_S), Check("Transformer Engine's, bf16", engine, LIMIT_S)]
 
 
-def loss_and_gradients(options: Options, dtype: torch.dtype, local_layers: bool) -> dict[str, torch.Tensor]:
+def loss_and_gradients(options: Options, dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
     """The mean log-likelihood of some tokens, and its gradient by Hugging Face name; fp32 on the CPU."""
     layers = LAYERS if options.on_gpu else 2
-    with megatron_cores_layers() if local_layers else nullcontext():
-        (model,) = random_policy(options.device, dtype, layers=layers)
+    (model,) = random_policy(options.device, dtype, layers, backend)
     model.train()
     vocab, device = policy_config(options.device).vocab_size, next(model.parameters()).device
     shape = (2, 256) if options.on_gpu else (2, 16)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.compat.optional_dependencies import Availability
 from megatron_dppo.distributed.layout import ParallelConfig, initialize_model_parallel
-from megatron_dppo.models import layer_spec
 from megatron_dppo.models.build import build_policy, initialize_randomly
-from megatron_dppo.models.hf import config as hf_config_module
 from megatron_dppo.models.hf.config import load_hf_config
 
 # 0.6 B parameters (Qwen3-0.6B) on a GPU; on a CPU the same in a thousandth.
@@ -60,27 +54,21 @@ def start_one_rank(device: str) -> None:
     initialize_model_parallel(ParallelConfig(), seed=1)
 
 
-@contextmanager
-def megatron_cores_layers() -> Iterator[None]:
-    """Within, policies are built of Megatron-core's modules and ours, also where Transformer Engine is usable.
+def random_policy(device: str, dtype: torch.dtype, layers: int | None = None, backend: str = "local") -> list[Any]:
+    """The policy with weights that depend on nothing but their names.
 
-    What is compared in fp32 needs them: Transformer Engine multiplies fp32 matrices in TF32, of 11 bits.
+    Args:
+        device: cuda | cpu.
+        dtype: of the weights.
+        layers: so many only.
+        backend: whose layers (``build_policy``). What is compared in fp32 needs local ones: Transformer Engine multiplies
+            fp32 matrices in TF32, of 11 bits.
     """
-    absent = Availability(False, "not wanted here")
-    with (
-        mock.patch.object(layer_spec, "probe_transformer_engine", return_value=absent),
-        mock.patch.object(hf_config_module, "probe_transformer_engine", return_value=absent),
-    ):
-        yield
-
-
-def random_policy(device: str, dtype: torch.dtype, layers: int | None = None) -> list[Any]:
-    """The policy with weights that depend on nothing but their names; ``layers``: so many only."""
     start_one_rank(device)
     hf_config = policy_config(device)
     if layers is not None:
         hf_config.num_hidden_layers = layers
     # Gradients are wanted where autograd puts them: there is no DistributedDataParallel with fp32 ones.
-    chunks = build_policy(hf_config, ParallelConfig(), dtype, gradient_accumulation_fusion=False)
+    chunks = build_policy(hf_config, ParallelConfig(), dtype, backend=backend, gradient_accumulation_fusion=False)
     initialize_randomly(chunks, seed=0)
     return chunks
