@@ -134,14 +134,14 @@ DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, d
   const float capped_ratio = nan_min(ratio, args.settings.limits.ratio_cap);
   const float mu = expf(log_mu), pi = expf(log_pi);
 
-  const bool reads_known = args.settings.direction != Direction::kRatio ||
-                           args.settings.divergence == Divergence::kTopkTv ||
-                           args.settings.divergence == Divergence::kTopkKl;
+  const Direction direction = args.settings.direction;
+  const bool predicts = direction != Direction::kRatio && direction != Direction::kSymmetric;
+  const bool reads_known =
+      predicts || args.settings.divergence == Divergence::kTopkTv || args.settings.divergence == Divergence::kTopkKl;
   const KnownTokens known = reads_known ? known_tokens(args, i) : KnownTokens();
   const float divergence = divergence_of(args, i, known);
-  const float growth =
-      args.settings.direction == Direction::kRatio ? sign_of(log_ratio) : divergence_growth(args, i, known);
-  const float outward = sign_of(advantage) * growth;
+  const float growth = predicts ? divergence_growth(args, i, known) : sign_of(log_ratio);
+  const float outward = direction == Direction::kSymmetric ? 1.f : sign_of(advantage) * growth;
   const float weight = weight_of(args.settings, advantage, log_ratio, capped_ratio, pi - mu, divergence, outward);
   args.coefficient[i] = weight * capped_ratio * advantage;
   args.weight[i] = weight;

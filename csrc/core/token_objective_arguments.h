@@ -11,7 +11,7 @@
 namespace megatron_dppo {
 
 enum class Divergence : int { kBinaryTv, kBinaryKl, kTopkTv, kTopkKl, kGiven };
-enum class Direction : int { kRatio, kExactCollision, kAggregatedTail, kUniformTail };
+enum class Direction : int { kRatio, kExactCollision, kAggregatedTail, kUniformTail, kSymmetric };
 enum class TrustRegion : int { kMask, kSmooth, kPpoClip, kCispo, kNone };
 
 // The operator's `limits`, in order: X(name, field of Limits, the field from the name's `value`). The kernel compares

@@ -29,7 +29,8 @@ TrustRegionSettings check_settings(const std::string& divergence, const std::str
                                             {{"ratio", Direction::kRatio},
                                              {"exact_collision", Direction::kExactCollision},
                                              {"aggregated_tail", Direction::kAggregatedTail},
-                                             {"uniform_tail", Direction::kUniformTail}});
+                                             {"uniform_tail", Direction::kUniformTail},
+                                             {"symmetric", Direction::kSymmetric}});
   settings.trust_region = choice_of<TrustRegion>("trust_region", trust_region,
                                                  {{"mask", TrustRegion::kMask},
                                                   {"smooth", TrustRegion::kSmooth},

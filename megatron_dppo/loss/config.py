@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from megatron_dppo.errors import ConfigError
 
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl")
-DIRECTIONS = ("ratio", "predictive")
+DIRECTIONS = ("ratio", "predictive", "symmetric")
 PREDICTIVE_ESTIMATORS = ("exact_collision", "aggregated_tail", "uniform_tail")
 TRUST_REGIONS = ("mask", "smooth", "ppo_clip", "cispo", "none")
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
@@ -47,8 +47,8 @@ class DPPOConfig:
             12.5 with ``trust_region="smooth"``.
         delta_high: the same for a positive advantage.
         direction: when an update counts as leaving the trust region. ratio: it moves the sampled token's ratio further
-            from 1 (2602.04879); predictive: it raises KL(mu || pi) to first order (2607.10848). Read by mask and
-            smooth.
+            from 1 (2602.04879); predictive: it raises KL(mu || pi) to first order (2607.10848); symmetric: always, also
+            where it would lead back: a baseline to compare with. Read by mask and smooth.
         predictive_estimator: how ``predictive`` fills in what the engine did not report: exact_collision |
             aggregated_tail | uniform_tail (see ``loss/trust_region.py``).
         trust_region: mask (DPPO) | smooth (DRPO, 2606.09821) | ppo_clip | cispo | none. The last three are baselines

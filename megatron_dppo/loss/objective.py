@@ -97,6 +97,8 @@ def _outward(config: DPPOConfig, tokens: FlatTokens, policy: PolicyStats, vocab_
     log_mu, log_pi = tokens.rollout_log_probs, policy.log_prob
     if config.direction == "ratio":
         return ratio_direction(tokens.advantages, log_pi - log_mu)
+    if config.direction == "symmetric":
+        return torch.ones_like(log_pi)
     known = _known_tokens(tokens, policy)
     return predictive_direction(
         tokens.advantages, log_mu, log_pi, known, policy.collision, vocab_size, config.predictive_estimator

@@ -54,7 +54,7 @@ def check_reads(config: DPPOConfig) -> None:
             f"divergence={config.divergence!r} needs more than the sampled tokens' log-probs: choose binary_tv or binary_kl, "
             "or call DPPOLoss with logits"
         )
-    if config.direction != "ratio":
+    if config.direction == "predictive":
         raise ConfigError(
             "direction='predictive' needs the policy's collision sum: choose 'ratio', or call DPPOLoss with logits"
         )

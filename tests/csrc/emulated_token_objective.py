@@ -13,12 +13,17 @@ from token_objective_reference import HISTOGRAM_BINS, histogram_of, objective
 
 K, VOCAB, NO_ID = 3, 50, -100
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "given")
-DIRECTIONS = ("ratio", "exact_collision", "aggregated_tail", "uniform_tail")
+DIRECTIONS = ("ratio", "exact_collision", "aggregated_tail", "uniform_tail", "symmetric")
 TRUST_REGIONS = ("mask", "smooth", "ppo_clip", "cispo", "none")
 # Together they take every branch; all 100 combinations would only take them again.
 COMBINATIONS = [(d, DIRECTIONS[i % 4], TRUST_REGIONS[i % 5]) for i, d in enumerate(DIVERGENCES)]
 WITHOUT_TOPK = [("topk_kl", "aggregated_tail", "smooth")]  # nothing but the sampled token is known
-COMBINATIONS += [("topk_kl", "uniform_tail", "mask"), ("binary_tv", "exact_collision", "smooth"), *WITHOUT_TOPK]
+COMBINATIONS += [
+    ("topk_kl", "uniform_tail", "mask"),
+    ("binary_tv", "exact_collision", "smooth"),
+    ("binary_kl", "symmetric", "mask"),
+    *WITHOUT_TOPK,
+]
 LIMITS = {
     "delta_low": 0.05,
     "delta_high": 0.1,

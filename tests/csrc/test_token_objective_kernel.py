@@ -30,7 +30,7 @@ NO_ID = -100
 CERTAIN = (0.0, -1e-38, -1e-30, -1e-7, -1e-3)
 IMPOSSIBLE = (-50.0, -1e4, -math.inf)
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "given")
-DIRECTIONS = ("ratio", "exact_collision", "aggregated_tail", "uniform_tail")
+DIRECTIONS = ("ratio", "exact_collision", "aggregated_tail", "uniform_tail", "symmetric")
 TRUST_REGIONS = ("mask", "smooth", "ppo_clip", "cispo", "none")
 TOPK = ("topk_ids", "topk_log_mu", "topk_log_pi")
 LIMITS = {
@@ -181,7 +181,7 @@ def capped(x: dict[str, np.ndarray], cap: float) -> np.ndarray:
     return np.minimum(ratio, cap) * np.abs(x["advantage"])
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS[1:])
+@pytest.mark.parametrize("direction", DIRECTIONS[1:4])
 @pytest.mark.parametrize("k", [0, 3])
 def test_predictive_directions_agree(direction: str, k: int) -> None:
     tokens = make_tokens(1000, k, seed=5)
@@ -196,6 +196,18 @@ def test_predictive_directions_agree(direction: str, k: int) -> None:
     assert certain[ordinary].mean() > 0.98
     assert np.array_equal(weight.numpy()[certain & ordinary], expected[certain & ordinary])
     assert 0.2 < float(weight[ordinary].mean()) < 0.8
+
+
+@pytest.mark.parametrize("trust_region", ["mask", "smooth"])
+def test_a_symmetric_direction_holds_back_whatever_is_far_away(trust_region: str) -> None:
+    tokens = make_tokens(1000, 0, seed=6)
+    both = {"trust_region": trust_region, "delta_low": 0.05, "delta_high": 0.05}
+    _, weight, divergence, *_ = call(tokens, direction="symmetric", **both)
+    expected = (divergence <= 0.05).float() if trust_region == "mask" else 1 - divergence / 0.05  # D = |mu - pi|
+    torch.testing.assert_close(weight, expected, rtol=0, atol=2.0**-18)  # exp(), twice, of up to 1, by 0.05
+    one_sided = call(tokens, direction="ratio", **both)[1]
+    assert (one_sided >= weight).all()
+    assert (one_sided > weight).any()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -98,7 +98,9 @@ def objective(
     ratio = np.exp(np.clip(log_ratio, -20, 20).astype(np.float64))
     capped = np.minimum(ratio, limits["ratio_cap"])
     d = divergence_of(x, divergence)
-    outward = np.sign(advantage) * np.sign(growth_of(x, direction, vocab_size))
+    outward = np.ones_like(advantage)
+    if direction != "symmetric":
+        outward = np.sign(advantage) * np.sign(growth_of(x, direction, vocab_size))
     delta = np.where(advantage > 0, limits["delta_high"], limits["delta_low"])
     dual = np.float32(math.log(limits["ppo_dual_clip"]))
     weight = {

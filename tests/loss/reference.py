@@ -132,6 +132,8 @@ def _engine_probabilities(a: int, mu: Tensor, token: dict[str, Tensor]) -> dict[
 def _direction(config: Any, pi_V: Tensor, a: int, mu: Tensor, advantage: Tensor, token: dict[str, Tensor]) -> Tensor:
     if config.direction == "ratio":
         return torch.sign(advantage * (pi_V[a] - mu))
+    if config.direction == "symmetric":
+        return torch.ones_like(mu)
     known = _engine_probabilities(a, mu, token)
     ids, mu_S = list(known), torch.stack(list(known.values()))
     pi_S, others = pi_V[ids], len(pi_V) - len(ids)
