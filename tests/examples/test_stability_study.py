@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +18,12 @@ import yaml
 
 from examples.stability_study import run as harness
 from examples.stability_study.collapse import DROP, WINDOW, outcome, wilson_interval
+from examples.stability_study.execution import Workshop
 from examples.stability_study.plan import SHORT, PlannedRun, StudyError, read_study
 from examples.stability_study.records import AT_THE_END, SERIES, append_line, line_of, missing, read_lines
 from examples.stability_study.report import END, groups, table, with_table
 from examples.stability_study.tightness import divergences_of
+from examples.stability_study.whole_answer import whole_answer
 from megatron_dppo.training.config.check import check_config
 from megatron_dppo.training.config.load import load_config
 from tests.models.tiny_policies import tiny_hf_config
@@ -115,6 +119,24 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path):
     runs, workshop = list(read_study(STUDY).runs[:2]), StandInWorkshop()
     assert harness.make(runs, workshop, tmp_path / "m", time.monotonic() + workshop.expected_s - 1, jobs=2) == 0
     assert workshop.made == []
+
+
+def test_runs_that_are_made_together_do_not_share_a_core(tmp_path):
+    cores = os.sched_getaffinity(0)
+    workshop = Workshop(read_study(STUDY, SHORT), tmp_path, "", [])
+    script = tmp_path / "cores.py"  # waits, so that all run at the same time
+    script.write_text("import os, time; time.sleep(0.3); print('error: ', *os.sched_getaffinity(0))", encoding="utf-8")
+    with ThreadPoolExecutor(len(cores)) as threads:
+        ended = threads.map(lambda at: workshop._run_to_its_end([str(script)], str(at)), range(len(cores)))
+        assert sorted(int(message.split()[1]) for _, message in ended) == sorted(cores)
+    assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"), [("nrat", 1.0), (" NRAT\n", 1.0), ("nra", 0.0), ("nrats", 0.0), ("", 0.0)]
+)
+def test_the_reward_is_all_or_nothing(response, reward):
+    assert whole_answer(question="tarn", response=response, answer="nrat", metadata={}) == reward
 
 
 def test_a_torn_record_is_made_again_and_harms_no_other(tmp_path):
