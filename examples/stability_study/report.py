@@ -64,10 +64,22 @@ def main() -> int:
     return 0
 
 
-def outcome_of(line: dict[str, Any]) -> Outcome:
+def outcome_of(line: dict[str, Any], start: float) -> Outcome:
     """Of a record; a run that could not even make its first step has collapsed."""
-    rewards = [value for value in line["series"]["reward/mean"] if value is not None]
-    return outcome(rewards or [0.0], line["ended"] == AT_THE_END)
+    return outcome(_rewards(line) or [0.0], start, line["ended"] == AT_THE_END)
+
+
+def starts(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Mismatch -> mean reward of the first steps, which are made before any update: of each seed once, as all methods share it."""
+    first: dict[str, dict[int, float]] = {}
+    for line in lines:
+        if rewards := _rewards(line):
+            first.setdefault(line["mismatch"], {})[line["seed"]] = rewards[0]
+    return {mismatch: statistics.fmean(of_seed.values()) for mismatch, of_seed in first.items()}
+
+
+def _rewards(line: dict[str, Any]) -> list[float]:
+    return [value for value in line["series"]["reward/mean"] if value is not None]
 
 
 def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
@@ -80,11 +92,12 @@ def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[d
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown, one row per part, mismatch and method."""
-    return "\n".join([HEAD, *(_row(key, runs) for key, runs in groups(lines).items())])
+    start = starts(lines)
+    return "\n".join([HEAD, *(_row(key, runs, start.get(key[1], 0.0)) for key, runs in groups(lines).items())])
 
 
-def _row(key: tuple[str, str, str], runs: Sequence[dict[str, Any]]) -> str:
-    outcomes = [outcome_of(run) for run in runs]
+def _row(key: tuple[str, str, str], runs: Sequence[dict[str, Any]], start: float) -> str:
+    outcomes = [outcome_of(run, start) for run in runs]
     collapsed, solved = sum(o.collapsed for o in outcomes), sum(o.solved for o in outcomes)
     low, high = wilson_interval(collapsed, len(runs))
     last = [o.last for o in outcomes]

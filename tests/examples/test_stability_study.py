@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from examples.stability_study.collapse import DROP, WINDOW, outcome, wilson_inte
 from examples.stability_study.execution import Workshop
 from examples.stability_study.plan import SHORT, PlannedRun, StudyError, read_study
 from examples.stability_study.records import AT_THE_END, SERIES, append_line, line_of, missing, read_lines
-from examples.stability_study.report import END, groups, table, with_table
+from examples.stability_study.report import END, groups, starts, table, with_table
 from examples.stability_study.tightness import divergences_of
 from examples.stability_study.whole_answer import whole_answer
 from megatron_dppo.training.config.check import check_config
@@ -180,13 +180,26 @@ RISING = [0.5 + 0.01 * step for step in range(50)]
     ],
 )
 def test_a_collapse_is_a_lasting_fall_below_the_best_before(rewards, collapsed_at):
-    found = outcome(rewards, reached_its_end=True)
+    found = outcome(rewards, rewards[0], reached_its_end=True)
     assert (found.collapsed, found.step) == (collapsed_at is not None, collapsed_at)
 
 
+def test_a_lucky_first_step_is_not_what_a_run_falls_from():
+    rewards = [0.7] + [0.45] * 10
+    assert outcome(rewards, 0.7, reached_its_end=True).collapsed
+    assert not outcome(rewards, 0.5, reached_its_end=True).collapsed
+    lines = [
+        _line(replace(RUN, seed=seed, method=method), [reward, 0.0])
+        for seed, reward in ((1, 0.7), (2, 0.3))
+        for method in "ab"
+    ]
+    assert starts([*lines, _line(replace(RUN, seed=3), [0.5])]) == {"fp8": pytest.approx(0.5)}
+    assert starts([*lines, lines[0], lines[1]]) == {"fp8": pytest.approx(0.5)}
+
+
 def test_a_run_that_could_not_go_on_has_collapsed_and_is_not_solved():
-    assert outcome([0.99] * 20, reached_its_end=True).solved
-    found = outcome([0.99] * 20, reached_its_end=False)
+    assert outcome([0.99] * 20, 0.99, reached_its_end=True).solved
+    found = outcome([0.99] * 20, 0.99, reached_its_end=False)
     assert (found.collapsed, found.step, found.solved) == (True, 20, False)
 
 
