@@ -70,7 +70,7 @@ def outcome_of(line: dict[str, Any], start: float) -> Outcome:
 
 
 def starts(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Mismatch -> mean reward of the first steps, which are made before any update: of each seed once, as all methods share it."""
+    """Mismatch -> mean reward of the first steps, made before any update: of each seed once, as its methods share it."""
     first: dict[str, dict[int, float]] = {}
     for line in lines:
         if rewards := _rewards(line):
