@@ -4,9 +4,10 @@
     python examples/stability_study/report.py docs/records/stability_study --output docs/figures/stability_study.png
     python examples/stability_study/report.py docs/records/stability_study --table      # prints it, as Markdown
     python examples/stability_study/report.py docs/records/stability_study --finish     # once all runs are recorded
+    python examples/stability_study/report.py docs/records/stability_study --so-far     # the same before that
 
 --finish draws the figure, writes the table into docs/stability_study.md, and adds to the record what every record has:
-config.yaml (the study's list) and about.json.
+config.yaml (the study's list) and about.json. --so-far does it with runs missing; the page says how many are there.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table")
     parser.add_argument("--mismatch", default="fp8", help="whose runs are drawn (default: %(default)s)")
     parser.add_argument("--finish", action="store_true", help="figure, page and record: for a study that is complete")
+    parser.add_argument("--so-far", action="store_true", help="figure, page and record: for one that is not")
     arguments = parser.parse_args()
     lines = read_lines(arguments.record / "metrics.jsonl")
     curves = [line for line in lines if line["part"] not in NO_CURVES]
@@ -59,8 +61,8 @@ def main() -> int:
         draw(curves, arguments.mismatch, arguments.output)
     if arguments.table:
         print(table(curves))
-    if arguments.finish:
-        finish(arguments.record, lines, curves, arguments.mismatch)
+    if arguments.finish or arguments.so_far:
+        finish(arguments.record, lines, curves, arguments.mismatch, so_far=arguments.so_far)
     return 0
 
 
@@ -181,15 +183,18 @@ def _band(curves: Sequence[Sequence[float | None]]) -> tuple[list[int], list[flo
     return steps, lowest, middle, highest
 
 
-def finish(record: Path, lines: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], mismatch: str) -> None:
-    """What a complete study adds to the repository. SystemExit if runs are missing or were made by different code."""
+def finish(
+    record: Path, lines: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], mismatch: str, so_far: bool
+) -> None:
+    """What a study adds to the repository. SystemExit if runs are missing and ``so_far`` was not asked for."""
     import yaml
 
     from tools.check.record_run import write_record
 
     path = Path(__file__).with_name("study.yaml")
-    left = missing(read_study(path).runs, list(lines))
-    if left:
+    planned = read_study(path).runs
+    left = missing(planned, list(lines))
+    if left and not so_far:
         raise SystemExit(
             f"{len(left)} runs are missing, {left[0].name} first: examples/stability_study/run.py makes them"
         )
@@ -198,11 +203,14 @@ def finish(record: Path, lines: Sequence[dict[str, Any]], curves: Sequence[dict[
         print(f"made by {len(commits)} commits, which each line names; about.json has the last", file=sys.stderr)
     draw(curves, mismatch, FIGURE)
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_table(page, table(curves)), encoding="utf-8")
+    told = f"{len(planned) - len(left)} of {len(planned)} runs have been made.\n\n{table(curves)}"
+    PAGE.write_text(with_table(page, told), encoding="utf-8")
     write_record(
         record,
         {"study": yaml.safe_load(path.read_text(encoding="utf-8"))},
-        list(lines),
+        read_lines(
+            record / "metrics.jsonl"
+        ),  # again: a study that goes on may have added to them while the figure was drawn
         command="python examples/stability_study/run.py",
         draw=f"python examples/stability_study/report.py docs/records/{record.name} --output docs/figures/{FIGURE.name}",
         commit=lines[-1]["commit"],

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from examples.stability_study import report
 from examples.stability_study import run as harness
 from examples.stability_study.collapse import DROP, WINDOW, outcome, wilson_interval
 from examples.stability_study.execution import Workshop
@@ -238,6 +239,21 @@ def test_a_study_that_is_not_complete_is_not_finished(made_up_record):
     assert done.returncode == 1
     assert "runs are missing" in done.stderr
     assert not (made_up_record / "about.json").exists()
+
+
+def test_a_study_that_goes_on_is_reported_with_what_is_there(made_up_record, tmp_path, monkeypatch):
+    page, figure = tmp_path / "page.md", tmp_path / "figure.png"
+    page.write_text((ROOT / "docs" / "stability_study.md").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "FIGURE", figure)
+    before = read_lines(made_up_record / "metrics.jsonl")
+    curves = [line for line in before if line["part"] == "methods"]
+    report.finish(made_up_record, before, curves, "fp8", so_far=True)
+    assert f"40 of {len(read_study(STUDY).runs)} runs have been made." in page.read_text(encoding="utf-8")
+    assert figure.exists()
+    assert yaml.safe_load((made_up_record / "config.yaml").read_text(encoding="utf-8"))["study"]["methods"]
+    left = missing(read_study(STUDY).runs, read_lines(made_up_record / "metrics.jsonl"))
+    assert len(left) == len(read_study(STUDY).runs) - 40  # what was recorded is still known as planned
 
 
 def test_the_page_has_a_place_for_the_table():
