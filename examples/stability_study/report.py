@@ -36,6 +36,16 @@ PANELS = (
     ("masked tokens", "dppo/mask_fraction", "linear"),
     ("bad updates: A < 0 and mu - pi >= 0.5", "dppo/bad_update_fraction", "linear"),
 )
+DRAWN = (
+    "none",
+    "cispo",
+    "minimal_mask_0.5",
+    "drpo",
+    "ppo_clip_0.2",
+    "recomputed_anchor",
+    "binary_tv",
+    "topk_tv",
+)  # of 19
 HEAD = (
     "| part | mismatch | method | runs | collapsed (95 % interval) | solved | reward at the end | masked | bad updates, most"
     " | s per step |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -52,7 +62,7 @@ def main() -> int:
     parser.add_argument("--so-far", action="store_true", help="figure, page and record: for one that is not")
     arguments = parser.parse_args()
     lines = read_lines(arguments.record / "metrics.jsonl")
-    curves = [line for line in lines if line["part"] not in NO_CURVES]
+    curves = in_planned_order([line for line in lines if line["part"] not in NO_CURVES])
     if not curves:
         raise SystemExit(
             f"{arguments.record}/metrics.jsonl has no runs yet: examples/stability_study/run.py makes them"
@@ -64,6 +74,12 @@ def main() -> int:
     if arguments.finish or arguments.so_far:
         finish(arguments.record, lines, curves, arguments.mismatch, so_far=arguments.so_far)
     return 0
+
+
+def in_planned_order(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records come in the order in which runs end; those that are not planned any more come last."""
+    place = {run.name: at for at, run in enumerate(read_study(Path(__file__).with_name("study.yaml")).runs)}
+    return sorted(lines, key=lambda line: place.get(line["name"], len(place)))
 
 
 def outcome_of(line: dict[str, Any], start: float) -> Outcome:
@@ -138,18 +154,17 @@ def draw(lines: Sequence[dict[str, Any]], mismatch: str, output: Path) -> None:
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error}: drawing needs an extra: pip install 'megatron-dppo[plots]'") from error
 
-    shown = {method: runs for (_, at, method), runs in reversed(groups(lines).items()) if at == mismatch}
-    shown = dict(reversed(shown.items()))  # of a method that is in several parts: the first part's runs
+    found = {method: runs for (_, at, method), runs in reversed(groups(lines).items()) if at == mismatch}
+    shown = {method: found[method] for method in DRAWN if method in found}  # of several parts, the first one's runs
     if not shown:
         raise SystemExit(f"no run with the mismatch {mismatch!r} is recorded")
     figure, axes = plt.subplots(2, 3, figsize=(17, 9), constrained_layout=True)
-    colours = plt.get_cmap("tab20").colors
+    colours = plt.get_cmap("tab10").colors
     for axis, (title, name, scale) in zip(axes.flat, PANELS, strict=False):
         for index, (method, runs) in enumerate(shown.items()):
             steps, lowest, middle, highest = _band([run["series"][name] for run in runs])
-            colour, style = colours[index % len(colours)], "-" if index < len(colours) else "--"
-            axis.plot(steps, middle, style, color=colour, label=method, linewidth=1.2)
-            axis.fill_between(steps, lowest, highest, color=colour, alpha=0.12, linewidth=0)
+            axis.plot(steps, middle, color=colours[index], label=method, linewidth=1.6)
+            axis.fill_between(steps, lowest, highest, color=colours[index], alpha=0.1, linewidth=0)
         axis.set(title=title, xlabel="training step", yscale=scale)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7, ncols=2)
@@ -164,7 +179,7 @@ def _draw_bins(axis: Any, shown: dict[str, list[dict[str, Any]]], colours: Seque
     for index, (_, runs) in enumerate(shown.items()):
         heights = [statistics.fmean(_all(runs, name) or [0.0]) for name in BINS]
         places = [at + width * (index - (len(shown) - 1) / 2) for at in range(len(BINS))]
-        axis.bar(places, heights, width, color=colours[index % len(colours)])
+        axis.bar(places, heights, width, color=colours[index])
     axis.set(title="masked tokens by the rollout policy's probability")
     axis.set_xticks(range(len(BINS)), [name.rpartition("mu_")[2].replace("_", " - ") for name in BINS])
     axis.grid(alpha=0.3, axis="y")

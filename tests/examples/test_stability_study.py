@@ -233,6 +233,13 @@ def test_figure_and_table_are_made_from_records(made_up_record, tmp_path):
     assert "warm_start" not in done.stdout
 
 
+def test_the_table_has_the_order_of_the_list_whichever_run_ended_first():
+    planned = [run.name for run in read_study(STUDY).runs[:8]]
+    lines = [_line(run, [0.5]) for run in reversed(read_study(STUDY).runs[:8])]
+    no_more = _line(replace(RUN, name="methods-fp8-dropped-1"), [0.5])
+    assert [line["name"] for line in report.in_planned_order([no_more, *lines])] == [*planned, no_more["name"]]
+
+
 def test_a_study_that_is_not_complete_is_not_finished(made_up_record):
     command = [sys.executable, str(FOLDER / "report.py"), str(made_up_record), "--finish"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
