@@ -21,7 +21,7 @@ class Outcome:
             not go on.
         step: the last of the first such window (or the last step); None: it did not collapse.
         solved: the mean reward of the last ``WINDOW`` steps is at least ``SOLVED``, in a run that did not collapse.
-        best: the highest mean reward of a window, or the first step's reward.
+        best: the highest mean reward of a window, or the warm start's reward.
         last: mean reward of the last ``WINDOW`` steps.
     """
 
@@ -32,11 +32,18 @@ class Outcome:
     last: float
 
 
-def outcome(rewards: Sequence[float], reached_its_end: bool) -> Outcome:
-    """``rewards``: the mean reward of every step, the first of the warm start, before any update. ValueError without any."""
+def outcome(rewards: Sequence[float], start: float, reached_its_end: bool) -> Outcome:
+    """How a run ended.
+
+    Args:
+        rewards: the mean reward of every step, the first of which is made before any update. ValueError without any.
+        start: reward of the warm start, from more prompts than one step has: by chance alone a first step can lie high
+            enough for a fall to be seen where there is none.
+        reached_its_end: it made all its steps.
+    """
     if not rewards:
         raise ValueError("a run without a step has no outcome")
-    best, collapsed_at = rewards[0], None
+    best, collapsed_at = start, None
     last = best
     for step in range(1, len(rewards) + 1):
         window = rewards[max(0, step - WINDOW) : step]

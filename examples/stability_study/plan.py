@@ -72,8 +72,8 @@ def read_study(path: Path, parts: str = PARTS) -> Study:
     return Study(
         conf=path.parent / text["conf"],
         seconds_per_run=float(text["seconds_per_run"]),
-        warm_starts={policy: _warm_start(policy, tuple(text["warm_start"])) for policy in sorted(policies)},
-        policies={name: tuple(_entry(text["policies"], name, "policies")) for name in sorted(policies)},
+        warm_starts={policy: _warm_start(policy, text) for policy in sorted(policies)},
+        policies={name: tuple(_entry(text["policies"], name, "policies")["made_with"]) for name in sorted(policies)},
         runs=runs,
     )
 
@@ -95,8 +95,9 @@ def _runs_of(part: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Plann
                 )
 
 
-def _warm_start(policy: str, overrides: tuple[str, ...]) -> PlannedRun:
+def _warm_start(policy: str, text: Mapping[str, Any]) -> PlannedRun:
     name = f"{WARM_START}-{policy}"
+    overrides = (*text["warm_start"], *_entry(text["policies"], policy, "policies").get("warm_start", ()))
     return PlannedRun(name, WARM_START, WARM_START, "none", 0, policy, overrides)
 
 

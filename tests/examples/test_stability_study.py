@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from examples.stability_study import report
 from examples.stability_study import run as harness
 from examples.stability_study.collapse import DROP, WINDOW, outcome, wilson_interval
+from examples.stability_study.execution import Workshop
 from examples.stability_study.plan import SHORT, PlannedRun, StudyError, read_study
 from examples.stability_study.records import AT_THE_END, SERIES, append_line, line_of, missing, read_lines
-from examples.stability_study.report import END, groups, table, with_table
+from examples.stability_study.report import END, groups, starts, table, with_table
 from examples.stability_study.tightness import divergences_of
+from examples.stability_study.whole_answer import whole_answer
 from megatron_dppo.training.config.check import check_config
 from megatron_dppo.training.config.load import load_config
 from tests.models.tiny_policies import tiny_hf_config
@@ -117,6 +122,24 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path):
     assert workshop.made == []
 
 
+def test_runs_that_are_made_together_do_not_share_a_core(tmp_path):
+    cores = os.sched_getaffinity(0)
+    workshop = Workshop(read_study(STUDY, SHORT), tmp_path, "", [])
+    script = tmp_path / "cores.py"  # waits, so that all run at the same time
+    script.write_text("import os, time; time.sleep(0.3); print('error: ', *os.sched_getaffinity(0))", encoding="utf-8")
+    with ThreadPoolExecutor(len(cores)) as threads:
+        ended = threads.map(lambda at: workshop._run_to_its_end([str(script)], str(at)), range(len(cores)))
+        assert sorted(int(message.split()[1]) for _, message in ended) == sorted(cores)
+    assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"), [("nrat", 1.0), (" NRAT\n", 1.0), ("nra", 0.0), ("nrats", 0.0), ("", 0.0)]
+)
+def test_the_reward_is_all_or_nothing(response, reward):
+    assert whole_answer(question="tarn", response=response, answer="nrat", metadata={}) == reward
+
+
 def test_a_torn_record_is_made_again_and_harms_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append_line(path, _line(RUN, [0.5]))
@@ -158,13 +181,25 @@ RISING = [0.5 + 0.01 * step for step in range(50)]
     ],
 )
 def test_a_collapse_is_a_lasting_fall_below_the_best_before(rewards, collapsed_at):
-    found = outcome(rewards, reached_its_end=True)
+    found = outcome(rewards, rewards[0], reached_its_end=True)
     assert (found.collapsed, found.step) == (collapsed_at is not None, collapsed_at)
 
 
+def test_a_lucky_first_step_is_not_what_a_run_falls_from():
+    rewards = [0.7] + [0.45] * 10
+    assert outcome(rewards, 0.7, reached_its_end=True).collapsed
+    assert not outcome(rewards, 0.5, reached_its_end=True).collapsed
+    lines = [
+        _line(replace(RUN, seed=seed, method=method), [reward, 0.0])
+        for seed, reward in ((1, 0.7), (2, 0.3))
+        for method in "ab"
+    ]
+    assert starts([*lines, _line(replace(RUN, seed=3), [0.8])]) == {"fp8": pytest.approx(0.6)}
+
+
 def test_a_run_that_could_not_go_on_has_collapsed_and_is_not_solved():
-    assert outcome([0.99] * 20, reached_its_end=True).solved
-    found = outcome([0.99] * 20, reached_its_end=False)
+    assert outcome([0.99] * 20, 0.99, reached_its_end=True).solved
+    found = outcome([0.99] * 20, 0.99, reached_its_end=False)
     assert (found.collapsed, found.step, found.solved) == (True, 20, False)
 
 
@@ -198,12 +233,34 @@ def test_figure_and_table_are_made_from_records(made_up_record, tmp_path):
     assert "warm_start" not in done.stdout
 
 
+def test_the_table_has_the_order_of_the_list_whichever_run_ended_first():
+    planned = [run.name for run in read_study(STUDY).runs[:8]]
+    lines = [_line(run, [0.5]) for run in reversed(read_study(STUDY).runs[:8])]
+    no_more = _line(replace(RUN, name="methods-fp8-dropped-1"), [0.5])
+    assert [line["name"] for line in report.in_planned_order([no_more, *lines])] == [*planned, no_more["name"]]
+
+
 def test_a_study_that_is_not_complete_is_not_finished(made_up_record):
     command = [sys.executable, str(FOLDER / "report.py"), str(made_up_record), "--finish"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "runs are missing" in done.stderr
     assert not (made_up_record / "about.json").exists()
+
+
+def test_a_study_that_goes_on_is_reported_with_what_is_there(made_up_record, tmp_path, monkeypatch):
+    page, figure = tmp_path / "page.md", tmp_path / "figure.png"
+    page.write_text((ROOT / "docs" / "stability_study.md").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "FIGURE", figure)
+    before = read_lines(made_up_record / "metrics.jsonl")
+    curves = [line for line in before if line["part"] == "methods"]
+    report.finish(made_up_record, before, curves, "fp8", so_far=True)
+    assert f"40 of {len(read_study(STUDY).runs)} runs have been made." in page.read_text(encoding="utf-8")
+    assert figure.exists()
+    assert yaml.safe_load((made_up_record / "config.yaml").read_text(encoding="utf-8"))["study"]["methods"]
+    left = missing(read_study(STUDY).runs, read_lines(made_up_record / "metrics.jsonl"))
+    assert len(left) == len(read_study(STUDY).runs) - 40  # what was recorded is still known as planned
 
 
 def test_the_page_has_a_place_for_the_table():
