@@ -114,26 +114,27 @@ PENALTY = {"divergence": "binary_tv", "kl_coef": 0.1, "entropy_coef": 0.01}  # t
 EXACT = {"divergence": "exact_tv"}  # and the rollout policy's
 
 
+# Nightly: once, in some twenty runs of the fourth case, malloc found its memory corrupt on one rank (dev/LOG.md).
 @pytest.mark.parametrize(
     ("policy_kind", "world_size", "layout", "overlap", "train", "loss", "few"),
     [
         ("qwen3", 2, {}, REDUCE, {"batching": "packed"}, TOPK, False),
         ("qwen3_tied", 2, SHARDED, GATHER, {"batching": "packed", "fused_linear": True}, TOPK, False),
         ("qwen3", 2, SHARDED, GATHER, {}, EXACT, True),  # the second replica has only what fills a slot
-        pytest.param("qwen3_moe", 2, SHARDED, GATHER, {"batching": "packed"}, PENALTY, False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2, SHARDED, GATHER, {"batching": "packed"}, PENALTY, False, marks=pytest.mark.nightly),
         pytest.param(
             "qwen3_moe", 4,
             {**SHARDED, "expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, GATHER,
-            {"batching": "packed", "fused_linear": True}, TOPK, False, marks=pytest.mark.slow,
+            {"batching": "packed", "fused_linear": True}, TOPK, False, marks=pytest.mark.nightly,
         ),
         pytest.param(
             "qwen3_tied", 4, {**SHARDED, "pipeline_model_parallel_size": 2}, GATHER, {"batching": "packed"}, TOPK, False,
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
         pytest.param(
             "qwen3", 4,
             {**SHARDED, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, GATHER,
-            {}, TOPK, False, marks=pytest.mark.slow,
+            {}, TOPK, False, marks=pytest.mark.nightly,
         ),
     ],
 )  # fmt: skip
