@@ -45,7 +45,7 @@ DRAWN = (
     "recomputed_anchor",
     "binary_tv",
     "topk_tv",
-)  # of 19
+)  # of the list: more cannot be told apart
 HEAD = (
     "| part | mismatch | method | runs | collapsed (95 % interval) | solved | reward at the end | masked | bad updates, most"
     " | s per step |\n|---|---|---|---|---|---|---|---|---|---|"
