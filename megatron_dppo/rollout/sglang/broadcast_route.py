@@ -134,8 +134,8 @@ class BroadcastRoute:
             "flush_cache": False,
         }
         bodies = {server.url: body for server in self._servers}
-        # Servers are told of what was taken even if the update is given up meanwhile: its sender broadcasts it in any case, and
-        # a group is left in order only when nothing is under way in it.
+        # Servers are told of what was taken even if the update is given up meanwhile: its sender broadcasts it in any case,
+        # and a group is left in order only when nothing is under way in it.
         path = "/update_weights_from_distributed"
         self._loading = asyncio.ensure_future(self._calls.load(bucket, path, bodies, self._shape))
         await asyncio.shield(self._loading)
