@@ -271,6 +271,27 @@ BUGS = {
         "plain",
         "the sums of tiles are wrong",
     ),
+    "warps' tiles are merged before all are there": (
+        "cuda/tile_nodes.cu",
+        "      __syncthreads();\n      RowReduction state;\n      if (parent",
+        "      RowReduction state;\n      if (parent",
+        "tsan",
+        "data race",
+    ),
+    "tiles are merged in the order of the shards": (
+        "core/tile_tree.h",
+        "begin / tiles % 2 == 1",
+        "false",
+        "plain",
+        "has other bits in",
+    ),
+    "a vector is read beyond the vocabulary": (
+        "cuda/tile_nodes.cu",
+        "if (n >= kColumns && ",
+        "if (n > 0 && ",
+        "asan",
+        "heap-buffer-overflow",
+    ),
     "the smaller maximum is lost in a merge": (
         "core/row_reduction.h",
         "decay_b * b.rest + e,",
