@@ -1,4 +1,4 @@
-"""``train.deterministic=layout`` reaches the policy's output layer and the loss: which way they go changes no bit of a run."""
+"""``train.deterministic=layout`` reaches the output layer and the loss: which way they go changes no bit of a run."""
 
 from __future__ import annotations
 
