@@ -25,12 +25,13 @@ from emulation_library import (
     encode,
 )
 
+ROWS = 6
 NAMES = ("log_prob", "entropy", "collision", "topk_log_prob", "max", "log_sum")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Three rows of a vocabulary, in each of so many shards; the row between is masked and holds NaN."""
+    """``ROWS`` rows of a vocabulary, in each of so many shards; the second is masked and holds NaN."""
 
     vocab_size: int
     dtype: int
@@ -40,9 +41,9 @@ class Case:
 
 
 CASES = (
-    # More than one group of 32 tiles, one that is not full, and a last tile that is not; an empty shard.
+    # More than one group of 32 tiles; groups, tiles and vectors that are not full; an empty shard.
     Case(70 * TILE_COLUMNS + 5, BFLOAT16, (1, 3), offset=3),
-    Case(300, FLOAT32, (1, 4), temperature=0.7, offset=1),
+    Case(301, FLOAT32, (1, 4), temperature=0.7, offset=1),
     Case(100, FLOAT16, (1, 2)),
 )
 # Few fibers: the blocks of a row's nodes, and the row that is masked.
@@ -52,13 +53,16 @@ INTERBLOCK_CASES = (Case(300, FLOAT32, (1, 2)),)
 def tile_nodes_failures(emulated: Any, case: Case) -> Iterator[str]:
     """Whatever is further from float64 than fp32 allows, or other bits with another number of shards."""
     random = np.random.default_rng(5)
-    values = random.normal(0, 3, (3, case.vocab_size))
+    values = random.normal(0, 3, (ROWS, case.vocab_size))
+    # Where the largest has most of the probability, the logarithm of the sum keeps the sum's last bits.
+    peaks = np.log(np.exp(values[3:]).sum(1)) + 1.0
+    values[np.arange(3, ROWS), random.integers(0, case.vocab_size, ROWS - 3)] = peaks
     values[2, : 2 * TILE_COLUMNS] = -np.inf  # a tile without probability, where there is another
     values[2, -1] = 1.0
     values[1] = np.nan
-    logits, mask = encode(values, case.dtype), np.array([True, False, True])
-    target = np.array([0, -100, case.vocab_size - 1], np.int64)
-    topk_ids = np.stack([target, np.full(3, case.vocab_size - 1)], 1)
+    logits, mask = encode(values, case.dtype), np.arange(ROWS) != 1
+    target = np.array([0, -100, case.vocab_size - 1, 1, 2, case.vocab_size // 2], np.int64)
+    topk_ids = np.stack([target, np.full(ROWS, case.vocab_size - 1)], 1)
     results = [_merged(emulated, case, shards, logits, mask, target, topk_ids) for shards in case.shards]
     for shards, result in zip(case.shards[1:], results[1:], strict=True):
         for name in NAMES:

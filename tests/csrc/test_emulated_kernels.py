@@ -278,10 +278,10 @@ BUGS = {
         "tsan",
         "data race",
     ),
-    "tiles are merged in the order of the shards": (
-        "core/tile_tree.h",
-        "begin / tiles % 2 == 1",
-        "false",
+    "tiles far apart are merged first": (
+        "cuda/tile_nodes.cu",
+        "for (int distance = 1; distance < 32; distance *= 2)",
+        "for (int distance = 16; distance > 0; distance /= 2)",
         "plain",
         "has other bits in",
     ),
