@@ -9,6 +9,11 @@ from megatron_dppo.rollout.sglang.keys import ServerKeys
 
 VERIFY_CHOICES = ("checksum", "none")
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
+START_ROUTER = "start"
+ROUTER_DROPS_EXPERTS = (
+    "SGLangConfig.router: sglang-router does not pass the request for expert choices on, which routing replay needs: leave"
+    " router out (requests are then sent to the servers themselves), or set algorithm.routing_replay=false"
+)
 
 
 @dataclass
@@ -26,6 +31,9 @@ class SGLangConfig:
             ``launch_hosts``, started again if it ends, and ended with the run. ``{serve}`` becomes ``python -m
             megatron_dppo.serve ...``; its servers register in ``registry``, by default a folder of the run's.
         launch_hosts: for ``{host}``. Empty: the command is run once, without one.
+        router: address of a running sglang-router that requests for responses are sent through, or ``start``: one is started,
+            with the interpreter ``python``, and ends with the run. None: the trainer chooses servers itself (docs/servers.md
+            compares the two). It serves this run alone, and drops expert choices: not with routing replay.
         num_servers: servers in all, each with a full copy of the policy: that are started, or have to be there at the start.
         min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start, and if they
             are ``colocated``, all have to be there.
@@ -66,6 +74,7 @@ class SGLangConfig:
     registry: str | None = None
     launch: str | None = None
     launch_hosts: list[str] = field(default_factory=list)
+    router: str | None = None
     num_servers: int = 1
     min_servers: int = 1
     tensor_model_parallel_size: int = 1
@@ -122,6 +131,10 @@ class SGLangConfig:
                 "request_timeout_s or raise generate_timeout_s"
             )
         self._check_source()
+        if self.router is not None and self.router != START_ROUTER and not _is_address(self.router):
+            raise ConfigError(
+                f"SGLangConfig.router must be the address of a router, http://..., or {START_ROUTER!r}, not {self.router!r}"
+            )
         servers = len(self.urls) or self.num_servers
         if self.min_servers > servers:
             raise ConfigError(
@@ -150,7 +163,7 @@ class SGLangConfig:
             if self.launch_hosts.count(host) > 1:
                 raise ConfigError(f"SGLangConfig.launch_hosts: {host!r} is listed twice")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
+            if not _is_address(url):
                 raise ConfigError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")
             if self.urls.count(url) > 1:
                 raise ConfigError(f"SGLangConfig.urls: {url!r} is listed twice: each server takes part in a sync once")
@@ -178,3 +191,7 @@ class SGLangConfig:
                 f"SGLangConfig.base_gpu_id = {self.base_gpu_id} with colocated=true: the servers are on the trainer's GPUs."
                 " Remove base_gpu_id"
             )
+
+
+def _is_address(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
