@@ -52,6 +52,9 @@ class SGLangConfig:
             server that does not report its load (``/v1/loads``) finished requests alone are progress.
         generate_timeout_s: seconds until a whole ``generate`` call must be complete.
         sync_timeout_s: seconds until one weight update, verification included, must be complete.
+        hang_timeout_s: seconds that a server started here, by the trainer or by ``megatron_dppo.serve``, may go without
+            being healthy before it is ended and started again. One that is paused for a weight update is not, so this has
+            to be above ``sync_timeout_s``.
         control_timeout_s: seconds until any other call (health, pause, ...) must be answered.
         max_attempts: how often a request is tried (on whatever servers are alive) before giving up.
         max_concurrent_requests: requests that one model replica keeps in flight over all servers.
@@ -87,6 +90,7 @@ class SGLangConfig:
     request_timeout_s: float = 300.0
     generate_timeout_s: float = 7200.0
     sync_timeout_s: float = 600.0
+    hang_timeout_s: float = 1200.0
     control_timeout_s: float = 60.0
     max_attempts: int = 5
     max_concurrent_requests: int = 256
@@ -129,6 +133,11 @@ class SGLangConfig:
                 f"SGLangConfig.request_timeout_s = {self.request_timeout_s:g} must be below generate_timeout_s = "
                 f"{self.generate_timeout_s:g}: the requests on a server that hangs would never be taken elsewhere. Lower "
                 "request_timeout_s or raise generate_timeout_s"
+            )
+        if self.hang_timeout_s <= self.sync_timeout_s:
+            raise ConfigError(
+                f"SGLangConfig.hang_timeout_s = {self.hang_timeout_s:g} must be above sync_timeout_s = "
+                f"{self.sync_timeout_s:g}: servers amid a weight update would be taken for hung. Raise hang_timeout_s"
             )
         self._check_source()
         if self.router is not None and self.router != START_ROUTER and not _is_address(self.router):

@@ -70,7 +70,7 @@ class ServerPool:
         self._config = config
         self._transport = transport
         self._source = source
-        self._silent: frozenset[str] = frozenset()  # when last asked
+        self._silent_since: dict[str, float] = {}  # those that did not answer when last asked, and when that began
 
     def prepare(self) -> None:
         """Start the servers, or wait for those that others start.
@@ -141,6 +141,12 @@ class ServerPool:
     def _look(self) -> _Look:
         found = self._source.find()
         labels, silent = self._labels(found.urls)
+        hung = [url for url in silent if time.monotonic() - self._silent_since[url] > self._config.hang_timeout_s]
+        if hung:
+            for url in hung:
+                self._source.end(url)
+            self._source.start()
+            found = self._source.find()
         return _Look(labels, silent, found)
 
     def _labels(self, urls: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -158,9 +164,10 @@ class ServerPool:
                     labels[url] = str(info["weight_version"])
             except RolloutError as error:
                 silent[url] = str(error)
-        self._silent = frozenset(silent)
+        now = time.monotonic()
+        self._silent_since = {url: self._silent_since.get(url, now) for url in silent}
         return labels, silent
 
     def _patience_with(self, url: str) -> float:
         limit = self._config.control_timeout_s
-        return min(limit, _TO_ANSWER_AGAIN_S) if url in self._silent else limit
+        return min(limit, _TO_ANSWER_AGAIN_S) if url in self._silent_since else limit
