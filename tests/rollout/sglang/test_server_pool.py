@@ -251,3 +251,19 @@ def test_an_own_server_that_hangs_from_one_update_to_another_is_ended_and_starte
     clock += 2000.0
     pool.fit(0)
     assert source.ended == [hung.url], "it answered since"
+
+
+def test_a_server_that_ends_just_before_it_is_asked_is_started_again_if_it_is_needed(servers, transport, monkeypatch):
+    """Its process was still there when those that had ended were started."""
+    monkeypatch.setattr(pool_module, "_ASK_AGAIN_S", 0.01)
+    source = Joining(servers[:1])
+    pool = ServerPool(SGLangConfig(num_servers=2, min_servers=2), transport, source)
+
+    def start() -> None:
+        source.starts += 1
+        if source.starts == 2:
+            source.servers, source.awaited = servers[:2], ("the other",)
+
+    source.start = start
+    assert len(pool.fit(0).urls) == 2
+    assert source.starts == 2

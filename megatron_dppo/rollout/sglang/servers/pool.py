@@ -103,7 +103,14 @@ class ServerPool:
         self._source.start()
         deadline, said = self._deadline(), time.monotonic()
         fewest = self._config.fewest_servers
+        looked_again = False
         while len((look := self._look()).labels) < fewest:
+            if not look.found.awaited and not looked_again:  # one may have ended since those that had were started
+                looked_again = True
+                time.sleep(_ASK_AGAIN_S)
+                self._source.start()
+                if self._source.find().awaited:
+                    continue
             if not look.found.awaited or time.monotonic() > deadline:
                 raise RolloutError(
                     f"{self._count(look)} answer, fewer than min_servers = {fewest}; missing: {look.missing()}"
