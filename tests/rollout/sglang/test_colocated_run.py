@@ -18,7 +18,7 @@ from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import LOG_PROB_TOLERANCE, EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import server_config, tiny_weights
-from tests.training.tiny_runs import read_metrics, start_training, train, wait_for_step, write_tiny_policy
+from tests.training.tiny_runs import kill, read_metrics, start_training, train, wait_for_step, write_tiny_policy
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -172,17 +172,26 @@ def test_a_server_that_dies_amid_an_update_is_started_again_and_one_that_cannot_
     started = start_training(
         policy, tmp_path, "run", *COLOCATED, "rollout.sglang.bucket_bytes=20000", "train.steps=1000"
     )
-    wait_for_step(run, 2)
-    for moment in ("update_weights_from_tensor", RELEASE):
-        wait_until(
-            lambda moment=moment: _asked_last(log, 0) == moment, within_s=100, what=f"{moment} in {log}", every_s=0.005
-        )
-        (guard,) = (p for p in psutil.Process(started.processes[0].pid).children() if "guard.py" in str(p.cmdline()))
-        if moment == RELEASE:
-            (run / "logs" / "served_model" / "config.json").unlink()
-        os.killpg(guard.pid, signal.SIGKILL)
-        if moment != RELEASE:
-            wait_for_step(run, max(record["step"] for record in read_metrics(run)) + 3)
+    try:
+        wait_for_step(run, 2, within_s=400.0)
+        for moment in ("update_weights_from_tensor", RELEASE):
+            wait_until(
+                lambda moment=moment: _asked_last(log, 0) == moment,
+                within_s=200,
+                what=f"{moment} in {log}",
+                every_s=0.005,
+            )
+            (guard,) = (
+                p for p in psutil.Process(started.processes[0].pid).children() if "guard.py" in str(p.cmdline())
+            )
+            if moment == RELEASE:
+                (run / "logs" / "served_model" / "config.json").unlink()
+            os.killpg(guard.pid, signal.SIGKILL)
+            if moment != RELEASE:
+                wait_for_step(run, max(record["step"] for record in read_metrics(run)) + 3, within_s=400.0)
+    except BaseException:
+        kill(started)
+        raise
     codes, output = started.ends()
     assert codes == [3, 3], output[-4000:]
     assert "was lost amid a weight update" in output
