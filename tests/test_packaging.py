@@ -33,6 +33,7 @@ EXTRAS_OF = {
     "megatron_dppo/models": ("train",),
     "megatron_dppo/rollout": ("train",),
     "megatron_dppo/rollout/sglang": ("train", "sglang"),
+    "megatron_dppo/rollout/sglang/server_plugin": ("sglang-server",),  # loaded by the server
     "megatron_dppo/tasks": ("tasks", "data", "http-reward"),
     "megatron_dppo/training": ("train",),
     "megatron_dppo/training/metrics/wandb_sink.py": ("train", "wandb"),

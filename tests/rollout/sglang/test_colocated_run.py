@@ -57,8 +57,11 @@ def _assert_nothing_is_left(folder: Path) -> None:
 
 
 def _assert_no_shared_memory_is_left(ranks: list[int]) -> None:
-    files = [file.name for pid in ranks for file in Path("/dev/shm").glob(f"torch_{pid}_*")]
-    assert files == []
+    def files() -> list[str]:
+        return [file.name for pid in ranks for file in Path("/dev/shm").glob(f"torch_{pid}_*")]
+
+    # What a server that was killed had open goes with torch_shm_manager, which outlives the ranks by two seconds.
+    wait_until(lambda: not files(), within_s=20, what=f"{files()} go")
 
 
 def test_a_run_goes_through_its_steps_in_order(tmp_path):
