@@ -10,6 +10,8 @@ namespace megatron_dppo::cpu {
 
 void row_partials(const PartialsArguments& args);
 void merge_partials(const MergeArguments& args);
+void tile_nodes(const TileNodesArguments& args);
+void merge_tile_nodes(const MergeNodesArguments& args);
 void policy_backward(const BackwardArguments& args);
 void shard_divergence(const DivergenceArguments& args);  // into sums [n, 1]
 void token_objective(const TokenObjectiveArguments& args);

@@ -27,6 +27,9 @@ PartialsPlan plan_row_partials(const PartialsArguments& args, int multiprocessor
 cudaError_t launch_row_partials(const PartialsArguments& args, const PartialsPlan& plan, void* workspace,
                                 cudaStream_t stream);
 cudaError_t launch_merge_partials(const MergeArguments& args, cudaStream_t stream);
+cudaError_t launch_tile_nodes(const TileNodesArguments& args, cudaStream_t stream);
+int64_t merge_tile_nodes_workspace_bytes(const MergeNodesArguments& args);
+cudaError_t launch_merge_tile_nodes(const MergeNodesArguments& args, cudaStream_t stream);
 cudaError_t launch_policy_backward(const BackwardArguments& args, int multiprocessors, cudaStream_t stream);
 
 // How many parts of every row's sum the kernel leaves: sums is [n, segments].

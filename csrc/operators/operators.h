@@ -20,6 +20,16 @@ at::Tensor row_partials(const at::Tensor& logits, const OptionalTensor& rows, co
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> merge_partials(
     const at::Tensor& partials, const OptionalTensor& mask);
 
+// The two above in an order that no layout changes: [n, 4 nodes + 1 + K], the nodes of core/tile_tree.h that this shard
+// holds, up to `nodes` empty ones, then the gathered logits.
+at::Tensor tile_nodes(const at::Tensor& logits, const OptionalTensor& rows, const OptionalTensor& mask,
+                      const at::Tensor& target, const OptionalTensor& topk_ids, double temperature,
+                      int64_t first_column, int64_t num_columns, int64_t nodes);
+
+// Every shard has `shard_tiles` tiles.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> merge_tile_nodes(
+    const at::Tensor& partials, const OptionalTensor& mask, double temperature, int64_t shard_tiles, int64_t nodes);
+
 // `grad` may be `logits` itself, or must not overlap it.
 void policy_backward(const at::Tensor& logits, const at::Tensor& grad, const OptionalTensor& mask,
                      const at::Tensor& target, const at::Tensor& max, const at::Tensor& log_sum,

@@ -64,6 +64,12 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
   m.def(
       "merge_partials(Tensor partials, Tensor? mask) -> "
       "(Tensor log_prob, Tensor entropy, Tensor collision, Tensor topk_log_prob, Tensor max, Tensor log_sum)");
+  m.def(
+      "tile_nodes(Tensor logits, Tensor? rows, Tensor? mask, Tensor target, Tensor? topk_ids, float temperature, "
+      "int first_column, int num_columns, int nodes) -> Tensor");
+  m.def(
+      "merge_tile_nodes(Tensor partials, Tensor? mask, float temperature, int shard_tiles, int nodes) -> "
+      "(Tensor log_prob, Tensor entropy, Tensor collision, Tensor topk_log_prob, Tensor max, Tensor log_sum)");
   m.def("policy_backward(Tensor logits, Tensor(a!) grad, " DPPO_BACKWARD_INPUTS);
   m.def("policy_backward_(Tensor(a!) logits, " DPPO_BACKWARD_INPUTS);
   m.def(
@@ -89,6 +95,8 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
   DPPO_LIBRARY_IMPL(DPPO_OPERATORS, DEVICE, m) {  \
     m.impl("row_partials", row_partials);         \
     m.impl("merge_partials", merge_partials);     \
+    m.impl("tile_nodes", tile_nodes);             \
+    m.impl("merge_tile_nodes", merge_tile_nodes); \
     m.impl("policy_backward", policy_backward);   \
     m.impl("policy_backward_", policy_backward_); \
     m.impl("shard_divergence", shard_divergence); \
@@ -106,7 +114,8 @@ DPPO_REGISTER(CUDA)
 // write to has to count as modified as well, or a tensor that was saved for another backward would give a wrong
 // gradient in silence, and torch's fallback for that looks at returned tensors only.
 DPPO_LIBRARY_IMPL(DPPO_OPERATORS, Autograd, m) {
-  for (const char* name : {"row_partials", "merge_partials", "shard_divergence", "token_objective", "check_tokens"})
+  for (const char* name : {"row_partials", "merge_partials", "tile_nodes", "merge_tile_nodes", "shard_divergence",
+                           "token_objective", "check_tokens"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   for (const char* name : {"policy_backward", "policy_backward_", "tile_hash"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());

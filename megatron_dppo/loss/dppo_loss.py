@@ -34,6 +34,7 @@ from megatron_dppo.loss.regularisers import policy_loss, reference_kl, scored
 from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
 from megatron_dppo.ops.policy_stats import PolicyStats, vocab_parallel_policy_stats
+from megatron_dppo.ops.tile_tree import Deterministic, deterministic_choice
 from megatron_dppo.ops.torch_backend import compute_dtype
 
 
@@ -86,6 +87,8 @@ class DPPOLoss:
             now: LossInputError before the call returns, for which it waits for the device. That is the default, because
             otherwise somebody has to look. deferred: they are found, and raised by ``LossOutput.checks.raise_errors()``.
             off: not looked for.
+        deterministic: off | layout: log-probs and gradients are the same bits however the vocabulary is sharded, with logits
+            and with a ``LinearHead``; to debug with (docs/kernels.md). Not with divergence=exact_*.
     """
 
     def __init__(
@@ -97,7 +100,13 @@ class DPPOLoss:
         backend: str = "auto",
         inplace_backward: bool = False,
         checks: Literal["now", "deferred", "off"] = "now",
+        deterministic: Deterministic = "off",
     ) -> None:
+        if deterministic_choice(deterministic) == "layout" and config.needs_rollout_logits:
+            raise ValueError(
+                f"deterministic='layout' does not cover divergence={config.divergence!r}, whose sum follows the shards: take "
+                "a binary or top-K divergence"
+            )
         if checks not in CHECKS:
             raise ValueError(f"checks must be one of {', '.join(CHECKS)}, not {checks!r}")
         self.config = config
@@ -106,6 +115,7 @@ class DPPOLoss:
         self.backend = backend
         self.inplace_backward = inplace_backward
         self.checks = checks
+        self.deterministic = deterministic
 
     def __call__(self, policy: torch.Tensor | LinearHead, inputs: LossInputs) -> LossOutput:
         """Loss, metrics and per-token weights.
@@ -239,6 +249,7 @@ class DPPOLoss:
             "tp_group": self.tp_group,
             "token_mask": shaped(tokens.mask),
             "backend": self.backend,
+            "deterministic": self.deterministic,
             "checks": "off",  # check_values has looked
         }
         return arguments | {"rows": None} if isinstance(policy, LinearHead) else arguments

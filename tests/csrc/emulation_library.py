@@ -47,6 +47,15 @@ MergeArguments = structure(
     ("mask", POINTER),
     *((name, POINTER) for name in ("log_prob", "entropy", "collision", "topk_log_prob", "max", "log_sum")),
 )
+TileNodesArguments = structure("TileNodesArguments", ("row", PartialsArguments), ("num_tiles", INT64), ("nodes", INT64))
+MergeNodesArguments = structure(
+    "MergeNodesArguments",
+    ("merge", MergeArguments),
+    ("shard_tiles", INT64),
+    ("nodes", INT64),
+    ("temperature", FLOAT),
+    ("waiting", POINTER),
+)
 DivergenceArguments = structure(
     "DivergenceArguments",
     ("policy", LogitsShard),
@@ -110,6 +119,19 @@ TileHashArguments = structure(
 )
 
 
+TILE_COLUMNS = 128  # csrc/core/tile_tree.h
+
+
+def count_nodes(first: int, end: int) -> int:
+    """Nodes of the tree that make up tiles [first, end): halves of a cut that both ends leave whole."""
+    if first >= end:
+        return 0
+    size = 1 << (end - first).bit_length()
+    while first % size or first + size > end:
+        size //= 2
+    return 1 + count_nodes(first + size, end)
+
+
 def encode(values: np.ndarray, dtype: int) -> np.ndarray:
     if dtype == FLOAT16:
         return values.astype(np.float16)
@@ -169,7 +191,7 @@ class Emulated:
     def __init__(self, path: str) -> None:
         self.library = library = ctypes.CDLL(path)
         kernels = ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_objective")
-        for name in (*kernels, "check_tokens", "tile_hash"):
+        for name in (*kernels, "tile_nodes", "merge_tile_nodes", "check_tokens", "tile_hash"):
             function = getattr(library, f"emulated_{name}")
             function.restype = ctypes.c_char_p
             setattr(self, name, self._raising(function))

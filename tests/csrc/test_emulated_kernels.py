@@ -280,6 +280,27 @@ BUGS = {
         "plain",
         "the sums of tiles are wrong",
     ),
+    "warps' tiles are merged before all are there": (
+        "cuda/tile_nodes.cu",
+        "      __syncthreads();\n      RowReduction state;\n      if (parent",
+        "      RowReduction state;\n      if (parent",
+        "tsan",
+        "data race",
+    ),
+    "tiles far apart are merged first": (
+        "cuda/tile_nodes.cu",
+        "for (int distance = 1; distance < 32; distance *= 2)",
+        "for (int distance = 16; distance > 0; distance /= 2)",
+        "plain",
+        "has other bits in",
+    ),
+    "a vector is read beyond the vocabulary": (
+        "cuda/tile_nodes.cu",
+        "if (n >= kColumns && ",
+        "if (n > 0 && ",
+        "asan",
+        "heap-buffer-overflow",
+    ),
     "the smaller maximum is lost in a merge": (
         "core/row_reduction.h",
         "decay_b * b.rest + e,",

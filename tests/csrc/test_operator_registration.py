@@ -55,9 +55,15 @@ def tile_hash() -> Call:
     return (sums, [torch.randn(4, 6), torch.randn(2, 8).bfloat16()], [4, 2], [6, 8], [0, 0], [0, 1]), {}
 
 
+def tile_nodes() -> Call:
+    return (torch.randn(N, 150), torch.tensor([3, 1]), None, ids(2), ids(2, K), 0.7, 256, 140, 2), {}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "row_partials": lambda: ((torch.randn(N, V), torch.tensor([3, 1]), None, ids(2), ids(2, K), 0.7, 0, V), {}),
     "merge_partials": lambda: ((torch.rand(SHARDS, N, 5 + K), torch.rand(N) < 0.5), {}),
+    "tile_nodes": tile_nodes,
+    "merge_tile_nodes": lambda: ((torch.rand(SHARDS, N, 4 * 3 + 1 + K), torch.rand(N) < 0.5, 0.7, 3, 3), {}),
     "policy_backward": lambda: ((torch.randn(N, V).half(), torch.zeros(N, V).half(), *backward_inputs()), {}),
     "policy_backward_": lambda: ((torch.randn(N, V), *backward_inputs()), {}),
     "shard_divergence": shard_divergence,

@@ -5,4 +5,5 @@
 #include "operators/policy_statistics.cpp"
 #include "operators/registration.cpp"
 #include "operators/tile_hash.cpp"
+#include "operators/tile_nodes.cpp"
 #include "operators/token_objective.cpp"
