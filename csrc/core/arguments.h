@@ -75,6 +75,24 @@ struct MergeArguments {
   float* log_sum;        // [n]        OUT  log of the sum of exp(z - max)
 };
 
+// The same in an order that no layout changes (tile_tree.h). A row's columns are the fields of its nodes, the z of its
+// target and K more z.
+struct TileNodesArguments {
+  PartialsArguments row;  // partials is [n, 4 nodes + 1 + topk]
+  int64_t num_tiles;      // of this shard, which begins with a tile
+  int64_t nodes;          // at least as many as this shard has; the others are empty
+};
+
+struct MergeNodesArguments {
+  MergeArguments merge;  // partials is [shards, n, 4 nodes + 1 + topk]
+  int64_t shard_tiles;   // of every shard
+  int64_t nodes;
+  float temperature;
+  float* waiting;  // [levels, n, 4] scratch, on CUDA
+
+  DPPO_HOST_DEVICE int64_t columns() const { return 4 * nodes + 1 + merge.topk; }
+};
+
 struct BackwardArguments {
   LogitsShard logits;
   int64_t n;

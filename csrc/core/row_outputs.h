@@ -22,40 +22,58 @@ DPPO_HOST_DEVICE void write_state(const RowReduction& state, float temperature, 
   partials[kSquares] = state.squares + poison;
 }
 
-// Sum over shards of a field that all shards but one left at 0.
-DPPO_HOST_DEVICE float select_over_shards(const MergeArguments& args, int64_t row, int64_t field) {
+// Sum over shards of a field that all shards but one left at 0. `columns` is the length of a row.
+DPPO_HOST_DEVICE float select_over_shards(const MergeArguments& args, int64_t row, int64_t field, int64_t columns) {
   float sum = 0.f;
-  for (int64_t shard = 0; shard < args.shards; ++shard)
-    sum += args.partials[(shard * args.n + row) * (kTopk + args.topk) + field];
+  for (int64_t shard = 0; shard < args.shards; ++shard) sum += args.partials[(shard * args.n + row) * columns + field];
   return sum;
 }
 
-// Merges one row's partials over the shards and writes all of its outputs. With p = softmax(z):
+// The outputs of a row that is skipped.
+DPPO_HOST_DEVICE void write_no_outputs(const MergeArguments& args, int64_t row) {
+  args.log_prob[row] = args.entropy[row] = args.collision[row] = args.max[row] = args.log_sum[row] = 0.f;
+  for (int64_t k = 0; k < args.topk; ++k) args.topk_log_prob[row * args.topk + k] = 0.f;
+}
+
+// All of a row's outputs from its state, in units of z; the gathered z are the fields from `target` on, of rows of
+// `columns` fields. With p = softmax(z):
 //   log_prob  = (z_target - max) - log1p(rest)  (never z - LSE: LSE's rounding at |z| ~ 70 is 4e-6)
 //   entropy   = log1p(rest) - tilt / (1 + rest) (two non-negative terms: nothing cancels)
 //   collision = (1 + squares) / (1 + rest)^2
 // A row of nothing but -inf has no softmax either: all of its outputs are NaN.
-DPPO_HOST_DEVICE void finish_row(const MergeArguments& args, int64_t row) {
-  if (args.mask.skips(row)) {
-    args.log_prob[row] = args.entropy[row] = args.collision[row] = args.max[row] = args.log_sum[row] = 0.f;
-    for (int64_t k = 0; k < args.topk; ++k) args.topk_log_prob[row * args.topk + k] = 0.f;
-    return;
-  }
-  RowReduction total;
-  for (int64_t shard = 0; shard < args.shards; ++shard) {
-    const float* part = args.partials + (shard * args.n + row) * (kTopk + args.topk);
-    total = merge(total, RowReduction{part[kMax], part[kRest], part[kTilt], part[kSquares]}, kLog2E);
-  }
+DPPO_HOST_DEVICE void write_outputs(const MergeArguments& args, int64_t row, const RowReduction& total, int64_t target,
+                                    int64_t columns) {
   const float poison = 0.f * total.max;
   const float log_sum = log1pf(total.rest) + poison;
   const float inv_sum = 1.f / (1.f + total.rest);
-  args.log_prob[row] = (select_over_shards(args, row, kTarget) - total.max) - log_sum;
+  args.log_prob[row] = (select_over_shards(args, row, target, columns) - total.max) - log_sum;
   args.entropy[row] = log_sum - total.shifted * inv_sum;
   args.collision[row] = (1.f + total.squares) * inv_sum * inv_sum + poison;
   args.max[row] = total.max;
   args.log_sum[row] = log_sum;
   for (int64_t k = 0; k < args.topk; ++k)
-    args.topk_log_prob[row * args.topk + k] = (select_over_shards(args, row, kTopk + k) - total.max) - log_sum;
+    args.topk_log_prob[row * args.topk + k] =
+        (select_over_shards(args, row, target + 1 + k, columns) - total.max) - log_sum;
+}
+
+// Merges one row's partials over the shards and writes all of its outputs.
+DPPO_HOST_DEVICE void finish_row(const MergeArguments& args, int64_t row) {
+  if (args.mask.skips(row)) return write_no_outputs(args, row);
+  const int64_t columns = kTopk + args.topk;
+  RowReduction total;
+  for (int64_t shard = 0; shard < args.shards; ++shard) {
+    const float* part = args.partials + (shard * args.n + row) * columns;
+    total = merge(total, RowReduction{part[kMax], part[kRest], part[kTilt], part[kSquares]}, kLog2E);
+  }
+  write_outputs(args, row, total, kTarget, columns);
+}
+
+// The same from the state that tile_tree.h merged, in the units of the logits.
+DPPO_HOST_DEVICE void finish_row_of_nodes(const MergeNodesArguments& args, int64_t row, const RowReduction& root) {
+  float fields[4];
+  write_state(root, args.temperature, fields);
+  const RowReduction total{fields[kMax], fields[kRest], fields[kTilt], fields[kSquares]};
+  write_outputs(args.merge, row, total, 4 * args.nodes, args.columns());
 }
 
 // Gradient of grad_log_prob * log_prob + grad_entropy * entropy with respect to the logits x of one row:

@@ -7,6 +7,7 @@
 
 #include "../core/arguments.h"
 #include "../core/tile_hash_arguments.h"
+#include "../core/token_checks_arguments.h"
 #include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cuda {
@@ -26,6 +27,9 @@ PartialsPlan plan_row_partials(const PartialsArguments& args, int multiprocessor
 cudaError_t launch_row_partials(const PartialsArguments& args, const PartialsPlan& plan, void* workspace,
                                 cudaStream_t stream);
 cudaError_t launch_merge_partials(const MergeArguments& args, cudaStream_t stream);
+cudaError_t launch_tile_nodes(const TileNodesArguments& args, cudaStream_t stream);
+int64_t merge_tile_nodes_workspace_bytes(const MergeNodesArguments& args);
+cudaError_t launch_merge_tile_nodes(const MergeNodesArguments& args, cudaStream_t stream);
 cudaError_t launch_policy_backward(const BackwardArguments& args, int multiprocessors, cudaStream_t stream);
 
 // How many parts of every row's sum the kernel leaves: sums is [n, segments].
@@ -35,6 +39,10 @@ cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t seg
 int64_t token_objective_workspace_bytes(int64_t n, int multiprocessors);
 cudaError_t launch_token_objective(const TokenObjectiveArguments& args, int multiprocessors, void* workspace,
                                    cudaStream_t stream);
+
+// `workspace`: kTokenChecksWorkspaceBytes.
+cudaError_t launch_check_tokens(const TokenChecksArguments& args, int multiprocessors, void* workspace,
+                                cudaStream_t stream);
 
 cudaError_t launch_tile_hash(const TileHashArguments& args, cudaStream_t stream);
 

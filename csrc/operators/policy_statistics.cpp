@@ -9,24 +9,16 @@
 #include "cpu/kernels.h"
 #include "operators/checks.h"
 #include "operators/cuda_device.h"
+#include "operators/row_arguments.h"
 
 namespace megatron_dppo {
 
 Tensor row_partials(const Tensor& logits, const optional<Tensor>& rows, const optional<Tensor>& mask,
                     const Tensor& target, const optional<Tensor>& topk_ids, double temperature, int64_t first_column,
                     int64_t num_columns) {
-  PartialsArguments args{};
-  args.logits = check_logits(logits, first_column, num_columns);
-  args.selection = check_selection(rows, mask, logits);
-  const int64_t n = args.selection.n;
-  check_like("target", target, logits, at::kLong, {n});
-  args.target = target.const_data_ptr<int64_t>();
-  if (topk_ids.has_value()) {
-    args.topk = check_ids("topk_ids", *topk_ids, logits, n);
-    args.topk_ids = topk_ids->const_data_ptr<int64_t>();
-  }
-  args.temperature = check_temperature(temperature);
-  Tensor partials = at::empty({n, kTopk + args.topk}, logits.options().dtype(at::kFloat));
+  PartialsArguments args =
+      check_row_arguments(logits, rows, mask, target, topk_ids, temperature, first_column, num_columns);
+  Tensor partials = at::empty({args.selection.n, kTopk + args.topk}, logits.options().dtype(at::kFloat));
   args.partials = partials.mutable_data_ptr<float>();
 #if defined(DPPO_WITH_CUDA)
   if (is_on_cuda(logits)) {
@@ -48,31 +40,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_partials(const 
   TORCH_CHECK_VALUE(partials.scalar_type() == at::kFloat, "partials must be float32, not ", partials.scalar_type());
   TORCH_CHECK_VALUE(partials.is_contiguous(), "partials must be contiguous");
   const int64_t n = partials.size(1), topk = partials.size(2) - kTopk;
-  const auto per_row = [&] { return at::empty({n}, partials.options()); };
-  Tensor log_prob = per_row(), entropy = per_row(), collision = per_row(), max = per_row(), log_sum = per_row();
-  Tensor topk_log_prob = at::empty({n, topk}, partials.options());
-  const MergeArguments args{
-      partials.const_data_ptr<float>(),
-      partials.size(0),
-      n,
-      topk,
-      check_mask(mask, partials, n),
-      log_prob.mutable_data_ptr<float>(),
-      entropy.mutable_data_ptr<float>(),
-      collision.mutable_data_ptr<float>(),
-      topk_log_prob.mutable_data_ptr<float>(),
-      max.mutable_data_ptr<float>(),
-      log_sum.mutable_data_ptr<float>(),
-  };
+  RowOutputs outputs(n, topk, partials);
+  const MergeArguments args = outputs.arguments(partials, check_mask(mask, partials, n));
 #if defined(DPPO_WITH_CUDA)
   if (is_on_cuda(partials)) {
     const CudaDevice device(partials);
     check_launch("merge_partials", cuda::launch_merge_partials(args, device.stream()));
-    return {log_prob, entropy, collision, topk_log_prob, max, log_sum};
+    return outputs.tensors();
   }
 #endif
   cpu::merge_partials(args);
-  return {log_prob, entropy, collision, topk_log_prob, max, log_sum};
+  return outputs.tensors();
 }
 
 void policy_backward(const Tensor& logits, const Tensor& grad, const optional<Tensor>& mask, const Tensor& target,

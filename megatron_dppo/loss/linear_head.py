@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from megatron_dppo.loss.aggregation import Aggregation
 from megatron_dppo.loss.inputs import FlatTokens
 from megatron_dppo.loss.objective import TokenObjective
+from megatron_dppo.ops.arguments import RowSelection
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from megatron_dppo.ops.gradient_in_forward import zero_with_policy_gradient
 from megatron_dppo.ops.linear_call import CHUNK_BYTES
@@ -83,12 +84,13 @@ class LinearHead:
         Returns:
             scalar 0 with the gradient of the loss, [N] log-probs without gradient, the objective.
         """
-        objectives, log_probs = [], []
+        objectives, log_probs, places = [], [], []
 
-        def token_gradient(stats: PolicyStats, block: slice) -> torch.Tensor:
+        def token_gradient(stats: PolicyStats, block: Any) -> torch.Tensor:  # a slice, or [r] positions
             objective = decide(tokens.part(block), stats)
             objectives.append(objective)
             log_probs.append(stats.log_prob)
+            places.append(block)
             # A token without any probability has none that an update could scale.
             coefficient = objective.coefficient.masked_fill(stats.log_prob == -torch.inf, 0.0)
             return -aggregation.weighted(coefficient, block)
@@ -103,7 +105,17 @@ class LinearHead:
             **self._arguments(),
             **arguments,
         )
-        return zero, torch.cat(log_probs), TokenObjective.joined(objectives)
+        log_prob, objective = torch.cat(log_probs), TokenObjective.joined(objectives)
+        if not isinstance(places[0], torch.Tensor):
+            return zero, log_prob, objective
+        order = RowSelection(torch.cat(places))
+        objective = replace(
+            objective,
+            coefficient=order.spread(objective.coefficient, len(log_prob)),
+            weight=order.spread(objective.weight, len(log_prob)),
+            divergence=order.spread(objective.divergence, len(log_prob)),
+        )
+        return zero, order.spread(log_prob, len(log_prob)), objective
 
     def _arguments(self) -> dict[str, Any]:
         return {

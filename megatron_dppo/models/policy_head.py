@@ -27,6 +27,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron_dppo.models.sharding import unwrapped
 from megatron_dppo.ops.fp32_linear import fp32_linear
 from megatron_dppo.ops.fp32_product import is_16_bit
+from megatron_dppo.ops.layout_linear import layout_linear
+from megatron_dppo.ops.tile_tree import Deterministic, deterministic_choice
 
 
 @contextmanager
@@ -118,12 +120,24 @@ class PolicyHead:
         hidden_SBh = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), group=self.tp_group)
         return hidden_SBh.flatten(0, 1).index_select(0, rows % length * batch + rows // length)
 
-    def logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_nh: torch.Tensor, deterministic: Deterministic = "off") -> torch.Tensor:
         """[n, h] -> [n, V/TP]: this rank's shard of the logits of ``response_hidden``'s tokens.
 
         In the model's dtype, or fp32 with ``fp32_logits``. The weight's gradient takes Megatron's way: it is added to
         ``main_grad`` at once if the model was built with fused accumulation, else by Megatron's hooks.
+
+        With ``deterministic="layout"`` logits and gradients are the bits of the fused way, whose gradient is added to
+        ``main_grad``, where there is one, in any case (``ops/layout_linear.py``).
         """
+        if deterministic_choice(deterministic) == "layout":
+            return layout_linear(
+                hidden_nh,
+                self.weight,
+                tp_group=self.tp_group,
+                reduce_hidden_grad=False,  # response_hidden sums it
+                accumulate_into_main_grad=hasattr(self.weight, "main_grad"),
+                fp32_logits=self.fp32_logits,
+            )
         if self.fp32_logits and is_16_bit(self.weight):
             return fp32_linear(hidden_nh, self.weight, accumulate_into_main_grad=self._gradient_accumulation_fusion)
         linear: Any = linear_with_grad_accumulation_and_async_allreduce

@@ -16,27 +16,13 @@ from megatron_dppo.errors import BackendUnavailableError
 from megatron_dppo.ops import torch_backend
 from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.shard_merge import MergedRows
+from megatron_dppo.ops.tile_tree import TileTree
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 
 
-class Backend(Protocol):
-    """What reads and writes logits. Nothing in it waits for the device."""
-
-    @property
-    def name(self) -> str:
-        """``cuda``, ``cpu`` (compiled kernels) or ``torch``."""
-        ...
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """What logits it takes."""
-        ...
-
-    @property
-    def operators(self) -> Any | None:
-        """Its compiled operators, a namespace of ``torch.ops``; None: it is plain torch."""
-        ...
+class Reduction(Protocol):
+    """From the logits of shards to a policy's statistics and their gradient. Nothing in it waits for the device."""
 
     def shard_partials(
         self, logits_NV: torch.Tensor, ids: TokenIds, selection: RowSelection, shard: VocabShard, temperature: float
@@ -61,6 +47,43 @@ class Backend(Protocol):
         temperature: float,
     ) -> None:
         """Backward: one read and one write of a shard; ``grad_NV`` may be ``logits_NV`` itself."""
+        ...
+
+
+class Backend(Reduction, Protocol):
+    """What reads and writes logits. Nothing in it waits for the device."""
+
+    @property
+    def name(self) -> str:
+        """``cuda``, ``cpu`` (compiled kernels) or ``torch``."""
+        ...
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What logits it takes."""
+        ...
+
+    @property
+    def operators(self) -> Any | None:
+        """Its compiled operators, a namespace of ``torch.ops``; None: it is plain torch."""
+        ...
+
+    def tile_nodes(
+        self,
+        logits_NV: torch.Tensor,
+        ids: TokenIds,
+        selection: RowSelection,
+        shard: VocabShard,
+        tree: TileTree,
+        temperature: float,
+    ) -> torch.Tensor:
+        """``shard_partials`` in an order that no layout changes: 4 nodes + 1 + K numbers per row."""
+        ...
+
+    def merge_tile_nodes(
+        self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None, tree: TileTree, temperature: float
+    ) -> MergedRows:
+        """``merge_shards`` of what ``tile_nodes`` found."""
         ...
 
     def shard_divergence(

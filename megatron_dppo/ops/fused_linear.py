@@ -31,16 +31,19 @@ from megatron_dppo.ops.arguments import RowSelection, RowState, TokenIds
 from megatron_dppo.ops.linear_call import CHUNK_BYTES, linear_call
 from megatron_dppo.ops.linear_tiles import (
     LinearPlan,
-    add_gradient_product,
+    add_hidden_gradient,
+    add_weight_gradient,
     finish_hidden_gradient,
     logits_tile,
     selected_hidden,
     tile_buffer,
     usable_gradient,
+    weight_gradient_sums,
 )
 from megatron_dppo.ops.main_grad import mark_as_added
 from megatron_dppo.ops.policy_stats import PolicyStats, shaped_stats
-from megatron_dppo.ops.shard_merge import STATE_COLUMNS, gather_shards, merge_chunks
+from megatron_dppo.ops.shard_merge import gather_shards, merge_chunks
+from megatron_dppo.ops.tile_tree import Deterministic
 from megatron_dppo.ops.torch_backend import compute_dtype
 
 
@@ -61,6 +64,7 @@ def fused_linear_policy_stats(
     fp32_logits: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
+    deterministic: Deterministic = "off",
     checks: Literal["now", "off"] = "now",
 ) -> PolicyStats:
     """``vocab_parallel_policy_stats(hidden @ weight.T, ...)`` in the memory of one tile of those logits.
@@ -88,6 +92,8 @@ def fused_linear_policy_stats(
             it changes nothing.
         chunk_bytes: largest tile of logits.
         backend: auto | cuda | cpu | torch; it works on the tiles.
+        deterministic: as for ``vocab_parallel_policy_stats``; with layout the gradients too are the same bits, and those of
+            the way over logits that ``layout_linear`` makes. ``chunk_bytes`` is not asked then.
         checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
             the caller's promise, and nothing is waited for.
 
@@ -98,7 +104,7 @@ def fused_linear_policy_stats(
         ValueError: shapes, dtypes or the shard's place do not fit; a target or top-K id lies outside [0, vocab_size).
         BackendUnavailableError: the backend asked for cannot be used.
     """
-    ids, selection, shape, plan = linear_call(
+    call = linear_call(
         hidden,
         weight,
         target,
@@ -114,10 +120,12 @@ def fused_linear_policy_stats(
         fp32_logits=fp32_logits,
         chunk_bytes=chunk_bytes,
         backend=backend,
+        deterministic=deterministic,
         checks=checks,
     )
-    results = _FusedLinearFunction.apply(hidden, weight, *ids, *selection, plan)
-    return shaped_stats(results, shape, has_topk=topk_ids is not None)
+    results = _FusedLinearFunction.apply(hidden, weight, *call.ids, *call.selection, call.plan)
+    in_place = tuple(call.in_place(values) for values in results)
+    return shaped_stats(in_place, call.shape, has_topk=topk_ids is not None)
 
 
 class _FusedLinearFunction(torch.autograd.Function):
@@ -136,10 +144,11 @@ class _FusedLinearFunction(torch.autograd.Function):
         hidden_nh = selected_hidden(hidden, RowSelection(rows, mask), plan)
         partials_cnC = _chunk_partials(hidden_nh, weight, TokenIds(target_n, topk_ids_nK), mask, plan)
         if plan.world_size > 1:
-            partials_RnC = gather_shards(merge_chunks(partials_cnC), plan.shard.group)
+            shard_nC = partials_cnC[0] if plan.tree is not None else merge_chunks(partials_cnC)
+            partials_RnC = gather_shards(shard_nC, plan.shard.group)
         else:
             partials_RnC = partials_cnC
-        merged = plan.backend.merge_shards(partials_RnC, mask)
+        merged = plan.reduction.merge_shards(partials_RnC, mask)
 
         ctx.save_for_backward(hidden_nh, weight, target_n, rows, mask, *merged.state)
         ctx.plan, ctx.hidden_shape = plan, hidden.shape
@@ -198,13 +207,13 @@ def _chunk_partials(
 ) -> torch.Tensor:
     """[chunks, n, 5 + K]: what each column chunk says about each token (``ops/torch_backend.py``)."""
     chunks = plan.tiling.column_chunks()
-    columns = STATE_COLUMNS + 1 + (0 if ids.topk is None else ids.topk.shape[1])
+    columns = plan.partial_columns + (0 if ids.topk is None else ids.topk.shape[1])
     partials = hidden_nh.new_empty(len(chunks), hidden_nh.shape[0], columns, dtype=compute_dtype(hidden_nh))
     buffer = tile_buffer(hidden_nh, plan)
     for index, chunk in enumerate(chunks):
         for block in plan.tiling.row_blocks():
-            tile = logits_tile(buffer, hidden_nh[block], weight[chunk])
-            partials[index, block] = plan.backend.shard_partials(
+            tile = logits_tile(buffer, hidden_nh[block], weight[chunk], plan)
+            partials[index, block] = plan.reduction.shard_partials(
                 tile,
                 TokenIds(ids.target[block], None if ids.topk is None else ids.topk[block]),
                 RowSelection(mask=None if mask is None else mask[block]),
@@ -220,8 +229,8 @@ def _gradient_tiles(
     """For each block of tokens: (block, gradient of its logits in this chunk). All of them are in one buffer, in turn."""
     buffer = tile_buffer(hidden_nh, plan)
     for block in plan.tiling.row_blocks():
-        tile = logits_tile(buffer, hidden_nh[block], weight_Ch)
-        plan.backend.shard_gradient(tile, tile, *tokens.part(block), plan.shard.part(chunk), plan.temperature)
+        tile = logits_tile(buffer, hidden_nh[block], weight_Ch, plan)
+        plan.reduction.shard_gradient(tile, tile, *tokens.part(block), plan.shard.part(chunk), plan.temperature)
         yield block, tile
 
 
@@ -234,15 +243,15 @@ def _use_gradient_tiles(
     plan: LinearPlan,
 ) -> None:
     """Add one column chunk's part to the gradient of the hidden states, and its rows to the gradient of the weight."""
-    sums_Ch, exact = weight_sums_Ch, compute_dtype(hidden_nh)
-    # More than one sum, in a dtype that would lose digits each time: sum in fp32 first.
-    if sums_Ch is not None and sums_Ch.dtype != exact and len(plan.tiling.row_blocks()) > 1:
-        sums_Ch = torch.zeros_like(sums_Ch, dtype=exact)
+    sums_Ch = weight_sums_Ch
+    if sums_Ch is not None:
+        blocks = len(plan.tiling.row_blocks())
+        sums_Ch = weight_gradient_sums(sums_Ch, blocks, compute_dtype(hidden_nh), plan)
     for block, gradient in tiles:
         tile = usable_gradient(gradient, plan, hidden_nh.dtype)
         if grad_hidden_nh is not None:
-            add_gradient_product(grad_hidden_nh[block], tile, weight_Ch)
+            add_hidden_gradient(grad_hidden_nh[block], tile, weight_Ch, plan)
         if sums_Ch is not None:
-            add_gradient_product(sums_Ch, tile.t(), hidden_nh[block])
+            add_weight_gradient(sums_Ch, tile, hidden_nh[block], plan)
     if weight_sums_Ch is not None and sums_Ch is not None and sums_Ch is not weight_sums_Ch:
         weight_sums_Ch.add_(sums_Ch)

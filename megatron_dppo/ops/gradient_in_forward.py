@@ -29,19 +29,23 @@ from torch.autograd.function import once_differentiable
 from megatron_dppo.ops.arguments import RowSelection, TokenIds
 from megatron_dppo.ops.linear_call import LinearCall, linear_call
 from megatron_dppo.ops.linear_tiles import (
-    add_gradient_product,
+    LinearPlan,
+    add_hidden_gradient,
+    add_weight_gradient,
     finish_hidden_gradient,
     logits_tile,
     selected_hidden,
     usable_gradient,
+    weight_gradient_sums,
 )
 from megatron_dppo.ops.main_grad import mark_as_added
 from megatron_dppo.ops.policy_stats import PolicyStats
 from megatron_dppo.ops.shard_merge import gather_shards
 from megatron_dppo.ops.torch_backend import compute_dtype
 
-# (statistics [r] of a block, its place among the selected tokens) -> [r] d loss / d log_prob
-TokenGradient = Callable[[PolicyStats, slice], torch.Tensor]
+# (statistics [r] of a block, its place among the selected tokens) -> [r] d loss / d log_prob. With deterministic="layout" and
+# a mask a block's tokens need not be neighbours: their places are then [r] int64.
+TokenGradient = Callable[[PolicyStats, slice | torch.Tensor], torch.Tensor]
 
 
 def zero_with_policy_gradient(
@@ -62,7 +66,7 @@ def zero_with_policy_gradient(
         target: [...] int64; [n] with ``rows``.
         token_gradient: called once for every block, in order, with the statistics of its tokens, without gradient;
             [r] or [r, K]. It returns [r]. 0 for a token outside the mask.
-        block_rows: tokens of a block (``rows_of_a_block``).
+        block_rows: tokens of a block (``rows_of_a_block``); not asked with ``deterministic="layout"``.
         backward_scale: the number that backward will be called with. Needed with ``accumulate_into_main_grad``.
         arguments: all others of ``fused_linear_policy_stats``.
 
@@ -77,6 +81,8 @@ def zero_with_policy_gradient(
             "backward will be called with must be known"
         )
     n = call.ids.target.shape[0]
+    if call.plan.tree is not None:
+        block_rows = call.plan.tiling.rows
     blocks = [slice(start, min(start + block_rows, n)) for start in range(0, n, block_rows)]
     zero: torch.Tensor = _GradientInForward.apply(hidden, weight, call, blocks, token_gradient, backward_scale)
     return zero
@@ -99,16 +105,21 @@ class _GradientInForward(torch.autograd.Function):
         grad_weight_Vh = None
         if ctx.needs_input_grad[1]:
             grad_weight_Vh = weight.main_grad if plan.accumulate_into_main_grad else torch.zeros_like(weight)
+        sums_Vh = grad_weight_Vh
+        if grad_weight_Vh is not None and plan.tree is not None:
+            sums_Vh = weight_gradient_sums(grad_weight_Vh, len(blocks), compute_dtype(hidden_nh), plan)
         most_rows = blocks[0].stop if blocks else 0
         buffer = hidden_nh.new_empty(most_rows * weight.shape[0], dtype=plan.tile_dtype)
         for block in blocks:
-            tile_rV = logits_tile(buffer, hidden_nh[block], weight)
+            tile_rV = logits_tile(buffer, hidden_nh[block], weight, plan)
             _overwrite_with_gradient(tile_rV, block, call, token_gradient, backward_scale)
             gradient_rV = usable_gradient(tile_rV, plan, weight.dtype)
             if grad_hidden_nh is not None:
-                _product(gradient_rV, weight, grad_hidden_nh[block])
-            if grad_weight_Vh is not None:
-                add_gradient_product(grad_weight_Vh, gradient_rV.t(), hidden_nh[block])
+                _product(gradient_rV, weight, grad_hidden_nh[block], plan)
+            if sums_Vh is not None:
+                add_weight_gradient(sums_Vh, gradient_rV, hidden_nh[block], plan)
+        if grad_weight_Vh is not None and sums_Vh is not None and sums_Vh is not grad_weight_Vh:
+            grad_weight_Vh += sums_Vh
         saved = None if plan.accumulate_into_main_grad else grad_weight_Vh
         ctx.save_for_backward(weight, grad_hidden_nh, saved, call.selection.rows)
         ctx.plan, ctx.hidden_shape, ctx.scale, ctx.used = plan, hidden.shape, backward_scale, False
@@ -149,22 +160,23 @@ def _overwrite_with_gradient(
     plan, mask = call.plan, call.selection.mask
     target_r, mask_r = call.ids.target[block], None if mask is None else mask[block]
     ids = TokenIds(target_r, None if call.ids.topk is None else call.ids.topk[block])
-    partials_rC = plan.backend.shard_partials(tile_rV, ids, RowSelection(mask=mask_r), plan.shard, plan.temperature)
-    merged = plan.backend.merge_shards(gather_shards(partials_rC, plan.shard.group), mask_r)
+    partials_rC = plan.reduction.shard_partials(tile_rV, ids, RowSelection(mask=mask_r), plan.shard, plan.temperature)
+    merged = plan.reduction.merge_shards(gather_shards(partials_rC, plan.shard.group), mask_r)
     topk = None if ids.topk is None else merged.topk_log_prob
-    gradient_r = token_gradient(PolicyStats(merged.log_prob, merged.entropy, merged.collision, topk), block)
+    places = block if call.order is None else call.order[block]
+    gradient_r = token_gradient(PolicyStats(merged.log_prob, merged.entropy, merged.collision, topk), places)
     if scale is not None and scale != 1.0:
         gradient_r = gradient_r * scale
-    plan.backend.shard_gradient(
+    plan.reduction.shard_gradient(
         tile_rV, tile_rV, target_r, mask_r, merged.state, gradient_r, None, plan.shard, plan.temperature
     )
 
 
-def _product(gradient_rV: torch.Tensor, weight_Vh: torch.Tensor, out_rh: torch.Tensor) -> None:
+def _product(gradient_rV: torch.Tensor, weight_Vh: torch.Tensor, out_rh: torch.Tensor, plan: LinearPlan) -> None:
     """``out = gradient @ weight``, rounded once."""
-    if gradient_rV.dtype == weight_Vh.dtype:
+    if gradient_rV.dtype == weight_Vh.dtype and plan.tree is None:
         torch.mm(gradient_rV, weight_Vh, out=out_rh)
         return
     sums_rh = torch.zeros_like(out_rh, dtype=compute_dtype(out_rh))
-    add_gradient_product(sums_rh, gradient_rV, weight_Vh)
+    add_hidden_gradient(sums_rh, gradient_rV, weight_Vh, plan)
     out_rh.copy_(sums_rh)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_dppo.ops import layout_products
 from megatron_dppo.ops.arguments import RowSelection, VocabShard, as_matrix
-from megatron_dppo.ops.backend import Backend
+from megatron_dppo.ops.backend import Reduction
 from megatron_dppo.ops.fp32_product import add_product, fp32_product, gradient_factor
-from megatron_dppo.ops.shard_merge import all_gather_rows
+from megatron_dppo.ops.shard_merge import STATE_COLUMNS, all_gather_rows
+from megatron_dppo.ops.tile_tree import NODE_COLUMNS, TileTree
 
 # A tile this wide adds to the hidden states' gradient about as many bytes as it has itself; narrower ones would add more.
 _MIN_COLUMNS = 4096
@@ -53,17 +55,28 @@ class Tiling:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What forward and backward agree on. ``tile_dtype`` is that of the logits."""
+    """What forward and backward agree on.
+
+    Attributes:
+        tile_dtype: of the logits.
+        tree: with ``deterministic="layout"``, over which sums of the vocabulary are taken; else None.
+    """
 
     shard: VocabShard
     world_size: int
     temperature: float
     tiling: Tiling
     tile_dtype: torch.dtype
-    backend: Backend
+    reduction: Reduction
+    tree: TileTree | None
     sequence_parallel: bool
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
+
+    @property
+    def partial_columns(self) -> int:
+        """Numbers that a shard says about each token, without the top K."""
+        return (STATE_COLUMNS if self.tree is None else NODE_COLUMNS * self.tree.nodes) + 1
 
 
 def tile_buffer(hidden_nh: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
@@ -71,9 +84,14 @@ def tile_buffer(hidden_nh: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
     return hidden_nh.new_empty(min(plan.tiling.rows, hidden_nh.shape[0]) * plan.tiling.columns, dtype=plan.tile_dtype)
 
 
-def logits_tile(buffer: torch.Tensor, hidden_rh: torch.Tensor, weight_Ch: torch.Tensor) -> torch.Tensor:
+def logits_tile(
+    buffer: torch.Tensor, hidden_rh: torch.Tensor, weight_Ch: torch.Tensor, plan: LinearPlan
+) -> torch.Tensor:
     """[r, C] logits, in the buffer: a tensor of its own would live at the same time as the tile before it."""
     tile = buffer[: hidden_rh.shape[0] * weight_Ch.shape[0]].view(hidden_rh.shape[0], weight_Ch.shape[0])
+    if plan.tree is not None:
+        layout_products.fill_logits(tile, hidden_rh, weight_Ch)
+        return tile
     if buffer.dtype == hidden_rh.dtype:
         return torch.mm(hidden_rh, weight_Ch.t(), out=tile)
     return fp32_product(hidden_rh, weight_Ch.t(), tile)
@@ -82,6 +100,37 @@ def logits_tile(buffer: torch.Tensor, hidden_rh: torch.Tensor, weight_Ch: torch.
 def usable_gradient(tile: torch.Tensor, plan: LinearPlan, dtype: torch.dtype) -> torch.Tensor:
     """A tile's gradient as ``add_gradient_product`` multiplies it with matrices of ``dtype``: itself, or a rounded copy."""
     return tile if plan.tile_dtype == dtype else gradient_factor(tile, dtype)
+
+
+def add_hidden_gradient(
+    sums_rh: torch.Tensor, tile_rC: torch.Tensor, weight_Ch: torch.Tensor, plan: LinearPlan
+) -> None:
+    """Add a tile's part to the gradient of its tokens' hidden states; the tile is what ``usable_gradient`` returned."""
+    if plan.tree is None:
+        add_gradient_product(sums_rh, tile_rC, weight_Ch)
+    else:
+        sums_rh += layout_products.hidden_gradient(tile_rC, weight_Ch, sums_rh.dtype, plan.tree, plan.shard.group)
+
+
+def add_weight_gradient(
+    sums_Ch: torch.Tensor, tile_rC: torch.Tensor, hidden_rh: torch.Tensor, plan: LinearPlan
+) -> None:
+    """Add a tile's part to the gradient of its columns' rows of the weight."""
+    if plan.tree is None:
+        add_gradient_product(sums_Ch, tile_rC.t(), hidden_rh)
+    else:
+        layout_products.add_weight_gradient(sums_Ch, tile_rC, hidden_rh)
+
+
+def weight_gradient_sums(place_Ch: torch.Tensor, blocks: int, exact: torch.dtype, plan: LinearPlan) -> torch.Tensor:
+    """Where the parts of so many blocks of tokens add up: ``place_Ch``, which is the gradient, or sums of their own.
+
+    Of their own where the gradient's dtype would lose digits each time, and where what is there already must not come into
+    the order of the sums.
+    """
+    if plan.tree is None and (place_Ch.dtype == exact or blocks == 1):
+        return place_Ch
+    return torch.zeros_like(place_Ch, dtype=exact)
 
 
 def add_gradient_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -112,13 +161,20 @@ def gather_sequence(hidden: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
 def finish_hidden_gradient(
     grad_nh: torch.Tensor, rows: torch.Tensor | None, hidden_shape: torch.Size, plan: LinearPlan
 ) -> torch.Tensor:
-    """Sum over ranks, put the tokens back into their places; each rank keeps its part of the sequence."""
-    if plan.reduce_hidden_grad and not plan.sequence_parallel:
+    """Sum over ranks, put the tokens back into their places; each rank keeps its part of the sequence.
+
+    With ``deterministic="layout"`` the sum is there already, on every rank.
+    """
+    if plan.tree is not None:
+        grad_nh = layout_products.complete_gradient(grad_nh, not plan.reduce_hidden_grad, plan.shard.group)
+    elif plan.reduce_hidden_grad and not plan.sequence_parallel:
         dist.all_reduce(grad_nh, group=plan.shard.group)
     places = math.prod(hidden_shape[:-1]) * (plan.world_size if plan.sequence_parallel else 1)
     grad_Nh = RowSelection(rows).spread(grad_nh, places)
     if not plan.sequence_parallel:
         return grad_Nh.view(hidden_shape)
+    if plan.tree is not None:
+        return grad_Nh.view(-1, *hidden_shape[1:]).chunk(plan.world_size)[dist.get_rank(plan.shard.group)]
     grad_local = grad_Nh.new_empty(hidden_shape)
     dist.reduce_scatter_tensor(grad_local, grad_Nh.view(-1, *hidden_shape[1:]), group=plan.shard.group)
     return grad_local

@@ -18,10 +18,11 @@ import torch
 import megatron_dppo._C as _C
 from megatron_dppo.ops.arguments import KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.shard_merge import MergedRows
+from megatron_dppo.ops.tile_tree import TileTree
 
 NAMESPACE = "megatron_dppo"  # of the operators
 operators = getattr(torch.ops, NAMESPACE)
-if not hasattr(operators, "tile_hash"):
+if not (hasattr(operators, "check_tokens") and hasattr(operators, "tile_nodes")):
     raise ImportError("it was built by an older version of this package: build it again")
 if not _C.cpu_level_is_supported:
     raise ImportError(
@@ -65,6 +66,35 @@ class NativeBackend:
     def merge_shards(self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None) -> MergedRows:
         """See shard_merge.merge_shards."""
         return MergedRows(*self.operators.merge_partials(partials_RnC, mask_n))
+
+    def tile_nodes(
+        self,
+        logits_NV: torch.Tensor,
+        ids: TokenIds,
+        selection: RowSelection,
+        shard: VocabShard,
+        tree: TileTree,
+        temperature: float,
+    ) -> torch.Tensor:
+        """See torch_backend.tile_nodes."""
+        return self.operators.tile_nodes(
+            logits_NV,
+            selection.rows,
+            selection.mask,
+            ids.target.contiguous(),
+            None if ids.topk is None else ids.topk.contiguous(),
+            temperature,
+            shard.first_column,
+            shard.num_columns,
+            tree.nodes,
+        )
+
+    def merge_tile_nodes(
+        self, partials_RnC: torch.Tensor, mask_n: torch.Tensor | None, tree: TileTree, temperature: float
+    ) -> MergedRows:
+        """See torch_backend.merge_tile_nodes."""
+        results = self.operators.merge_tile_nodes(partials_RnC, mask_n, temperature, tree.shard_tiles, tree.nodes)
+        return MergedRows(*results)
 
     def shard_gradient(
         self,
@@ -134,6 +164,15 @@ def _merge_partials(partials, mask):  # type: ignore[no-untyped-def]
     return log_prob, entropy, collision, partials.new_empty(n, partials.shape[2] - 5), maximum, log_sum
 
 
+def _tile_nodes(logits, rows, mask, target, topk_ids, temperature, first_column, num_columns, nodes):  # type: ignore[no-untyped-def]
+    topk = 0 if topk_ids is None else topk_ids.shape[1]
+    return logits.new_empty(target.shape[0], 4 * nodes + 1 + topk, dtype=torch.float32)
+
+
+def _merge_tile_nodes(partials, mask, temperature, shard_tiles, nodes):  # type: ignore[no-untyped-def]
+    return _merge_partials(partials[..., 4 * (nodes - 1) :], mask)
+
+
 def _shard_divergence(logits, rollout_logits, rows, mask, max, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(max)
 
@@ -143,8 +182,14 @@ def _token_objective(log_mu, *others, **settings):  # type: ignore[no-untyped-de
     constants: dict[str, Any] = _C.metric_constants
     decades = constants["histogram_highest"] - constants["histogram_lowest"]
     bins = constants["histogram_bins_per_decade"] * decades + 2
-    totals = log_mu.new_empty(len(_C.total_names), dtype=torch.float64)
-    return coefficient, weight, divergence, totals, log_mu.new_empty(bins, dtype=torch.int64)
+    means = log_mu.new_empty(len(_C.mean_names), 2, dtype=torch.float64)
+    maxima = log_mu.new_empty(len(_C.maximum_names), dtype=torch.float64)
+    histogram, tokens = (log_mu.new_empty(shape, dtype=torch.int64) for shape in ((bins,), ()))
+    return coefficient, weight, divergence, means, maxima, histogram, log_mu.new_empty(()), tokens
+
+
+def _check_tokens(target, *others, **tolerances):  # type: ignore[no-untyped-def]
+    return target.new_empty(len(_C.check_names), 3, dtype=torch.float64)
 
 
 def _nothing(*inputs):  # type: ignore[no-untyped-def]
@@ -154,10 +199,13 @@ def _nothing(*inputs):  # type: ignore[no-untyped-def]
 _SHAPES: dict[str, Callable[..., Any]] = {
     "row_partials": _row_partials,
     "merge_partials": _merge_partials,
+    "tile_nodes": _tile_nodes,
+    "merge_tile_nodes": _merge_tile_nodes,
     "policy_backward": _nothing,
     "policy_backward_": _nothing,
     "shard_divergence": _shard_divergence,
     "token_objective": _token_objective,
+    "check_tokens": _check_tokens,
     "tile_hash": _nothing,
 }
 

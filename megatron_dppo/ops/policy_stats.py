@@ -23,8 +23,10 @@ from megatron_dppo.ops.arguments import (
     check_temperature,
     select,
 )
-from megatron_dppo.ops.backend import Backend, choose_backend
+from megatron_dppo.ops.backend import Reduction, choose_backend
+from megatron_dppo.ops.layout_reduction import choose_reduction
 from megatron_dppo.ops.shard_merge import gather_shards
+from megatron_dppo.ops.tile_tree import Deterministic
 
 
 class PolicyStats(NamedTuple):
@@ -71,6 +73,7 @@ def vocab_parallel_policy_stats(
     rows: torch.Tensor | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
+    deterministic: Deterministic = "off",
     checks: Literal["now", "off"] = "now",
 ) -> PolicyStats:
     """Statistics of ``softmax(logits / temperature)`` over a vocabulary that may be sharded.
@@ -92,6 +95,9 @@ def vocab_parallel_policy_stats(
         inplace_backward: write the gradient over the logits. Only where nothing else needs the logits' values in
             backward (autograd raises an error if something does), and where no two rows share memory.
         backend: auto | cuda | cpu | torch.
+        deterministic: off: sums in the order of the shards. layout: the same bits however many ranks share the vocabulary,
+            however the rows lie and with any number of threads, on one backend (``ops/tile_tree.py``; docs/kernels.md says
+            what it costs).
         checks: now: an id outside the vocabulary is an error here, for which this call waits for the device. off: ids are
             the caller's promise, and nothing is waited for.
 
@@ -112,8 +118,11 @@ def vocab_parallel_policy_stats(
     logits_NV = as_matrix(logits)
     if inplace_backward:
         _check_rows_apart(logits_NV)
+    reduction = choose_reduction(
+        deterministic, choose_backend(backend, logits), shard, logits_NV.shape[1], float(temperature)
+    )
     results = _PolicyStatsFunction.apply(
-        logits_NV, *ids, *selection, shard, float(temperature), inplace_backward, choose_backend(backend, logits)
+        logits_NV, *ids, *selection, shard, float(temperature), inplace_backward, reduction
     )
     return shaped_stats(results, shape, has_topk=topk_ids is not None)
 
@@ -145,14 +154,15 @@ class _PolicyStatsFunction(torch.autograd.Function):
         shard: VocabShard,
         temperature: float,
         inplace: bool,
-        backend: Backend,
+        reduction: Reduction,
     ) -> tuple[torch.Tensor, ...]:
         selection = RowSelection(rows, mask)
-        partials_nC = backend.shard_partials(logits_NV, TokenIds(target_n, topk_ids_nK), selection, shard, temperature)
-        merged = backend.merge_shards(gather_shards(partials_nC, shard.group), mask)
+        ids = TokenIds(target_n, topk_ids_nK)
+        partials_nC = reduction.shard_partials(logits_NV, ids, selection, shard, temperature)
+        merged = reduction.merge_shards(gather_shards(partials_nC, shard.group), mask)
 
         ctx.save_for_backward(logits_NV, target_n, rows, mask, *merged.state)
-        ctx.shard, ctx.temperature, ctx.inplace, ctx.backend = shard, temperature, inplace, backend
+        ctx.shard, ctx.temperature, ctx.inplace, ctx.reduction = shard, temperature, inplace, reduction
         ctx.mark_non_differentiable(merged.collision, merged.topk_log_prob)
         ctx.set_materialize_grads(False)
         return merged.log_prob, merged.entropy, merged.collision, merged.topk_log_prob
@@ -167,7 +177,7 @@ class _PolicyStatsFunction(torch.autograd.Function):
         num_rows = logits_NV.shape[0]
         grad_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         # Every row is written, with 0 where it was not selected: the few numbers of each row are spread out for that.
-        ctx.backend.shard_gradient(
+        ctx.reduction.shard_gradient(
             logits_NV,
             grad_NV,
             selection.spread(target_n, num_rows),

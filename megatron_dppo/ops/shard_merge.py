@@ -93,7 +93,11 @@ def merge_chunks(partials_RnC: torch.Tensor) -> torch.Tensor:
 
 def merge_shards(partials_RnC: torch.Tensor, mask_n: torch.Tensor | None = None) -> MergedRows:
     """[TP, n, 5 + K] partials of all shards -> statistics of the rows; all 0 for rows outside of the mask."""
-    whole_nC = merge_chunks(partials_RnC)
+    return finish_rows(merge_chunks(partials_RnC), mask_n)
+
+
+def finish_rows(whole_nC: torch.Tensor, mask_n: torch.Tensor | None) -> MergedRows:
+    """[n, 5 + K] partials of whole rows -> their statistics; all 0 for rows outside of the mask."""
     max_n, rest_n, tilt_n, squares_n = whole_nC[:, :STATE_COLUMNS].unbind(-1)
     log_sum_n = rest_n.log1p()
     total_n = 1.0 + rest_n

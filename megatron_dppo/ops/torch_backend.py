@@ -29,9 +29,30 @@ import torch
 
 from megatron_dppo.ops.arguments import FLOATING, KnownColumns, Normaliser, RowSelection, RowState, TokenIds, VocabShard
 from megatron_dppo.ops.probability import LOG_ZERO
-from megatron_dppo.ops.shard_merge import MAX, REST, SQUARES, STATE_COLUMNS, TARGET, TILT, merge_shards
+from megatron_dppo.ops.shard_merge import (
+    MAX,
+    REST,
+    SQUARES,
+    STATE_COLUMNS,
+    TARGET,
+    TILT,
+    MergedRows,
+    finish_rows,
+    merge_shards,
+)
+from megatron_dppo.ops.tile_tree import NODE_COLUMNS, TileTree, shard_nodes, tree_root
 
-__all__ = ["dtypes", "merge_shards", "name", "operators", "shard_divergence", "shard_gradient", "shard_partials"]
+__all__ = [
+    "dtypes",
+    "merge_shards",
+    "merge_tile_nodes",
+    "name",
+    "operators",
+    "shard_divergence",
+    "shard_gradient",
+    "shard_partials",
+    "tile_nodes",
+]
 
 name = "torch"
 dtypes = FLOATING
@@ -80,6 +101,47 @@ def shard_partials(
             partials[part, TILT] = z.clamp_(min=_NO_PROBABILITY).mul_(e).sum(dim=1)
             partials[part, SQUARES] = e.square_().sum(dim=1)
     return partials if selection.mask is None else partials.masked_fill_(~selection.mask[:, None], 0.0)
+
+
+def tile_nodes(
+    logits_NV: torch.Tensor,
+    ids: TokenIds,
+    selection: RowSelection,
+    shard: VocabShard,
+    tree: TileTree,
+    temperature: float,
+) -> torch.Tensor:
+    """``shard_partials`` in an order that no layout changes (``ops/tile_tree.py``).
+
+    Returns:
+        [n, 4 nodes + 1 + K]: the shard's nodes, the target's z, K more z.
+    """
+    dtype = compute_dtype(logits_NV)
+    ids_nC = ids.target[:, None] if ids.topk is None else torch.cat([ids.target[:, None], ids.topk], dim=1)
+    n = ids.target.shape[0]
+    partials = torch.zeros(n, NODE_COLUMNS * tree.nodes + ids_nC.shape[1], dtype=dtype, device=logits_NV.device)
+    for part in row_chunks(n, logits_NV.shape[1], dtype):
+        x = read_rows(logits_NV, selection.rows, part, shard.num_columns).to(dtype)
+        partials[part, : NODE_COLUMNS * tree.nodes] = shard_nodes(x, tree, temperature).flatten(1)
+        if shard.num_columns > 0:
+            local_ids = ids_nC[part] - shard.first_column
+            owned = (local_ids >= 0) & (local_ids < shard.num_columns)
+            gathered = x.gather(1, local_ids.clamp(0, shard.num_columns - 1)) / temperature
+            partials[part, NODE_COLUMNS * tree.nodes :] = torch.where(owned, gathered, 0.0)
+    return partials if selection.mask is None else partials.masked_fill_(~selection.mask[:, None], 0.0)
+
+
+def merge_tile_nodes(
+    partials_RnC: torch.Tensor, mask_n: torch.Tensor | None, tree: TileTree, temperature: float
+) -> MergedRows:
+    """[TP, n, 4 nodes + 1 + K] of all shards -> statistics of the rows; all 0 for rows outside of the mask."""
+    nodes_RnM4, gathered = partials_RnC.split(
+        [NODE_COLUMNS * tree.nodes, partials_RnC.shape[2] - NODE_COLUMNS * tree.nodes], 2
+    )
+    root_n4 = tree_root(nodes_RnM4.unflatten(2, (tree.nodes, NODE_COLUMNS)), tree, temperature)
+    max_n, rest_n, tilt_n, squares_n = root_n4.unbind(-1)
+    state = torch.stack([max_n / temperature, rest_n, tilt_n / temperature, squares_n], dim=1)
+    return finish_rows(torch.cat([state, gathered.sum(0)], dim=1), mask_n)
 
 
 def shard_gradient(

@@ -19,7 +19,7 @@ from types import ModuleType
 CSRC = Path(__file__).parents[2] / "csrc"
 SHIM = Path(__file__).with_name("cpu_levels")
 CPUINFO = Path("/proc/cpuinfo")
-SOURCES = ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "tile_hash")
+SOURCES = ("row_partials", "merge_partials", "tile_nodes", "policy_backward", "shard_divergence", "tile_hash")
 IS_X86_64 = platform.machine() == "x86_64"
 # What gcc and the C library mean by a level, as far as the kernels' code can need it.
 PROCESSOR_FLAGS = {

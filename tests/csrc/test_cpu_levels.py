@@ -19,13 +19,17 @@ from tests.csrc.emulation_library import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    TILE_COLUMNS,
     BackwardArguments,
     DivergenceArguments,
     LogitsShard,
     MergeArguments,
+    MergeNodesArguments,
     PartialsArguments,
     RowSelection,
+    TileNodesArguments,
     address,
+    count_nodes,
     decode,
     encode,
     hash_tiles,
@@ -96,6 +100,22 @@ class Problem:
     def partials(self, library: LevelLibrary) -> np.ndarray:
         return partials_of(library, self.pi, self.target, self.dtype)
 
+    def nodes(self, library: LevelLibrary, shards: int = 1) -> list[np.ndarray]:
+        """Log-prob, entropy, collision, maximum and log-sum by the nodes of the tile tree."""
+        tiles = -(-self.columns // (TILE_COLUMNS * shards))
+        nodes = max(count_nodes(r * tiles, (r + 1) * tiles) for r in range(shards))
+        partials = np.full((shards, 3, 4 * nodes + 1), np.nan, np.float32)
+        for r in range(shards):
+            width = self.columns if shards == 1 else tiles * TILE_COLUMNS
+            part = np.ascontiguousarray(self.pi[:, r * width : (r + 1) * width])
+            place = LogitsShard(address(part), self.dtype, width, part.shape[1], r * width, part.shape[1])
+            row = (place, RowSelection(None, None, 3), address(self.target), None, 0, 1.0, address(partials[r]))
+            library("tile_nodes", TileNodesArguments(PartialsArguments(*row), tiles, nodes))
+        out = [np.full(3, np.nan, np.float32) for _ in range(6)]
+        merge = MergeArguments(address(partials), shards, 3, 0, None, *map(address, out))
+        library("merge_tile_nodes", MergeNodesArguments(merge, tiles, nodes, 1.0, None))
+        return [*out[:3], *out[4:]]
+
     def gradient(self, library: LevelLibrary) -> np.ndarray:
         grad = np.zeros_like(self.pi)
         per_row = [
@@ -121,6 +141,7 @@ class Problem:
         """Every kernel's numbers, bit by bit."""
         return {
             "partials": self.partials(library).tobytes(),
+            "nodes": b"".join(values.tobytes() for values in self.nodes(library)),
             "gradient": self.gradient(library).tobytes(),
             "TV": self.divergence(library, 0).tobytes(),
             "KL": self.divergence(library, 1).tobytes(),
@@ -198,6 +219,19 @@ def test_divergences_are_right_to_the_last_digits(library: LevelLibrary, columns
     largest = max(np.abs(problem.log_p).max(), np.abs(problem.log_mu).max())
     largest = (largest + max(_log_sum(problem.z).max(), _log_sum(problem.z_mu).max())) / np.log(2)
     assert (np.abs(got - exact) <= ROUNDING * (6 * largest + 4 + 21) * size).all()
+
+
+@pytest.mark.parametrize("columns", [100, 5000, 49152])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_of_tiles_give_the_bits_of_the_whole(library: LevelLibrary, dtype: str, columns: int) -> None:
+    problem = Problem(columns, DTYPES[dtype])
+    whole = problem.nodes(library)
+    for shards in (2, 3, 4):
+        assert [values.tobytes() for values in problem.nodes(library, shards)] == [v.tobytes() for v in whole]
+    entropy, log_sum = whole[1], whole[4]
+    # Errors of independent terms average out: a few roundings of numbers up to 20, and of their sum.
+    assert entropy == pytest.approx(problem.entropy, rel=2.0**-21, abs=2.0**-21)
+    assert log_sum == pytest.approx(_log_sum(problem.z), rel=2.0**-21, abs=2.0**-21)
 
 
 def test_sums_of_hashed_tiles_are_exact(library: LevelLibrary) -> None:

@@ -45,18 +45,30 @@ def token_objective() -> Call:
     return (*statistics, *topk, None, V), {**rule, "limits": limits}
 
 
+def check_tokens() -> Call:
+    tokens = (ids(N), torch.randn(N), per_row(), torch.rand(N) < 0.5, ids(N, K), -5 - torch.rand(N, K), per_row())
+    return (*tokens, V), {"log_prob_tolerance": 1e-3, "mass_tolerance": 1e-3}
+
+
 def tile_hash() -> Call:
     sums = torch.zeros(2, 2, dtype=torch.int32)
     return (sums, [torch.randn(4, 6), torch.randn(2, 8).bfloat16()], [4, 2], [6, 8], [0, 0], [0, 1]), {}
 
 
+def tile_nodes() -> Call:
+    return (torch.randn(N, 150), torch.tensor([3, 1]), None, ids(2), ids(2, K), 0.7, 256, 140, 2), {}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "row_partials": lambda: ((torch.randn(N, V), torch.tensor([3, 1]), None, ids(2), ids(2, K), 0.7, 0, V), {}),
     "merge_partials": lambda: ((torch.rand(SHARDS, N, 5 + K), torch.rand(N) < 0.5), {}),
+    "tile_nodes": tile_nodes,
+    "merge_tile_nodes": lambda: ((torch.rand(SHARDS, N, 4 * 3 + 1 + K), torch.rand(N) < 0.5, 0.7, 3, 3), {}),
     "policy_backward": lambda: ((torch.randn(N, V).half(), torch.zeros(N, V).half(), *backward_inputs()), {}),
     "policy_backward_": lambda: ((torch.randn(N, V), *backward_inputs()), {}),
     "shard_divergence": shard_divergence,
     "token_objective": token_objective,
+    "check_tokens": check_tokens,
     "tile_hash": tile_hash,
 }
 WRITTEN = {"policy_backward": 1, "policy_backward_": 0, "tile_hash": 0}  # which argument

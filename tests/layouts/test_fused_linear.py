@@ -133,6 +133,7 @@ def _policy_gradient_of_shards(
             fp32_logits=False,
             chunk_bytes=1,
             backend="torch",
+            deterministic="off",
             checks="now",
         )
     with counted_collectives() as backward:
@@ -235,6 +236,7 @@ def _main_gradients(folder: str, layout: dict[str, Any], route: str) -> dict[str
                 fp32_logits=False,
                 chunk_bytes=1,
                 backend="auto",
+                deterministic="off",
                 checks="off",
                 **common,
             )

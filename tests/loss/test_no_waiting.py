@@ -100,8 +100,9 @@ def test_without_top_k_and_with_the_logits_overwritten(backend: str) -> None:
     assert waits_of(loss, scenario.logits.clone().requires_grad_() * 1, scenario.inputs()) == []
 
 
+@pytest.mark.parametrize("deterministic", ["off", "layout"])
 @pytest.mark.parametrize("selection", ["rows", "token_mask", "all"])
-def test_the_operators_do_not_wait(selection: str, backend: str) -> None:
+def test_the_operators_do_not_wait(selection: str, deterministic: str, backend: str) -> None:
     scenario = make_scenario()
     rows = scenario.loss_mask.flatten().nonzero()[:, 0]
     target, ids = scenario.target, scenario.rollout_topk_ids
@@ -109,6 +110,7 @@ def test_the_operators_do_not_wait(selection: str, backend: str) -> None:
     if selection == "rows":
         chosen, target, ids = {"rows": rows}, target.flatten()[rows], ids.flatten(0, 1)[rows]
     common = {"topk_ids": ids, "vocab_size": VOCAB, "backend": backend, "checks": "off", **chosen}
+    common["deterministic"] = deterministic
     logits, policy = scenario.logits.clone().requires_grad_(), head()
     with DeviceWaits() as waits:
         for stats in (

@@ -25,6 +25,7 @@ OTHERS: dict[str, Any] = {
     "accumulate_into_main_grad": False,
     "fp32_logits": False,
     "chunk_bytes": CHUNK_BYTES,
+    "deterministic": "off",
     "checks": "now",
 }
 Result = tuple[list[torch.Tensor], list[torch.Tensor]]  # statistics, gradients

@@ -139,6 +139,7 @@ def methods(chunk_bytes: int, fp32_logits: bool = False, before: ModuleType | No
         "accumulate_into_main_grad": True,
         "fp32_logits": fp32_logits,
         "chunk_bytes": chunk_bytes,
+        "deterministic": "off",
         "checks": "off",
     }
 

@@ -17,6 +17,7 @@ from megatron_dppo.loss.advantages import ADVANTAGE_KINDS
 from megatron_dppo.models.hf.config import check_policy_fits, is_moe
 from megatron_dppo.models.kernels import MODEL_BACKENDS
 from megatron_dppo.ops.backend import BACKENDS, backend_report
+from megatron_dppo.ops.tile_tree import DETERMINISTIC
 from megatron_dppo.rollout.embedded.config import NOT_ROUNDED
 from megatron_dppo.rollout.sglang.config import ROUTER_DROPS_EXPERTS
 from megatron_dppo.training.config.how_it_is_computed import check_how_it_is_computed
@@ -111,6 +112,7 @@ def _check_choices(config: Config) -> None:
         ("rollout.engine", config.rollout.engine, ("embedded", "sglang")),
         ("train.batching", config.train.batching, ("padded", "packed")),
         ("train.kernel_backend", config.train.kernel_backend, BACKENDS),
+        ("train.deterministic", config.train.deterministic, DETERMINISTIC),
         ("logging.wandb.mode", config.logging.wandb.mode, ("online", "offline")),
     ):
         if value not in choices:
@@ -210,6 +212,11 @@ def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
         raise ConfigError(
             f"algorithm.loss.divergence={algorithm.loss.divergence} compares whole distributions and needs logits, which"
             " train.fused_linear never makes: set one of them otherwise"
+        )
+    if algorithm.loss.needs_rollout_logits and config.train.deterministic == "layout":
+        raise ConfigError(
+            f"algorithm.loss.divergence={algorithm.loss.divergence} adds up in the order of the shards, which"
+            " train.deterministic=layout does not cover: use a binary_* or topk_* divergence"
         )
     if config.logging.improvement_bound and (algorithm.advantage == "grpo" or algorithm.anchor == "recomputed"):
         raise ConfigError(

@@ -188,6 +188,10 @@ class TrainConfig:
             may be to blame is kept in the run folder (evidence/). After more than so many in a row the run stops, with a
             checkpoint.
         kernel_backend: which kernels reduce the vocabulary: auto | cuda | cpu | torch; a named one is demanded.
+        deterministic: off | layout: the output layer's log-probs and gradients are the same bits for any tensor-parallel
+            size, with fused_linear or without, packed or padded; to find out whether two layouts differ by a mistake or by
+            roundings. It makes that layer several times slower (docs/kernels.md), and the model's own body still depends on
+            the layout. Not with exact_* divergences.
         optimizer: of the policy.
         optimizer_memory: how its state is kept; that of the warm start too.
     """
@@ -200,6 +204,7 @@ class TrainConfig:
     fused_linear: bool = False
     max_skipped_steps: int = 3
     kernel_backend: str = "auto"
+    deterministic: str = "off"
     optimizer: AdamConfig = field(default_factory=AdamConfig)
     optimizer_memory: OptimizerMemoryConfig = field(default_factory=OptimizerMemoryConfig)
 

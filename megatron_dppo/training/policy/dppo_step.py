@@ -23,6 +23,7 @@ from megatron_dppo.loss.metrics import MetricSums
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.models.routing_replay import RoutingReplay
 from megatron_dppo.ops.backend import choose_backend
+from megatron_dppo.ops.tile_tree import deterministic_choice
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.data.batcher import MicroBatcher, ReplicaBatch
 from megatron_dppo.training.data.micro_batch import MicroBatch
@@ -100,6 +101,7 @@ class DPPOStep:
             vocab_size=policy.vocab_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             backend=config.train.kernel_backend,
+            deterministic=deterministic_choice(config.train.deterministic),
             inplace_backward=True,
             # The optimizer step looks once, before it is applied; to look in every call would drain the device's queue.
             checks="deferred",
@@ -220,7 +222,7 @@ class DPPOStep:
                 fp32_logits=head.fp32_logits,
             )
         else:
-            policy = head.logits(hidden_nh)
+            policy = head.logits(hidden_nh, self._loss.deterministic)
         output = self._loss(policy, dataclasses.replace(batch.inputs, rollout_logits=rollout_logits))
         parts.metrics.append(output.metrics)
         parts.tokens.append(TokenRecord.of(batch, output, parts.traced))

@@ -7,6 +7,7 @@ import torch
 from megatron_dppo.models.policy_head import PolicyHead
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
 from megatron_dppo.ops.policy_stats import vocab_parallel_policy_stats
+from megatron_dppo.ops.tile_tree import deterministic_choice
 from megatron_dppo.training.config.schema import TrainConfig
 from megatron_dppo.training.data.micro_batch import MicroBatch
 from megatron_dppo.training.policy.trainable import TrainablePolicy
@@ -24,7 +25,7 @@ def response_log_probs(
         output: hidden states, from a forward within ``hidden_states_only``.
         temperature: divides the logits.
     """
-    head = PolicyHead(policy.chunks[-1])
+    head, deterministic = PolicyHead(policy.chunks[-1]), deterministic_choice(train.deterministic)
     hidden_nh = head.response_hidden(output, batch.rows, batch.shape)
     if train.fused_linear:
         return fused_linear_policy_stats(
@@ -38,15 +39,17 @@ def response_log_probs(
             accumulate_into_main_grad=True,
             fp32_logits=head.fp32_logits,
             backend=train.kernel_backend,
+            deterministic=deterministic,
             checks="off",  # the loss checks the same targets
         ).log_prob
     return vocab_parallel_policy_stats(
-        head.logits(hidden_nh),
+        head.logits(hidden_nh, deterministic),
         batch.target,
         temperature=temperature,
         vocab_size=policy.vocab_size,
         tp_group=head.tp_group,
         inplace_backward=True,
         backend=train.kernel_backend,
+        deterministic=deterministic,
         checks="off",
     ).log_prob

@@ -12,6 +12,8 @@ using namespace megatron_dppo;
 
 DPPO_EXPORT void row_partials(const PartialsArguments* args) { cpu::row_partials(*args); }
 DPPO_EXPORT void merge_partials(const MergeArguments* args) { cpu::merge_partials(*args); }
+DPPO_EXPORT void tile_nodes(const TileNodesArguments* args) { cpu::tile_nodes(*args); }
+DPPO_EXPORT void merge_tile_nodes(const MergeNodesArguments* args) { cpu::merge_tile_nodes(*args); }
 DPPO_EXPORT void policy_backward(const BackwardArguments* args) { cpu::policy_backward(*args); }
 DPPO_EXPORT void shard_divergence(const DivergenceArguments* args) { cpu::shard_divergence(*args); }
 DPPO_EXPORT void tile_hash(const TileHashArguments* args) { cpu::tile_hash(*args); }

@@ -41,6 +41,17 @@ DPPO_EXPORT const char* emulated_row_partials(const PartialsArguments* args, int
 DPPO_EXPORT const char* emulated_merge_partials(const MergeArguments* args) {
   return guarded([&] { return cuda::launch_merge_partials(*args, nullptr); });
 }
+DPPO_EXPORT const char* emulated_tile_nodes(const TileNodesArguments* args) {
+  return guarded([&] { return cuda::launch_tile_nodes(*args, nullptr); });
+}
+DPPO_EXPORT const char* emulated_merge_tile_nodes(MergeNodesArguments* args) {
+  return guarded([&] {
+    args->waiting = static_cast<float*>(std::malloc(cuda::merge_tile_nodes_workspace_bytes(*args)));
+    const cudaError_t error = cuda::launch_merge_tile_nodes(*args, nullptr);
+    std::free(args->waiting);
+    return error;
+  });
+}
 DPPO_EXPORT const char* emulated_policy_backward(const BackwardArguments* args, int multiprocessors) {
   return guarded([&] { return cuda::launch_policy_backward(*args, multiprocessors, nullptr); });
 }
@@ -56,6 +67,14 @@ DPPO_EXPORT const char* emulated_token_objective(const TokenObjectiveArguments* 
   return guarded([&] {
     void* workspace = std::malloc(cuda::token_objective_workspace_bytes(args->n, multiprocessors));
     const cudaError_t error = cuda::launch_token_objective(*args, multiprocessors, workspace, nullptr);
+    std::free(workspace);
+    return error;
+  });
+}
+DPPO_EXPORT const char* emulated_check_tokens(const TokenChecksArguments* args, int multiprocessors) {
+  return guarded([&] {
+    void* workspace = std::malloc(kTokenChecksWorkspaceBytes);
+    const cudaError_t error = cuda::launch_check_tokens(*args, multiprocessors, workspace, nullptr);
     std::free(workspace);
     return error;
   });

@@ -92,6 +92,12 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         ),
         (["train.kernel_backend=rocm"], 2, r"train\.kernel_backend must be one of auto, cuda, cpu, torch"),
         (["train.fused_linear=true", "algorithm.loss.divergence=exact_kl"], 2, "fused_linear never makes"),
+        (
+            ["train.deterministic=layout", "algorithm.loss.divergence=exact_kl"],
+            2,
+            "train.deterministic=layout does not cover",
+        ),
+        (["train.deterministic=yes"], 2, "train.deterministic must be one of off, layout"),
         ([*ONE_RANK, *INTERLEAVED, "parallel.virtual_pipeline_model_parallel_size=3"], 2, "num_hidden_layers"),
     ],
 )
