@@ -109,7 +109,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_dppo", "megatron_dppo.*"]),
-    package_data={"megatron_dppo": ["py.typed", "*.pyi"], "megatron_dppo.launch.report": ["assets/*"]},
+    package_data={
+        "megatron_dppo": ["py.typed", "*.pyi"],
+        "megatron_dppo.launch.report": ["assets/*"],
+        "megatron_dppo.rollout.sglang.server_plugin": ["*.dist-info/*"],
+    },
     entry_points={"console_scripts": ["megatron-dppo = megatron_dppo.cli:main"]},
     **native_extension(),
     # The one place that says so. csrc/build_extension.py says what is different before 2.11.

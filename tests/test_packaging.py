@@ -33,6 +33,7 @@ EXTRAS_OF = {
     "megatron_dppo/models": ("train",),
     "megatron_dppo/rollout": ("train",),
     "megatron_dppo/rollout/sglang": ("train", "sglang"),
+    "megatron_dppo/rollout/sglang/server_plugin": ("sglang-server",),  # loaded by the server
     "megatron_dppo/tasks": ("tasks", "data", "http-reward"),
     "megatron_dppo/training": ("train",),
     "megatron_dppo/training/metrics/wandb_sink.py": ("train", "wandb"),
@@ -88,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 @pytest.fixture(scope="module")
 def requirements(wheel: zipfile.ZipFile) -> dict[str, set[str]]:
     """Normalised names of the distributions that each extra brings; "" holds what is always installed."""
-    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    name = next(name for name in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
     metadata = message_from_string(wheel.read(name).decode())
     found: dict[str, set[str]] = {"": set(), **{extra: set() for extra in metadata.get_all("Provides-Extra", [])}}
     for requirement in metadata.get_all("Requires-Dist", []):
@@ -113,15 +114,17 @@ def test_dev_includes_every_other_extra_that_runs_without_a_gpu(requirements: di
 def test_the_wheel_holds_every_package_and_the_types(wheel: zipfile.ZipFile) -> None:
     held = set(wheel.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    assert held >= modules | {"megatron_dppo/py.typed", "megatron_dppo/_C.pyi"}
+    plugins = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.dist-info/*")}  # of servers
+    assert plugins
+    assert held >= modules | plugins | {"megatron_dppo/py.typed", "megatron_dppo/_C.pyi"}
     assert {name.split("/")[0] for name in held} == {
         "megatron_dppo",
-        next(n.split("/")[0] for n in held if "dist-info" in n),
+        next(n.split("/")[0] for n in held if re.match(r"[^/]+\.dist-info/", n)),
     }
 
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
-    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    name = next(name for name in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/entry_points\.txt", name))
     assert "megatron-dppo = megatron_dppo.cli:main" in wheel.read(name).decode().splitlines()
 
 

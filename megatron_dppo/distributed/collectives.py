@@ -123,6 +123,19 @@ def first_error(error: Exception | None, *, group: dist.ProcessGroup | None = No
     return next((found for found in gather_objects(mine, group=group) if found is not None), None)
 
 
+def attempted(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """Its result on each rank, where all ranks run it; where it fails on one, the first one's error on all of them."""
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    failure = first_error(error, group=group)
+    if failure is not None:
+        raise failure from error
+    return result
+
+
 def portable_error(error: Exception) -> Exception:
     """``error`` itself if its class is Python's or this package's, else a RuntimeError that names class and message.
 

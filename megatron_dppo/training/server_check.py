@@ -7,9 +7,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from megatron_dppo.errors import ConfigError
+from megatron_dppo.rollout.sglang.config import START_ROUTER
 from megatron_dppo.rollout.sglang.preflight import Preflight, Report
+from megatron_dppo.rollout.sglang.router import Router
 from megatron_dppo.rollout.sglang.servers.choose import choose_source
 from megatron_dppo.rollout.sglang.servers.pool import ServerPool
+from megatron_dppo.rollout.sglang.servers.router_process import RouterProcess
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.training.config.load import save_config
 from megatron_dppo.training.config.schema import Config
@@ -38,4 +41,11 @@ def check_servers(config: Config) -> list[Report]:
         pool.prepare()
         urls = sorted(pool.fit(0).urls)
         software = {url: source.software_of(url) for url in urls}
-        return Preflight(sglang, policy, transport, longest).examine(urls, software)
+        preflight = Preflight(sglang, policy, transport, longest)
+        reports = preflight.examine(urls, software)
+        if sglang.router is not None and not any(report.is_fatal for report in reports):
+            address = sglang.router
+            if address == START_ROUTER:
+                address = stack.enter_context(closing(RouterProcess(sglang, transport, logs))).url
+            reports.append(preflight.examine_router(Router(address, transport, sglang), urls))
+        return reports

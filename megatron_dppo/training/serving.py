@@ -14,6 +14,7 @@ from megatron_dppo.rollout.sglang.servers.local import LocalServers
 from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.rollout.sglang.servers.registry import Registry
 from megatron_dppo.rollout.sglang.servers.serving import ServingHost, address_of_this_host
+from megatron_dppo.rollout.sglang.servers.watchdog import Watchdog
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.training.config.schema import Config
 from megatron_dppo.training.served_policy import served_policy
@@ -60,7 +61,8 @@ def serve_policy(
     try:
         logs = folder / "logs" / socket.gethostname()
         local = LocalServers.of(policy, count, here, transport, logs, nodes)
-        ServingHost(local, Registry(folder) if nodes.rank == 0 else None).serve(stop)
+        watchdog = Watchdog(transport, sglang.hang_timeout_s)
+        ServingHost(local, Registry(folder) if nodes.rank == 0 else None, watchdog).serve(stop)
     finally:
         transport.close()
 

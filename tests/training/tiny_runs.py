@@ -95,11 +95,11 @@ def deterministic_part(record: dict) -> dict:
     return {name: value for name, value in record.items() if not name.startswith(TIMED)}
 
 
-def wait_for_step(run: Path, step: int) -> None:
+def wait_for_step(run: Path, step: int, within_s: float = 240.0) -> None:
     """Return when a running run has logged ``step``."""
     metrics = run / "metrics.jsonl"
     wait_until(
         lambda: metrics.exists() and any(record["step"] >= step for record in read_metrics(run)),
-        within_s=240,
+        within_s=within_s,
         what=f"step {step} of {run}",
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,10 +72,11 @@ def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: C
     updates, plain, verifying = [], [], []
     conclude = WeightSync._conclude
 
-    def timed(*arguments: object) -> None:
+    def timed(*arguments: Any) -> Any:
         began = time.perf_counter()
-        conclude(*arguments)
+        mismatch = conclude(*arguments)
         verifying.append(time.perf_counter() - began)
+        return mismatch
 
     WeightSync._conclude = timed  # type: ignore[method-assign]
     for version in range(1, rounds + 2):

@@ -7,7 +7,7 @@ words of which parameter it goes, hashes it there, and what all senders have fou
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from megatron_dppo.rollout.sglang.tile_hash import Piece, TileSums, hash_pieces
 _WORD_BYTES = 4
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """A parameter of a server's rank; those that all ranks hold alike are known as the first one's."""
 
     rank: int
@@ -41,7 +41,7 @@ class _Held(NamedTuple):
 class _Place:
     """Where a tensor, or what a rank gets of it, begins in a parameter."""
 
-    held: _Held
+    held: Held
     cut: Cut
     first_word: int
 
@@ -55,13 +55,14 @@ class ExpectedChecksums:
         """Raises WeightSyncError for a tensor that is there twice, or that the server cannot divide."""
         self._shape = shape
         self._layout = layout
+        self._itemsize = dtype.itemsize
         self._sources: dict[str, dict[int, str]] = {}  # parameter -> part -> tensor
         self._missing: dict[str, list[str]] = {}
         self._held_by_all: set[str] = set()
         self._places: dict[str, list[_Place]] = {}  # of a tensor
-        self._num_words: dict[_Held, int] = {}
-        self._sums: dict[_Held, TileSums] = {}
-        self._lay_out(tensors, dtype.itemsize)
+        self._num_words: dict[Held, int] = {}
+        self._sums: dict[Held, TileSums] = {}
+        self._lay_out(tensors)
 
     def emptied(self) -> ExpectedChecksums:
         """The same, of which nothing was hashed yet: what is where is worked out once for all updates."""
@@ -69,7 +70,7 @@ class ExpectedChecksums:
         copied._sums = {}
         return copied
 
-    def _lay_out(self, tensors: Iterable[NamedShape], itemsize: int) -> None:
+    def _lay_out(self, tensors: Iterable[NamedShape]) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor_shape in tensors:
             place = placement(name, self._shape)
@@ -91,9 +92,9 @@ class ExpectedChecksums:
                 self._held_by_all.add(parameter)
             parts = [(sources[part], shapes[sources[part]]) for part in sorted(sources)]
             for rank in range(self._layout.ranks_with_own_parts(place.split)):
-                self._lay_out_on(_Held(rank, parameter), parts, itemsize)
+                self._lay_out_on(Held(rank, parameter), parts)
 
-    def _lay_out_on(self, held: _Held, parts: Sequence[tuple[str, tuple[int, ...]]], itemsize: int) -> None:
+    def _lay_out_on(self, held: Held, parts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         num_bytes = 0
         for name, tensor_shape in parts:
             place = placement(name, self._shape)
@@ -102,7 +103,7 @@ class ExpectedChecksums:
                 continue
             part = cut(name, tensor_shape, place, held.rank, self._layout, self._shape)
             self._places.setdefault(name, []).append(_Place(held, part, num_bytes // _WORD_BYTES))
-            num_bytes += part.rows * part.columns * itemsize
+            num_bytes += part.rows * part.columns * self._itemsize
             if num_bytes % _WORD_BYTES:
                 raise WeightSyncError(
                     f"{name}: {held.parameter} would be cut within a word of {_WORD_BYTES} bytes there"
@@ -110,13 +111,17 @@ class ExpectedChecksums:
         self._num_words[held] = num_bytes // _WORD_BYTES
 
     def compare(self, reported: Sequence[tuple[int, dict[str, str]]]) -> list[str]:
-        """Faults in what ranks reported, in words; none if the server holds what was exported.
+        """Faults in what ranks reported, in words; none if the server holds what was exported. See ``faults``."""
+        return list(self.faults(reported).values())
+
+    def faults(self, reported: Sequence[tuple[int, dict[str, str]]]) -> dict[str, str]:
+        """Parameter -> what is wrong with it, in words; in their order.
 
         ``reported``: (rank, its checksum of each of its parameters). With DP attention a rank reports several times.
         """
         ranks = {rank for rank, _ in reported}
         if ranks != set(range(self._layout.tp_size)):
-            return [f"ranks {sorted(ranks)} reported checksums instead of {self._layout.tp_size} ranks"]
+            return {"": f"ranks {sorted(ranks)} reported checksums instead of {self._layout.tp_size} ranks"}
         faults: dict[str, str] = {}
         for rank, found in reported:
             for parameter in found.keys() - self._sources.keys():
@@ -128,12 +133,29 @@ class ExpectedChecksums:
                 elif parameter in self._missing:
                     faults[parameter] = f"{_listed(self._missing[parameter])} was never sent"
                 elif self._hash_of(rank, parameter) != found[parameter]:
-                    faults[parameter] = f"{_listed(sources)}: the server's {parameter} differs from what was exported"
-        return [faults[parameter] for parameter in sorted(faults)]
+                    faults[parameter] = differs(sources, parameter)
+        return {parameter: faults[parameter] for parameter in sorted(faults)}
+
+    def differing(self, reported: Sequence[tuple[int, dict[str, str]]]) -> dict[str, list[int]]:
+        """Parameter -> ranks whose hash of it is wrong, of parameters that several tensors are in."""
+        found: dict[str, list[int]] = {}
+        for rank, hashes in sorted(dict(reported).items()):
+            for parameter, sources in self._sources.items():
+                expected = self._hash_of(rank, parameter)
+                if len(sources) > 1 and expected is not None and hashes.get(parameter, expected) != expected:
+                    found.setdefault(parameter, []).append(rank)
+        return found
+
+    def words_of_tensors(self, parameter: str) -> Iterator[tuple[str, Held, int, int]]:
+        """(tensor, on which rank, its first word, its end) of all that a parameter is made of."""
+        for tensor in self._sources[parameter].values():
+            for place in self._places.get(tensor, ()):
+                words = place.cut.rows * place.cut.columns * self._itemsize // _WORD_BYTES
+                yield tensor, place.held, place.first_word, place.first_word + words
 
     def _hash_of(self, rank: int, parameter: str) -> str | None:
         """None for one of which not all words were hashed."""
-        sums = self._sums.get(_Held(0 if parameter in self._held_by_all else rank, parameter))
+        sums = self._sums.get(Held(0 if parameter in self._held_by_all else rank, parameter))
         return sums.hexdigest() if sums is not None and sums.is_complete() else None
 
     def _parts_of(self, parameter: str) -> str:
@@ -144,7 +166,7 @@ class ExpectedChecksums:
             return _listed([part_name(parameter, part) for part in range(self._shape.num_experts)])
         return parameter
 
-    def pieces(self, name: str, tensor: torch.Tensor) -> dict[_Held, tuple[int, Piece]]:
+    def pieces(self, name: str, tensor: torch.Tensor) -> dict[Held, tuple[int, Piece]]:
         """Which words of which parameters ``tensor`` becomes; each with the parameter's number of words."""
         return {
             place.held: (
@@ -154,7 +176,7 @@ class ExpectedChecksums:
             for place in self._places.get(name, ())
         }
 
-    def add(self, held: _Held, sums: TileSums) -> None:
+    def add(self, held: Held, sums: TileSums) -> None:
         """Add what was found of a parameter. Raises WeightSyncError if some of it had been found before."""
         if held not in self._sums:
             self._sums[held] = sums
@@ -184,12 +206,17 @@ class ExpectedChecksums:
 
 def hash_tensors(kinds: Sequence[ExpectedChecksums], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Add whole tensors, in the dtype that is served, to what every kind of server is to hold: one launch for all."""
-    wanted: dict[tuple[int, _Held], tuple[int, list[Piece]]] = {}
+    wanted: dict[tuple[int, Held], tuple[int, list[Piece]]] = {}
     for (name, tensor), (number, kind) in itertools.product(tensors, enumerate(kinds)):
         for held, (num_words, piece) in kind.pieces(name, tensor).items():
             wanted.setdefault((number, held), (num_words, []))[1].append(piece)
     for (number, held), sums in hash_pieces(wanted).items():
         kinds[number].add(held, sums)
+
+
+def differs(tensors: list[str], parameter: str) -> str:
+    """The fault of a parameter that is wrong in one of these tensors."""
+    return f"{_listed(tensors)}: the server's {parameter} differs from what was exported"
 
 
 def _listed(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from megatron_dppo.errors import InvalidSampleError, RolloutError, StoppedWaitin
 from megatron_dppo.rollout.engine import ServerLoad
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.config import SGLangConfig
-from megatron_dppo.rollout.sglang.dispatch import Dispatch
+from megatron_dppo.rollout.sglang.dispatch import DirectDispatch, Dispatch, RoutedDispatch
 from megatron_dppo.rollout.sglang.progress import ProgressWatch
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
+from megatron_dppo.rollout.sglang.router import Router
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.wire_format import (
     build_request,
@@ -28,6 +30,7 @@ with from_extra("sglang"):
     from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 _LOOK_FOR_STOP_S = 1.0
+_log = logging.getLogger(__name__)
 _RETRY_WAIT_S = wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.2)
 
 
@@ -40,10 +43,12 @@ class RolloutClient:
         config: SGLangConfig,
         routing: RoutingShape | None = None,
         stop: Callable[[], str | None] = lambda: None,
+        router: Router | None = None,
     ) -> None:
         """``routing``: the shape of the policy's expert choices, if they can be asked for.
 
-        ``stop``: asked every second, in the event loop: why to give up what is asked for, or None.
+        ``stop``: asked every second, in the event loop: why to give up what is asked for, or None. ``router``: that stands
+        before the servers; whoever owns them tells it which.
 
         Raises ConfigError if the system does not allow so many connections at once as ``config`` does.
         """
@@ -52,7 +57,8 @@ class RolloutClient:
         self._config = config
         self._routing = routing
         self._stop = stop
-        self._dispatch = Dispatch()
+        self._router = router
+        self._dispatch: Dispatch = RoutedDispatch(router.url) if router is not None else DirectDispatch()
         self._health_checks: dict[str, asyncio.Future[None]] = {}
         self._last_failure = "no server was ever started"
         self._last_loads: Mapping[str, ServerLoad] = {}
@@ -86,6 +92,7 @@ class RolloutClient:
             self._dispatch.urls,
             timeout_s=self._config.request_timeout_s,
             control_timeout_s=self._config.control_timeout_s,
+            router=self._router.url if self._router is not None else None,
         )
         try:
             async with watch:
@@ -182,14 +189,16 @@ class RolloutClient:
         """One try, for as long as the server that is chosen makes progress."""
         if not self._dispatch.urls:
             raise RolloutError(f"no SGLang server is left; the last one failed with: {self._last_failure}")
-        with self._dispatch.server_for(prompt_index) as url:
+        with self._dispatch.address_for(prompt_index) as url:
             try:
                 response: dict[str, Any] = await watch.answer(
                     url, self._transport.request(url, "/generate", body, self._config.generate_timeout_s)
                 )
             except TransientServerError as error:
                 self._last_failure = str(error)
-                await self._drop_if_dead(url)
+                # Which server it was, a router does not say.
+                suspects = [url] if self._router is None else self._dispatch.urls
+                await asyncio.gather(*(self._drop_if_dead(suspect, watch) for suspect in suspects))
                 raise
         if was_aborted(response):
             self._last_failure = f"{url} aborted the request: {response['meta_info']['finish_reason']}"
@@ -197,7 +206,7 @@ class RolloutClient:
         watch.completed(url, generated_tokens(response))
         return response
 
-    async def _drop_if_dead(self, url: str) -> None:
+    async def _drop_if_dead(self, url: str, watch: ProgressWatch) -> None:
         """Wait for one health check of the server, shared by all requests that failed on it together."""
         if url not in self._dispatch.urls:
             return
@@ -205,6 +214,8 @@ class RolloutClient:
         if check is None or check.done():
             check = self._health_checks[url] = asyncio.ensure_future(self._check_health(url))
         await asyncio.shield(check)
+        if self._router is not None and url not in self._dispatch.urls:
+            watch.leave_out(url)
 
     async def _check_health(self, url: str) -> None:
         """Stop using a server that cannot answer at all; the next weight update decides whether it comes back."""
@@ -212,3 +223,11 @@ class RolloutClient:
             await self._transport.request(url, "/health", None, self._config.control_timeout_s)
         except RolloutError:
             self._dispatch.drop(url)
+            if self._router is not None:
+                await self._take_out_of(self._router, url)
+
+    async def _take_out_of(self, router: Router, url: str) -> None:
+        try:
+            await router.take_out(url)
+        except RolloutError as error:  # if it does not answer at all, no request will be either
+            _log.warning("%s does not answer, and may still be sent requests: %s", url, error)

@@ -9,6 +9,11 @@ from megatron_dppo.rollout.sglang.keys import ServerKeys
 
 VERIFY_CHOICES = ("checksum", "none")
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
+START_ROUTER = "start"
+ROUTER_DROPS_EXPERTS = (
+    "SGLangConfig.router: sglang-router does not pass the request for expert choices on, which routing replay needs: leave"
+    " router out (requests are then sent to the servers themselves), or set algorithm.routing_replay=false"
+)
 
 
 @dataclass
@@ -26,6 +31,9 @@ class SGLangConfig:
             ``launch_hosts``, started again if it ends, and ended with the run. ``{serve}`` becomes ``python -m
             megatron_dppo.serve ...``; its servers register in ``registry``, by default a folder of the run's.
         launch_hosts: for ``{host}``. Empty: the command is run once, without one.
+        router: address of a running sglang-router that requests for responses are sent through, or ``start``: one is started,
+            with the interpreter ``python``, and ends with the run. None: the trainer chooses servers itself (docs/servers.md
+            compares the two). It serves this run alone, and drops expert choices: not with routing replay.
         num_servers: servers in all, each with a full copy of the policy: that are started, or have to be there at the start.
         min_servers: fewer that answer when weights are updated stop the run, with a checkpoint. At the start, and if they
             are ``colocated``, all have to be there.
@@ -44,6 +52,9 @@ class SGLangConfig:
             server that does not report its load (``/v1/loads``) finished requests alone are progress.
         generate_timeout_s: seconds until a whole ``generate`` call must be complete.
         sync_timeout_s: seconds until one weight update, verification included, must be complete.
+        hang_timeout_s: seconds that a server started here, by the trainer or by ``megatron_dppo.serve``, may go without
+            being healthy before it is ended and started again. One that is paused for a weight update is not, so this has
+            to be above ``sync_timeout_s``.
         control_timeout_s: seconds until any other call (health, pause, ...) must be answered.
         max_attempts: how often a request is tried (on whatever servers are alive) before giving up.
         max_concurrent_requests: requests that one model replica keeps in flight over all servers.
@@ -66,6 +77,7 @@ class SGLangConfig:
     registry: str | None = None
     launch: str | None = None
     launch_hosts: list[str] = field(default_factory=list)
+    router: str | None = None
     num_servers: int = 1
     min_servers: int = 1
     tensor_model_parallel_size: int = 1
@@ -78,6 +90,7 @@ class SGLangConfig:
     request_timeout_s: float = 300.0
     generate_timeout_s: float = 7200.0
     sync_timeout_s: float = 600.0
+    hang_timeout_s: float = 1200.0
     control_timeout_s: float = 60.0
     max_attempts: int = 5
     max_concurrent_requests: int = 256
@@ -121,7 +134,16 @@ class SGLangConfig:
                 f"{self.generate_timeout_s:g}: the requests on a server that hangs would never be taken elsewhere. Lower "
                 "request_timeout_s or raise generate_timeout_s"
             )
+        if self.hang_timeout_s <= self.sync_timeout_s:
+            raise ConfigError(
+                f"SGLangConfig.hang_timeout_s = {self.hang_timeout_s:g} must be above sync_timeout_s = "
+                f"{self.sync_timeout_s:g}: servers amid a weight update would be taken for hung. Raise hang_timeout_s"
+            )
         self._check_source()
+        if self.router is not None and self.router != START_ROUTER and not _is_address(self.router):
+            raise ConfigError(
+                f"SGLangConfig.router must be the address of a router, http://..., or {START_ROUTER!r}, not {self.router!r}"
+            )
         servers = len(self.urls) or self.num_servers
         if self.min_servers > servers:
             raise ConfigError(
@@ -150,7 +172,7 @@ class SGLangConfig:
             if self.launch_hosts.count(host) > 1:
                 raise ConfigError(f"SGLangConfig.launch_hosts: {host!r} is listed twice")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
+            if not _is_address(url):
                 raise ConfigError(f"SGLangConfig.urls: {url!r} does not start with http:// or https://")
             if self.urls.count(url) > 1:
                 raise ConfigError(f"SGLangConfig.urls: {url!r} is listed twice: each server takes part in a sync once")
@@ -178,3 +200,7 @@ class SGLangConfig:
                 f"SGLangConfig.base_gpu_id = {self.base_gpu_id} with colocated=true: the servers are on the trainer's GPUs."
                 " Remove base_gpu_id"
             )
+
+
+def _is_address(url: str) -> bool:
+    return url.startswith(("http://", "https://"))

@@ -2,13 +2,14 @@
 
 The samples of a prompt go to one server: it computes the prompt once and finds it in its cache for the others. Where there
 are fewer prompts than servers, each prompt has several. Prompts go to whichever server has the least to do, and so does a
-sample whose prompt's servers have far more to do than another.
+sample whose prompt's servers have far more to do than another. Where a router stands before the servers, it chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 
 def samples_together(servers: int, prompts: int, samples_per_prompt: int) -> int:
@@ -16,8 +17,33 @@ def samples_together(servers: int, prompts: int, samples_per_prompt: int) -> int
     return -(-samples_per_prompt // max(1, servers // max(1, prompts)))
 
 
-class Dispatch:
-    """The requests that one replica has in flight, by server."""
+class Dispatch(Protocol):
+    """Where one replica sends its requests."""
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers that are asked."""
+        ...
+
+    def set_servers(self, urls: Iterable[str]) -> None:
+        """From now on these, none of which has anything to do."""
+        ...
+
+    def begin(self, prompts: int, samples_per_prompt: int) -> None:
+        """For a new batch of so many prompts."""
+        ...
+
+    def drop(self, url: str) -> None:
+        """Ask this server no more."""
+        ...
+
+    def address_for(self, prompt: Hashable) -> AbstractContextManager[str]:
+        """Where a sample of this prompt is asked for, within. There must be a server left."""
+        ...
+
+
+class DirectDispatch:
+    """To servers, chosen here. Knows what this replica has in flight on each."""
 
     def __init__(self) -> None:
         self._in_flight: dict[str, int] = {}
@@ -26,26 +52,26 @@ class Dispatch:
 
     @property
     def urls(self) -> list[str]:
-        """The servers that are asked."""
+        """See ``Dispatch.urls``."""
         return list(self._in_flight)
 
     def set_servers(self, urls: Iterable[str]) -> None:
-        """From now on these, none of which has anything to do."""
+        """See ``Dispatch.set_servers``."""
         self._in_flight = dict.fromkeys(urls, 0)
         self._homes = {}
 
     def begin(self, prompts: int, samples_per_prompt: int) -> None:
-        """For a new batch of so many prompts."""
+        """See ``Dispatch.begin``."""
         self._homes = {}
         self._together = samples_together(len(self._in_flight), prompts, samples_per_prompt)
 
     def drop(self, url: str) -> None:
-        """Ask this server no more."""
+        """See ``Dispatch.drop``."""
         self._in_flight.pop(url, None)
 
     @contextmanager
-    def server_for(self, prompt: Hashable) -> Iterator[str]:
-        """The server for a sample of this prompt, which has it to do within. There must be a server left."""
+    def address_for(self, prompt: Hashable) -> Iterator[str]:
+        """The server for a sample of this prompt, which has it to do within."""
         url = self._choose(prompt)
         self._in_flight[url] += 1
         try:
@@ -63,3 +89,33 @@ class Dispatch:
                 return home
         homes.append(idlest)
         return idlest
+
+
+class RoutedDispatch:
+    """To a router, which chooses."""
+
+    def __init__(self, router: str) -> None:
+        """``router``: its address."""
+        self._router = router
+        self._servers: list[str] = []
+
+    @property
+    def urls(self) -> list[str]:
+        """Those that the router may choose."""
+        return list(self._servers)
+
+    def set_servers(self, urls: Iterable[str]) -> None:
+        """See ``Dispatch.set_servers``."""
+        self._servers = list(urls)
+
+    def begin(self, prompts: int, samples_per_prompt: int) -> None:
+        """Nothing is to be planned."""
+
+    def drop(self, url: str) -> None:
+        """See ``Dispatch.drop``. Whoever drops it tells the router."""
+        self._servers = [server for server in self._servers if server != url]
+
+    @contextmanager
+    def address_for(self, prompt: Hashable) -> Iterator[str]:
+        """The router's."""
+        yield self._router

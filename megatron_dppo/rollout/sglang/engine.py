@@ -15,21 +15,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_dppo.distributed.collectives import on_one_rank
-from megatron_dppo.errors import RolloutError, WeightSyncError
+from megatron_dppo.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
 from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.client import RolloutClient
-from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.config import ROUTER_DROPS_EXPERTS, START_ROUTER, SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
 from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
+from megatron_dppo.rollout.sglang.router import Router
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.server_memory import ServerMemory
 from megatron_dppo.rollout.sglang.server_settings import examine_settings
 from megatron_dppo.rollout.sglang.servers.choose import choose_source
 from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
+from megatron_dppo.rollout.sglang.servers.router_process import RouterProcess
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.transport import Transport
 from megatron_dppo.rollout.sglang.weight_sync import WeightSync
@@ -80,6 +82,8 @@ class SGLangEngine:
                 ones that differ are refused.
         """
         config.check()
+        if config.router is not None and return_routed_experts:
+            raise ConfigError(ROUTER_DROPS_EXPERTS)
         self._hf_config = load_hf_config(model_folder)
         self._routing = RoutingShape.of(self._hf_config) if return_routed_experts else None
         self._served = ServedPolicy.of_trainer(
@@ -98,7 +102,7 @@ class SGLangEngine:
         self._is_owner = not dist.is_initialized() or dist.get_rank() == 0
         self._is_leader = replica_group is None or dist.get_rank(replica_group) == 0
         self._transport = Transport(config.keys)
-        self._client = RolloutClient(self._transport, config, self._routing, stop_generating)
+        self._router_process: RouterProcess | None = None  # on the owner, if this engine starts one
         self._pool: ServerPool | None = None  # on the owner
         self._memory: ServerMemory | None = None  # likewise, if the servers are colocated
         self._sync: WeightSync | None = None
@@ -107,6 +111,8 @@ class SGLangEngine:
         self._stop = stop
         try:
             self._on_owner(self._prepare_servers)
+            self._router = self._find_router()
+            self._client = RolloutClient(self._transport, config, self._routing, stop_generating, self._router)
         except BaseException:
             self.close()
             raise
@@ -159,6 +165,7 @@ class SGLangEngine:
                     self._unusable_because = f"the weight update to version {version} failed: {error}"
                     raise
             self._join_servers(anew=True)
+        self._on_owner(self._send_requests_on)
         self._client.set_servers(self._sync.urls)
         self._weight_version = version
         self._unusable_because = None
@@ -187,6 +194,8 @@ class SGLangEngine:
         if self._sync is not None:
             self._sync.close()
             self._sync = None
+        if self._router_process is not None:
+            self._router_process.close()
         if self._pool is not None:
             self._pool.close()
         self._transport.close()
@@ -207,6 +216,25 @@ class SGLangEngine:
         if self._config.colocated:
             self._memory = ServerMemory(source, self._transport, self._config.control_timeout_s)
             self._make_room()
+
+    def _find_router(self) -> Router | None:
+        """The one that every rank sends its requests to."""
+        if self._config.router is None:
+            return None
+        url = self._on_owner(self._start_router) if self._config.router == START_ROUTER else self._config.router
+        return Router(url, self._transport, self._config)
+
+    def _start_router(self) -> str:
+        self._router_process = RouterProcess(self._config, self._transport, self._log_folder)
+        return self._router_process.url
+
+    def _send_requests_on(self) -> None:
+        """To the servers that were updated, if a router does that."""
+        assert self._sync is not None
+        if self._router_process is not None:
+            self._router_process.start_again()
+        if self._router is not None:
+            self._transport.submit(self._router.serve_by(self._sync.urls)).result()
 
     def _make_room(self) -> None:
         assert self._memory is not None

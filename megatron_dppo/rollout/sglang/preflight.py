@@ -17,14 +17,17 @@ from typing import Any
 import torch
 
 from megatron_dppo.errors import RefusedRequestError, RolloutError
+from megatron_dppo.rollout.sample import Prompt, SamplingParams
 from megatron_dppo.rollout.sglang.answers import reading
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.probe_byte import ProbeByte
+from megatron_dppo.rollout.sglang.router import Router
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.server_settings import TESTED_VERSION, Finding, examine_settings, examine_software
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.servers.software import Software, software_here
 from megatron_dppo.rollout.sglang.transport import Transport
+from megatron_dppo.rollout.sglang.wire_format import build_request
 
 _TOP = 8
 _PROBE_TEMPERATURE = 0.5
@@ -85,6 +88,27 @@ class Preflight:
         if len(servers) == len(urls) and not any(report.is_fatal for report in reports):
             reports.append(self._send_a_byte(servers))
         return reports
+
+    def examine_router(self, router: Router, urls: Sequence[str]) -> Report:
+        """Whether it takes these servers and passes on what is asked of them. It has them, and no others, afterwards."""
+        report = Report(router.url)
+        try:
+            self._transport.submit(router.serve_by(urls)).result()
+            report.facts.append(f"passes requests on to {len(urls)} servers")
+            sampling = SamplingParams(max_new_tokens=1, topk_log_probs=_TOP)
+            answer = self._call(
+                router.url, "/generate", build_request(Prompt("preflight", (1, 2, 3)), sampling, seed=0)
+            )
+            with reading(f"{router.url}/generate"):
+                (tokens,), _ = answer["meta_info"]["output_top_logprobs"], answer["meta_info"]["weight_versions"]
+            if len(tokens) != _TOP:
+                raise RolloutError(f"a token through it came with {len(tokens)} log-probs instead of {_TOP}")
+            report.facts.append("a token came through it")
+        except RolloutError as error:
+            keys = "start it with --api-key, the key that rollout.sglang.api_key_variable names"
+            remedy = keys if "(401)" in str(error) else "see its log, or leave rollout.sglang.router out"
+            report.findings.append(Finding(str(error), remedy))
+        return report
 
     def _examine_one(self, url: str, report: Report) -> ServerFacts | None:
         facts = None

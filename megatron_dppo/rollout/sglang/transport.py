@@ -42,8 +42,10 @@ class Transport:
         """Send one request and wait for the answer (see ``request``)."""
         return self.submit(self.request(url, path, body, timeout_s)).result()
 
-    async def request(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        """POST ``body`` as JSON, or GET if it is None, and return the decoded answer.
+    async def request(
+        self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float, method: str | None = None
+    ) -> Any:
+        """POST ``body`` as JSON, or GET if it is None, unless ``method`` is another; return the decoded answer.
 
         Raises RefusedRequestError on a 4xx answer and TransientServerError on everything else that goes wrong.
         """
@@ -55,7 +57,7 @@ class Transport:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(
-                "GET" if body is None else "POST",
+                method or ("GET" if body is None else "POST"),
                 url + path,
                 json=body,
                 timeout=timeout,
@@ -68,7 +70,7 @@ class Transport:
             raise TransientServerError(f"{url}{path} cannot be reached: {error!r}") from error
         if 400 <= status < 500:
             raise RefusedRequestError(f"{url}{path} refused the request ({status}): {text[:1000]}")
-        if status != 200:
+        if not 200 <= status < 300:
             raise TransientServerError(f"{url}{path} failed ({status}): {text[:1000]}")
         return await self.in_thread(lambda: _decoded(text)) if len(text) > _LONG_ANSWER else _decoded(text)
 

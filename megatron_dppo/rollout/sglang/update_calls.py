@@ -69,9 +69,13 @@ class UpdateCalls:
         """Close the update."""
         await self._post_all("/end_weight_update", {})
 
-    async def checksums(self, url: str) -> list[tuple[int, dict[str, str]]]:
-        """(rank, its checksum of each of its parameters) of each of a server's ranks."""
-        answer = await self.post(url, "/weights_checker", {"action": "checksum"})
+    async def checksums(self, url: str, *asked: str) -> list[tuple[int, dict[str, str]]]:
+        """(rank, its checksum of each of its parameters) of each of a server's ranks.
+
+        ``asked``: a ``request_for`` (part_hashes.py) to have those of parts instead, if the server knows how.
+        """
+        body = {"action": "checksum", **({"skip_tensor_list": asked} if asked else {})}
+        answer = await self.post(url, "/weights_checker", body)
         with reading(f"{url}/weights_checker"):
             return [(int(rank["parallelism_info"][0]["tp_rank"]), dict(rank["checksums"])) for rank in answer["ranks"]]
 

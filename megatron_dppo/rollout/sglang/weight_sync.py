@@ -13,14 +13,13 @@ parameters are compared with those of what was sent before generation continues.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_dppo.distributed.collectives import first_error, gather_objects, on_one_rank
+from megatron_dppo.distributed.collectives import attempted, gather_objects, on_one_rank
 from megatron_dppo.distributed.point_to_point import Parcel, deliver
 from megatron_dppo.errors import RolloutError, WeightSyncError
 from megatron_dppo.models.hf.export import Bucket, NamedShape
@@ -28,7 +27,9 @@ from megatron_dppo.rollout.engine import WeightSource
 from megatron_dppo.rollout.sglang.broadcast_route import BroadcastRoute
 from megatron_dppo.rollout.sglang.checksums import ExpectedChecksums
 from megatron_dppo.rollout.sglang.config import SGLangConfig
+from megatron_dppo.rollout.sglang.mismatch import Mismatch, explained
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape, ServerLayout
+from megatron_dppo.rollout.sglang.part_hashes import parts_of, request_for
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.server_memory import WEIGHTS, ServerMemory
 from megatron_dppo.rollout.sglang.tensor_route import TensorRoute
@@ -38,8 +39,6 @@ from megatron_dppo.rollout.sglang.update_group import address_seen_from
 from megatron_dppo.rollout.sglang.update_meeting import Meeting, MeetingPlace
 from megatron_dppo.rollout.sglang.update_watch import ServersFailed, UpdateWatch
 from megatron_dppo.rollout.sglang.weight_route import WeightRoute
-
-T = TypeVar("T")
 
 
 class WeightSync:
@@ -102,7 +101,7 @@ class WeightSync:
         """
         self._watch.start(self._config.sync_timeout_s)
         try:
-            buckets = self._attempted(
+            buckets = attempted(
                 lambda: list(
                     weights.buckets(
                         dtype=self._dtype,
@@ -111,29 +110,19 @@ class WeightSync:
                     )
                 )
             )
-            expected = self._attempted(lambda: self._expected(buckets))
+            expected = attempted(lambda: self._expected(buckets))
             self._meet(buckets)
-            self._attempted(lambda: self._send(weights, buckets, list(expected.values())))
+            attempted(lambda: self._send(weights, buckets, list(expected.values())))
             if self._shape is not None:
                 for layout in dict.fromkeys(server.layout for server in self._servers):
                     _add_up(expected.get(layout), sorted({bucket.sender for bucket in buckets}))
-            on_one_rank(lambda: self._conclude(expected, version))
+            mismatch = on_one_rank(lambda: self._conclude(expected, version))
+            if mismatch is not None:
+                raise explained(mismatch, expected.get(mismatch.layout), weights, buckets, self._dtype, self._watch)
         except WeightSyncError:
             raise
         except Exception as error:
             raise WeightSyncError(f"weight update to version {version} failed: {error}") from error
-
-    def _attempted(self, action: Callable[[], T]) -> T:
-        """Its result; where it fails on one rank, the error on all of them."""
-        error: Exception | None = None
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-        failure = first_error(error)
-        if failure is not None:
-            raise failure from error
-        return result
 
     def _expected(self, buckets: Sequence[Bucket]) -> dict[ServerLayout, ExpectedChecksums]:
         """What each kind of server has to hold afterwards; nothing if that is not asked, or not for this rank to say."""
@@ -214,24 +203,33 @@ class WeightSync:
     async def _take_back(self, memory: ServerMemory, *tags: frozenset[str]) -> None:
         await asyncio.gather(*(memory.take_back(url, self._watch.time_left, *tags) for url in self.urls))
 
-    def _conclude(self, expected: dict[ServerLayout, ExpectedChecksums], version: int) -> None:
-        self._transport.submit(self._prove_and_go_on(expected, version)).result()
+    def _conclude(self, expected: dict[ServerLayout, ExpectedChecksums], version: int) -> Mismatch | None:
+        return self._transport.submit(self._prove_and_go_on(expected, version)).result()
 
-    async def _prove_and_go_on(self, expected: dict[ServerLayout, ExpectedChecksums], version: int) -> None:
+    async def _prove_and_go_on(self, expected: dict[ServerLayout, ExpectedChecksums], version: int) -> Mismatch | None:
+        """What the first server that holds something wrongly holds; None, and they generate, if there is none."""
         if expected:
-            await asyncio.gather(*(self._verify(server, expected[server.layout]) for server in self._servers))
+            found = await asyncio.gather(*(self._verify(server, expected[server.layout]) for server in self._servers))
+            for mismatch in found:
+                if mismatch is not None:
+                    return mismatch
         await self._calls.label(version)
         if self._memory is not None:
             await self._take_back(self._memory)
         await self._calls.go_on()
+        return None
 
-    async def _verify(self, server: ServerFacts, expected: ExpectedChecksums) -> None:
-        faults = expected.compare(await self._calls.checksums(server.url))
-        if faults:
-            listed = "\n  ".join(faults[:10])
-            raise WeightSyncError(
-                f"{server.url} does not serve the weights that it was sent; wrong parameters: {len(faults)}\n  {listed}"
-            )
+    async def _verify(self, server: ServerFacts, expected: ExpectedChecksums) -> Mismatch | None:
+        reported = await self._calls.checksums(server.url)
+        faults = expected.faults(reported)
+        if not faults:
+            return None
+        parts = parts_of(expected, expected.differing(reported))
+        try:
+            of_parts = await self._calls.checksums(server.url, request_for(parts)) if parts else []
+        except RolloutError:  # what is wrong is known without
+            of_parts = []
+        return Mismatch(server.url, faults, server.layout, parts, of_parts)
 
     def close(self) -> None:
         """Leave the way to the servers, here and on those that still answer. Safe to call twice."""

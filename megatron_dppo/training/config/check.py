@@ -19,6 +19,7 @@ from megatron_dppo.models.kernels import MODEL_BACKENDS
 from megatron_dppo.ops.backend import BACKENDS, backend_report
 from megatron_dppo.ops.tile_tree import DETERMINISTIC
 from megatron_dppo.rollout.embedded.config import NOT_ROUNDED
+from megatron_dppo.rollout.sglang.config import ROUTER_DROPS_EXPERTS
 from megatron_dppo.training.config.how_it_is_computed import check_how_it_is_computed
 from megatron_dppo.training.config.schema import MODEL_DTYPES, AdamConfig, Config
 from megatron_dppo.training.config.shared_devices import check_shared_devices
@@ -222,6 +223,8 @@ def _check_algorithm(config: Config, hf_config: PretrainedConfig) -> None:
             "logging.improvement_bound compares the rewards expected of the engine's policy and of the trained one: set it to"
             " false, or algorithm.anchor=rollout and algorithm.advantage to mean_baseline or rloo, which do not rescale them"
         )
+    if algorithm.routing_replay and config.rollout.engine == "sglang" and config.rollout.sglang.router is not None:
+        raise ConfigError(ROUTER_DROPS_EXPERTS)
     if algorithm.routing_replay and not is_moe(hf_config):
         raise ConfigError(
             f"algorithm.routing_replay=true, but a {hf_config.model_type} model routes no tokens: set it to false"

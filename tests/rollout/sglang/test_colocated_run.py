@@ -18,7 +18,7 @@ from megatron_dppo.rollout.whole_weights import WholeWeights
 from tests.models.tiny_policies import write_tiny_hf_model
 from tests.rollout.engine_contract import LOG_PROB_TOLERANCE, EngineUnderTest, assert_log_probs_match, make_prompts
 from tests.rollout.sglang.conftest import server_config, tiny_weights
-from tests.training.tiny_runs import read_metrics, start_training, train, wait_for_step, write_tiny_policy
+from tests.training.tiny_runs import kill, read_metrics, start_training, train, wait_for_step, write_tiny_policy
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -57,8 +57,11 @@ def _assert_nothing_is_left(folder: Path) -> None:
 
 
 def _assert_no_shared_memory_is_left(ranks: list[int]) -> None:
-    files = [file.name for pid in ranks for file in Path("/dev/shm").glob(f"torch_{pid}_*")]
-    assert files == []
+    def files() -> list[str]:
+        return [file.name for pid in ranks for file in Path("/dev/shm").glob(f"torch_{pid}_*")]
+
+    # What a server that was killed had open goes with torch_shm_manager, which outlives the ranks by two seconds.
+    wait_until(lambda: not files(), within_s=20, what=f"{files()} go")
 
 
 def test_a_run_goes_through_its_steps_in_order(tmp_path):
@@ -172,17 +175,26 @@ def test_a_server_that_dies_amid_an_update_is_started_again_and_one_that_cannot_
     started = start_training(
         policy, tmp_path, "run", *COLOCATED, "rollout.sglang.bucket_bytes=20000", "train.steps=1000"
     )
-    wait_for_step(run, 2)
-    for moment in ("update_weights_from_tensor", RELEASE):
-        wait_until(
-            lambda moment=moment: _asked_last(log, 0) == moment, within_s=100, what=f"{moment} in {log}", every_s=0.005
-        )
-        (guard,) = (p for p in psutil.Process(started.processes[0].pid).children() if "guard.py" in str(p.cmdline()))
-        if moment == RELEASE:
-            (run / "logs" / "served_model" / "config.json").unlink()
-        os.killpg(guard.pid, signal.SIGKILL)
-        if moment != RELEASE:
-            wait_for_step(run, max(record["step"] for record in read_metrics(run)) + 3)
+    try:
+        wait_for_step(run, 2, within_s=400.0)
+        for moment in ("update_weights_from_tensor", RELEASE):
+            wait_until(
+                lambda moment=moment: _asked_last(log, 0) == moment,
+                within_s=200,
+                what=f"{moment} in {log}",
+                every_s=0.005,
+            )
+            (guard,) = (
+                p for p in psutil.Process(started.processes[0].pid).children() if "guard.py" in str(p.cmdline())
+            )
+            if moment == RELEASE:
+                (run / "logs" / "served_model" / "config.json").unlink()
+            os.killpg(guard.pid, signal.SIGKILL)
+            if moment != RELEASE:
+                wait_for_step(run, max(record["step"] for record in read_metrics(run)) + 3, within_s=400.0)
+    except BaseException:
+        kill(started)
+        raise
     codes, output = started.ends()
     assert codes == [3, 3], output[-4000:]
     assert "was lost amid a weight update" in output

@@ -8,20 +8,20 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dppo.rollout.sglang.dispatch import Dispatch
+from megatron_dppo.rollout.sglang.dispatch import DirectDispatch
 
 
-def dispatch(urls: str, samples_per_prompt: int, prompts: int = 100) -> Dispatch:
-    made = Dispatch()
+def dispatch(urls: str, samples_per_prompt: int, prompts: int = 100) -> DirectDispatch:
+    made = DirectDispatch()
     made.set_servers(urls)
     made.begin(prompts, samples_per_prompt)
     return made
 
 
-def all_at_once(to: Dispatch, prompts: int, samples: int) -> list[list[str]]:
+def all_at_once(to: DirectDispatch, prompts: int, samples: int) -> list[list[str]]:
     """By prompt, the servers that its samples are on while all of them are in flight."""
     with ExitStack() as stack:
-        return [[stack.enter_context(to.server_for(prompt)) for _ in range(samples)] for prompt in range(prompts)]
+        return [[stack.enter_context(to.address_for(prompt)) for _ in range(samples)] for prompt in range(prompts)]
 
 
 def test_the_samples_of_a_prompt_share_a_server_and_prompts_are_spread() -> None:
@@ -32,7 +32,7 @@ def test_the_samples_of_a_prompt_share_a_server_and_prompts_are_spread() -> None
 
 def test_where_servers_outnumber_prompts_each_prompt_has_several_and_no_server_is_idle() -> None:
     urls = [f"server {number}" for number in range(48)]
-    made = Dispatch()
+    made = DirectDispatch()
     made.set_servers(urls)
     made.begin(8, 16)
     servers = all_at_once(made, prompts=8, samples=16)
@@ -52,21 +52,21 @@ def test_no_server_gets_a_prompts_worth_more_than_another(urls: str, prompts: in
 def test_samples_leave_a_server_that_has_too_much_to_do() -> None:
     to = dispatch("ab", 2)
     with ExitStack() as slow:
-        first, second = (slow.enter_context(to.server_for("long")) for _ in range(2))
+        first, second = (slow.enter_context(to.address_for("long")) for _ in range(2))
         assert first == second == "a"
-        with to.server_for("long") as third:
+        with to.address_for("long") as third:
             assert third == "b"
-    with to.server_for("long") as again:
+    with to.address_for("long") as again:
         assert again == "a", "where its prompt is in the cache"
 
 
 def test_prompts_of_a_server_that_is_gone_find_another() -> None:
     to = dispatch("ab", 4)
-    with to.server_for("p") as url:
+    with to.address_for("p") as url:
         assert url == "a"
         to.drop("a")
-        with to.server_for("p") as other:
+        with to.address_for("p") as other:
             assert other == "b"
     assert to.urls == ["b"]
-    with to.server_for("p") as url:
+    with to.address_for("p") as url:
         assert url == "b"

@@ -20,10 +20,11 @@ from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingP
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.progress import ProgressWatch
+from megatron_dppo.rollout.sglang.router import Router
 from megatron_dppo.rollout.sglang.transport import Transport
-from tests.rollout.sglang.virtual_time import FakeServer, VirtualTimeTransport, response_of, steady
+from tests.rollout.sglang.virtual_time import FakeRouter, FakeServer, VirtualTimeTransport, idle, response_of, steady
 
-A, B = "http://a:1", "http://b:1"
+A, B, ROUTER = "http://a:1", "http://b:1", "http://router:1"
 SAMPLING = SamplingParams(max_new_tokens=3)
 REQUEST = {"sampling_params": {"max_new_tokens": 3}}
 
@@ -223,3 +224,56 @@ def test_over_http_a_server_that_accepts_and_never_answers_loses_its_requests():
         answering.shutdown()
         answering.server_close()
         transport.close()
+
+
+def _routed(servers: Mapping[str, FakeServer], count: int, **options: Any) -> tuple[list[Any], FakeRouter, ServerLoad]:
+    """(samples, the router afterwards, the load behind it)."""
+    router = FakeRouter(servers)
+    config = SGLangConfig(router=ROUTER, request_timeout_s=300.0, generate_timeout_s=7200.0, **options)
+    transport = VirtualTimeTransport({**servers, ROUTER: router})
+    client = RolloutClient(transport, config, router=Router(ROUTER, transport, config))
+    client.set_servers(list(servers))
+    samples = client.generate(_prompts(count), SAMPLING, weight_version=1)
+    (load,) = client.last_loads.values()
+    transport.close()
+    return samples, router, load
+
+
+def test_behind_a_router_a_server_without_requests_is_no_failure():
+    busy, spared = FakeServer(response_s=(3000.0,)), FakeServer(response_s=(1.0,), loads=idle)
+    samples, router, load = _routed({A: busy, B: spared}, 2)
+    assert [type(sample) for sample in samples] == [Sample] * 2
+    assert (len(busy.asked), len(spared.asked)) == (1, 1)
+    assert sorted(router.workers) == [A, B]
+    assert load == ServerLoad(0, 6 / 3000)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_server_that_hangs_behind_a_router_is_taken_out_and_all_requests_are_asked_for_again(silent):
+    """Nobody knows which requests it has. ``silent``: also its load cannot be asked for."""
+    hung, well = FakeServer(hangs_from=0.5, silent=silent), FakeServer(response_s=(3000.0, 3000.0, 1000.0))
+    samples, router, _ = _routed({A: hung, B: well}, 4, control_timeout_s=60.0)
+    assert [type(sample) for sample in samples] == [Sample] * 4
+    assert router.workers == [B]
+    assert len(hung.asked) == 2
+    # 300 s without progress, 60 s for the health check, a second until the next try: the two that it had, and the two that
+    # it might have had. After that nobody waits for it any more, however long the others take.
+    assert well.asked[:2] == [0.0, 0.0]
+    assert [360 <= time < 365 for time in well.asked[2:]] == [True] * 4
+
+
+def test_a_router_that_is_gone_fails_samples_and_drops_no_server():
+    servers = {A: FakeServer(), B: FakeServer()}
+
+    class Gone(FakeRouter):
+        async def answer(self, path: str, body: dict[str, Any] | None) -> Any:
+            raise TransientServerError("cannot be reached")
+
+    transport = VirtualTimeTransport({**servers, ROUTER: Gone(servers)})
+    config = SGLangConfig(router=ROUTER, max_attempts=2)
+    client = RolloutClient(transport, config, router=Router(ROUTER, transport, config))
+    client.set_servers([A, B])
+    (sample,) = client.generate(_prompts(1), SAMPLING, weight_version=1)
+    transport.close()
+    assert "failed 2 times; last: cannot be reached" in sample.reason
+    assert client._dispatch.urls == [A, B]

@@ -87,6 +87,26 @@ def test_servers_are_registered_while_they_run_and_started_again(serve):
     assert psutil.wait_procs(left, timeout=5)[1] == []
 
 
+def test_a_server_that_hangs_is_ended_and_started_again(serve):
+    """Its process is there, and says nothing."""
+    limits = ("rollout.sglang.hang_timeout_s=3", "rollout.sglang.sync_timeout_s=2")
+    command = serve("--servers", "2", "--host", "127.0.0.1", *limits)
+    before = command.wait_for(2)
+    hung, well = command.stand_ins()
+    hung.suspend()
+    psutil.wait_procs([hung], timeout=30)
+    assert not hung.is_running()
+    wait_until(
+        lambda: len(set(read_registry(command.registry)) - set(before)) == 1, within_s=30, what="another is there"
+    )
+    assert len(command.wait_for(2)) == 2
+    assert well.is_running()
+    command.process.send_signal(signal.SIGTERM)
+    output = command.process.communicate(timeout=20)[0]
+    assert command.process.returncode == 0
+    assert output.count("hangs, and is started again: not healthy for hang_timeout_s = 3 s") == 1
+
+
 def test_it_ends_with_its_standard_input(serve):
     command = serve("--until-eof")
     command.wait_for(1)

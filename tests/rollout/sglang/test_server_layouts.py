@@ -76,8 +76,10 @@ def test_new_weights_are_served_and_a_wrong_one_is_found(
             return flat
 
         monkeypatch.setattr(route, "flatten", flip_one_bit)
-        with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.experts\.w13_weight differs"):
+        with pytest.raises(WeightSyncError, match="differs") as raised:
             engine.update_weights(WholeWeights(tensors), 3)
+        _, fault = str(raised.value).splitlines()
+        assert fault == f"  {EXPERT}: the server's model.layers.1.mlp.experts.w13_weight differs from what was exported"
     finally:
         engine.close()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -215,3 +217,53 @@ def test_too_few_servers_are_an_error_that_names_those_that_do_not_answer(server
 def test_more_servers_than_there_are_cannot_be_asked_for():
     with pytest.raises(ConfigError, match="min_servers = 3, but there are 2 servers"):
         SGLangConfig(urls=["http://a:1", "http://b:1"], min_servers=3).check()
+
+
+class OwnServers(NamedServers):
+    """Servers of this process. What is ended comes back by itself, healthy."""
+
+    def __init__(self, servers: list[Server]) -> None:
+        super().__init__([server.url for server in servers])
+        self.servers = {server.url: server for server in servers}
+        self.ended: list[str] = []
+
+    def end(self, url: str) -> None:
+        self.ended.append(url)
+        self.servers[url].version = "default"
+
+
+def test_an_own_server_that_hangs_from_one_update_to_another_is_ended_and_started_again(
+    servers, transport, monkeypatch
+):
+    source = OwnServers(servers)
+    config = SGLangConfig(num_servers=3, control_timeout_s=10.0, sync_timeout_s=100.0, hang_timeout_s=1000.0)
+    pool = ServerPool(config, transport, source)
+    pool.prepare()
+    clock = time.monotonic()
+    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: clock, sleep=time.sleep))
+    hung = servers[1]
+    hung.version = ""
+    for passed, ended in ((0.0, []), (900.0, []), (200.0, [hung.url])):
+        clock += passed
+        assert hung.url not in pool.fit(0).urls
+        assert source.ended == ended
+    assert hung.url in pool.fit(0).urls
+    clock += 2000.0
+    pool.fit(0)
+    assert source.ended == [hung.url], "it answered since"
+
+
+def test_a_server_that_ends_just_before_it_is_asked_is_started_again_if_it_is_needed(servers, transport, monkeypatch):
+    """Its process was still there when those that had ended were started."""
+    monkeypatch.setattr(pool_module, "_ASK_AGAIN_S", 0.01)
+    source = Joining(servers[:1])
+    pool = ServerPool(SGLangConfig(num_servers=2, min_servers=2), transport, source)
+
+    def start() -> None:
+        source.starts += 1
+        if source.starts == 2:
+            source.servers, source.awaited = servers[:2], ("the other",)
+
+    source.start = start
+    assert len(pool.fit(0).urls) == 2
+    assert source.starts == 2

@@ -35,7 +35,12 @@ class _VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 def steady(now: float) -> list[dict[str, Any]]:
     """What /v1/loads reports of a server that generates a token a second."""
-    return [{"timestamp": now, "num_waiting_reqs": 0, "num_used_tokens": int(now)}]
+    return [{"timestamp": now, "num_running_reqs": 1, "num_waiting_reqs": 0, "num_used_tokens": int(now)}]
+
+
+def idle(now: float) -> list[dict[str, Any]]:
+    """What /v1/loads reports of a server that has nothing to do."""
+    return [{"timestamp": now, "num_running_reqs": 0, "num_waiting_reqs": 0, "num_used_tokens": 0}]
 
 
 @dataclass
@@ -87,10 +92,28 @@ def response_of(tokens: int) -> dict[str, Any]:
     }
 
 
+class FakeRouter:
+    """Passes what it is asked on to one of ``workers`` after the other."""
+
+    def __init__(self, servers: Mapping[str, FakeServer]) -> None:
+        self._servers = servers
+        self.workers = list(servers)
+        self._asked = 0
+
+    async def answer(self, path: str, body: dict[str, Any] | None) -> Any:
+        if path == "/workers":
+            return {"workers": [{"url": url, "id": url} for url in self.workers]}
+        if path.startswith("/workers/"):
+            self.workers.remove(path.removeprefix("/workers/"))
+            return ""
+        self._asked += 1
+        return await self._servers[self.workers[self._asked % len(self.workers)]].answer(path, body)
+
+
 class VirtualTimeTransport:
     """A ``Transport`` to fake servers."""
 
-    def __init__(self, servers: Mapping[str, FakeServer]) -> None:
+    def __init__(self, servers: Mapping[str, FakeServer | FakeRouter]) -> None:
         self.loop = _VirtualTimeLoop()
         self._servers = servers
 
@@ -99,7 +122,9 @@ class VirtualTimeTransport:
         future.set_result(self.loop.run_until_complete(coroutine))
         return future
 
-    async def request(self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+    async def request(
+        self, url: str, path: str, body: dict[str, Any] | None, timeout_s: float, method: str | None = None
+    ) -> Any:
         try:
             return await asyncio.wait_for(self._servers[url].answer(path, body), timeout_s)
         except asyncio.TimeoutError as error:

@@ -70,7 +70,7 @@ class ServerPool:
         self._config = config
         self._transport = transport
         self._source = source
-        self._silent: frozenset[str] = frozenset()  # when last asked
+        self._silent_since: dict[str, float] = {}  # those that did not answer when last asked, and when that began
 
     def prepare(self) -> None:
         """Start the servers, or wait for those that others start.
@@ -103,7 +103,14 @@ class ServerPool:
         self._source.start()
         deadline, said = self._deadline(), time.monotonic()
         fewest = self._config.fewest_servers
+        looked_again = False
         while len((look := self._look()).labels) < fewest:
+            if not look.found.awaited and not looked_again:  # one may have ended since those that had were started
+                looked_again = True
+                time.sleep(_ASK_AGAIN_S)
+                self._source.start()
+                if self._source.find().awaited:
+                    continue
             if not look.found.awaited or time.monotonic() > deadline:
                 raise RolloutError(
                     f"{self._count(look)} answer, fewer than min_servers = {fewest}; missing: {look.missing()}"
@@ -141,6 +148,12 @@ class ServerPool:
     def _look(self) -> _Look:
         found = self._source.find()
         labels, silent = self._labels(found.urls)
+        hung = [url for url in silent if time.monotonic() - self._silent_since[url] > self._config.hang_timeout_s]
+        if hung:
+            for url in hung:
+                self._source.end(url)
+            self._source.start()
+            found = self._source.find()
         return _Look(labels, silent, found)
 
     def _labels(self, urls: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -158,9 +171,10 @@ class ServerPool:
                     labels[url] = str(info["weight_version"])
             except RolloutError as error:
                 silent[url] = str(error)
-        self._silent = frozenset(silent)
+        now = time.monotonic()
+        self._silent_since = {url: self._silent_since.get(url, now) for url in silent}
         return labels, silent
 
     def _patience_with(self, url: str) -> float:
         limit = self._config.control_timeout_s
-        return min(limit, _TO_ANSWER_AGAIN_S) if url in self._silent else limit
+        return min(limit, _TO_ANSWER_AGAIN_S) if url in self._silent_since else limit

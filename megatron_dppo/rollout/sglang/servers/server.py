@@ -22,6 +22,7 @@ from megatron_dppo.rollout.sglang.servers.software import Software, software_of
 from megatron_dppo.rollout.sglang.transport import Transport
 
 _CPU_SHIM = Path(__file__).parents[1] / "cpu_shim"
+_PLUGIN = Path(__file__).parents[1] / "server_plugin"
 _HEALTH_TIMEOUT_S = 30.0  # /health generates one token and looks for it once a second
 _PORTS_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FIRST_PORT = 10000
@@ -210,11 +211,11 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
         if name not in _TRAINER_VARIABLES and not name.startswith(_TRAINER_PREFIXES)
     }
     # The server has its own interpreter: what the trainer finds through PYTHONPATH is not meant for it.
-    environment.pop("PYTHONPATH", None)
+    environment["PYTHONPATH"] = str(_PLUGIN)
     environment.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local folder
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
-        environment["PYTHONPATH"] = str(_CPU_SHIM)
+        environment["PYTHONPATH"] = os.pathsep.join([str(_CPU_SHIM), str(_PLUGIN)])
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         library = importlib.util.find_spec("megatron_dppo._tile_hash")  # without it the shim hashes in torch
         if library is not None and library.origin is not None:

@@ -1,4 +1,4 @@
-"""A serving host: its servers run, are registered as long as they do, and are started again when they end."""
+"""A serving host: its servers run, are registered as long as they do, and are started again when they end or hang."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang.servers.local import LocalServers
 from megatron_dppo.rollout.sglang.servers.registry import Registration, Registry
+from megatron_dppo.rollout.sglang.servers.watchdog import Watchdog
 
 _LOOK_EVERY_S = 0.5
 # A server that never becomes ready will not do so next time either; one that served for long and ends is another matter.
@@ -23,9 +24,13 @@ _log = logging.getLogger(__name__)
 class ServingHost:
     """Keeps servers running and registered until it is told to stop."""
 
-    def __init__(self, servers: LocalServers, registry: Registry | None) -> None:
-        """``servers``: not started yet; they end with ``serve``. ``registry``: None where others speak for them."""
+    def __init__(self, servers: LocalServers, registry: Registry | None, watchdog: Watchdog) -> None:
+        """``servers``: not started yet; they end with ``serve``. ``registry``: None where others speak for them.
+
+        ``watchdog``: says which of them are to be ended, to be started again.
+        """
         self._servers = servers
+        self._watchdog = watchdog
         self._registry = registry
         self._host = socket.gethostname()
         self._registered: dict[str, str] = {}  # name -> url
@@ -38,13 +43,20 @@ class ServingHost:
             while not stop.is_set():
                 self._servers.start()
                 found = self._servers.find()
+                self._end_hung(found.urls)
                 self._register(found.urls, time.monotonic() - began)
                 self._count(found.failures)
                 stop.wait(_LOOK_EVERY_S)
         finally:
             for name in self._registered:
                 self._leave(name)
+            self._watchdog.close()
             self._servers.close()
+
+    def _end_hung(self, urls: tuple[str, ...]) -> None:
+        for url in self._watchdog.hung([url for url in self._servers.running(urls) if url is not None]):
+            _log.warning("%s hangs, and is started again: %s", self._name(url), self._watchdog.limit)
+            self._servers.end(url)
 
     def _register(self, urls: tuple[str, ...], seconds: float) -> None:
         running = {self._name(url): url for url in self._servers.running(urls) if url is not None}
