@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "core/metric_constants.h"
+#include "core/token_checks_arguments.h"
 #include "core/token_objective_arguments.h"
 #include "cpu/kernels.h"
 
@@ -49,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_level_is_supported") = megatron_dppo::cpu::level_is_supported();
   m.attr("torch_version") = DPPO_TORCH_VERSION;
   m.attr("limit_names") = names_of(megatron_dppo::kLimitNames);
-  m.attr("total_names") = names_of(megatron_dppo::kTotalNames);
+  m.attr("mean_names") = names_of(megatron_dppo::kMeanNames);
+  m.attr("maximum_names") = names_of(megatron_dppo::kMaximumNames);
+  m.attr("check_names") = names_of(megatron_dppo::kTokenCheckNames);
   m.attr("metric_constants") = metric_constants();
 }

@@ -28,19 +28,23 @@ struct KnownTokens {
   }
 };
 
+DPPO_HOST_DEVICE float sampled_log_mu(const TokenObjectiveArguments& args, int64_t i) {
+  return nan_min(args.log_mu[i], 0.f);
+}
+
 DPPO_HOST_DEVICE KnownTokens known_tokens(const TokenObjectiveArguments& args, int64_t i) {
   KnownTokens known;
   bool sampled_is_known = false;
   for (int64_t k = i * args.topk; k < (i + 1) * args.topk; ++k) {
-    known.add(args.topk_log_mu[k], args.topk_log_pi[k]);
+    known.add(nan_min(args.topk_log_mu[k], 0.f), args.topk_log_pi[k]);
     sampled_is_known = sampled_is_known || args.topk_ids[k] == args.target[i];
   }
-  if (!sampled_is_known) known.add(args.log_mu[i], args.log_pi[i]);
+  if (!sampled_is_known) known.add(sampled_log_mu(args, i), args.log_pi[i]);
   return known;
 }
 
 DPPO_HOST_DEVICE float divergence_of(const TokenObjectiveArguments& args, int64_t i, const KnownTokens& known) {
-  const float log_mu = args.log_mu[i], log_pi = args.log_pi[i];
+  const float log_mu = sampled_log_mu(args, i), log_pi = args.log_pi[i];
   switch (args.settings.divergence) {
     case Divergence::kBinaryTv:
       return fabsf(expf(log_mu) - expf(log_pi));
@@ -77,8 +81,8 @@ DPPO_HOST_DEVICE float divergence_growth(const TokenObjectiveArguments& args, in
     other_square = pi_other * pi_other / spread;
     other_cross = pi_other * mu_other / spread;
   }
-  const float change =
-      (expf(args.log_pi[i]) - expf(args.log_mu[i])) + (known.cross + other_cross) - (known.square + other_square);
+  const float change = (expf(args.log_pi[i]) - expf(sampled_log_mu(args, i))) + (known.cross + other_cross) -
+                       (known.square + other_square);
   return sign_of(change);
 }
 
@@ -114,6 +118,20 @@ DPPO_HOST_DEVICE double combine_totals(int which, double a, double b) {
 }
 DPPO_HOST_DEVICE double empty_total(int which) { return which < kNumSums ? 0.0 : -INFINITY; }
 
+// Writes one of the totals to wherever it is reported.
+DPPO_HOST_DEVICE void report_total(const TokenObjectiveArguments& args, int which, double total) {
+  int mean = 0;
+#define DPPO_REPORT(name, numerator, denominator)               \
+  if (which == (numerator)) args.means[2 * mean] = total;       \
+  if (which == (denominator)) args.means[2 * mean + 1] = total; \
+  ++mean;
+  DPPO_MEANS(DPPO_REPORT)
+#undef DPPO_REPORT
+  if (which >= kNumSums) args.maxima[which - kNumSums] = total;
+  if (which == kLossSum) *args.loss = static_cast<float>(total);
+  if (which == kTokens) *args.tokens = static_cast<int64_t>(total);
+}
+
 // Bin of a divergence; NaN belongs with the largest.
 DPPO_HOST_DEVICE int histogram_bin(float divergence) {
   const double decades = log10(static_cast<double>(divergence)) - kHistogramLowest;
@@ -128,7 +146,7 @@ DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, d
     args.coefficient[i] = args.weight[i] = args.divergence[i] = 0.f;
     return -1;
   }
-  const float advantage = args.advantage[i], log_mu = args.log_mu[i], log_pi = args.log_pi[i];
+  const float advantage = args.advantage[i], log_mu = sampled_log_mu(args, i), log_pi = args.log_pi[i];
   const float log_ratio = log_pi - log_mu;
   const float ratio = expf(nan_min(nan_max(log_ratio, -kLogRatioClamp), kLogRatioClamp));
   const float capped_ratio = nan_min(ratio, args.settings.limits.ratio_cap);
@@ -143,7 +161,8 @@ DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, d
   const float growth = predicts ? divergence_growth(args, i, known) : sign_of(log_ratio);
   const float outward = direction == Direction::kSymmetric ? 1.f : sign_of(advantage) * growth;
   const float weight = weight_of(args.settings, advantage, log_ratio, capped_ratio, pi - mu, divergence, outward);
-  args.coefficient[i] = weight * capped_ratio * advantage;
+  const float coefficient = weight * capped_ratio * advantage;
+  args.coefficient[i] = coefficient;
   args.weight[i] = weight;
   args.divergence[i] = divergence;
 
@@ -155,9 +174,12 @@ DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, d
   totals[kRatioSum] += ratio;
   totals[kRatioSquaredSum] += ratio * ratio;
   totals[kEntropySum] += args.entropy[i];
+  totals[kUpdateSum] += fabsf(coefficient);
+  totals[kLossSum] -= coefficient;
   totals[kRatioMax] = maximum(totals[kRatioMax], ratio);
   totals[kNegatedRatioMax] = maximum(totals[kNegatedRatioMax], -ratio);
   totals[kProbChangeMax] = maximum(totals[kProbChangeMax], fabsf(pi - mu));
+  totals[kUpdateMax] = maximum(totals[kUpdateMax], fabsf(coefficient));
   if (advantage == 0.f) return -1;
 
   const double masked = weight == 0.f ? 1.0 : 0.0;

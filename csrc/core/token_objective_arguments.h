@@ -50,58 +50,85 @@ inline Limits limits_from(const double* values) {
   return limits;
 }
 
-// What is added up over the tokens of the mask, then what is maximised, in the order of the operator's `totals`:
-// X(enumerator, name). A token has moved if its advantage is not 0, and is masked if its weight is 0.
-#define DPPO_PER_BIN(X, enumerator, name) \
-  X(enumerator##0, name "_0")             \
-  X(enumerator##1, name "_1")             \
-  X(enumerator##2, name "_2")             \
-  X(enumerator##3, name "_3")             \
-  X(enumerator##4, name "_4")
-#define DPPO_SUMS(X)                             \
-  /* numbers of tokens */                        \
-  X(kTokens, "tokens")                           \
-  X(kMoved, "moved")                             \
-  X(kPositive, "positive")                       \
-  X(kNegative, "negative")                       \
-  DPPO_PER_BIN(X, kMovedInBin, "moved_in_bin")   \
-  X(kMasked, "masked")                           \
-  X(kMaskedPositive, "masked_positive")          \
-  X(kMaskedNegative, "masked_negative")          \
-  DPPO_PER_BIN(X, kMaskedInBin, "masked_in_bin") \
-  X(kPpoClipped, "ppo_clipped")                  \
-  X(kPpoAgreeing, "ppo_agreeing")                \
-  X(kBadUpdates, "bad_updates")                  \
-  /* sums over the tokens that have moved */     \
-  X(kWeightSum, "weight_sum")                    \
-  X(kDivergenceSum, "divergence_sum")            \
-  /* sums over all tokens */                     \
-  X(kAbsLogRatioSum, "abs_log_ratio_sum")        \
-  X(kK1Sum, "kl_k1_sum")                         \
-  X(kK3Sum, "kl_k3_sum")                         \
-  X(kRatioSum, "ratio_sum")                      \
-  X(kRatioSquaredSum, "ratio_squared_sum")       \
-  X(kEntropySum, "entropy_sum")
+// What is added up over the tokens of the mask, then what is maximised: X(enumerator, name). A token has moved if its
+// advantage is not 0, and is masked if its weight is 0.
+#define DPPO_PER_BIN(X, enumerator) X(enumerator##0) X(enumerator##1) X(enumerator##2) X(enumerator##3) X(enumerator##4)
+#define DPPO_SUMS(X)            \
+  /* numbers of tokens */       \
+  X(kTokens)                    \
+  X(kMoved)                     \
+  X(kPositive)                  \
+  X(kNegative)                  \
+  DPPO_PER_BIN(X, kMovedInBin)  \
+  X(kMasked)                    \
+  X(kMaskedPositive)            \
+  X(kMaskedNegative)            \
+  DPPO_PER_BIN(X, kMaskedInBin) \
+  X(kPpoClipped)                \
+  X(kPpoAgreeing)               \
+  X(kBadUpdates)                \
+  /* sums over moved tokens */  \
+  X(kWeightSum)                 \
+  X(kDivergenceSum)             \
+  /* sums over all tokens */    \
+  X(kAbsLogRatioSum)            \
+  X(kK1Sum)                     \
+  X(kK3Sum)                     \
+  X(kRatioSum)                  \
+  X(kRatioSquaredSum)           \
+  X(kEntropySum)                \
+  X(kUpdateSum)                 \
+  X(kLossSum)
 #define DPPO_MAXIMA(X)                     \
   X(kDivergenceMax, "divergence_max")      \
   X(kRatioMax, "ratio_max")                \
   X(kNegatedRatioMax, "negated_ratio_max") \
-  X(kProbChangeMax, "prob_change_max")
+  X(kProbChangeMax, "prob_change_max")     \
+  X(kUpdateMax, "update_max")
+
+// The operator's `means`, in order: X(name, numerator, denominator).
+#define DPPO_MEANS(X)                                      \
+  X("mask_fraction", kMasked, kMoved)                      \
+  X("mask_fraction_pos", kMaskedPositive, kPositive)       \
+  X("mask_fraction_neg", kMaskedNegative, kNegative)       \
+  X("mask_fraction_of_bin_0", kMaskedInBin0, kMovedInBin0) \
+  X("mask_fraction_of_bin_1", kMaskedInBin1, kMovedInBin1) \
+  X("mask_fraction_of_bin_2", kMaskedInBin2, kMovedInBin2) \
+  X("mask_fraction_of_bin_3", kMaskedInBin3, kMovedInBin3) \
+  X("mask_fraction_of_bin_4", kMaskedInBin4, kMovedInBin4) \
+  X("weight_mean", kWeightSum, kMoved)                     \
+  X("divergence_mean", kDivergenceSum, kMoved)             \
+  X("ppo_would_clip_fraction", kPpoClipped, kMoved)        \
+  X("ppo_agreement", kPpoAgreeing, kMoved)                 \
+  X("bad_update_fraction", kBadUpdates, kMoved)            \
+  X("abs_log_ratio", kAbsLogRatioSum, kTokens)             \
+  X("kl_k1", kK1Sum, kTokens)                              \
+  X("kl_k3", kK3Sum, kTokens)                              \
+  X("ratio_mean", kRatioSum, kTokens)                      \
+  X("ratio_squared_mean", kRatioSquaredSum, kTokens)       \
+  X("entropy", kEntropySum, kTokens)                       \
+  X("update_mean", kUpdateSum, kTokens)                    \
+  X("loss", kLossSum, kTokens)
 
 enum Total : int {
-#define DPPO_ENUMERATOR(enumerator, name) enumerator,
+#define DPPO_ENUMERATOR(enumerator, ...) enumerator,
   DPPO_SUMS(DPPO_ENUMERATOR) kNumSums,
   kLastSum = kNumSums - 1,
   DPPO_MAXIMA(DPPO_ENUMERATOR) kNumTotals
 #undef DPPO_ENUMERATOR
 };
-
-#define DPPO_NAME(enumerator, name) name,
-constexpr const char* kTotalNames[] = {DPPO_SUMS(DPPO_NAME) DPPO_MAXIMA(DPPO_NAME)};
-#undef DPPO_NAME
-static_assert(sizeof(kTotalNames) / sizeof(*kTotalNames) == kNumTotals, "a name for every total");
 static_assert(kMovedInBin0 + kProbabilityBins == kMasked && kMaskedInBin0 + kProbabilityBins == kPpoClipped,
               "DPPO_PER_BIN has as many lines as there are bins");
+
+#define DPPO_NAME(name, numerator, denominator) name,
+constexpr const char* kMeanNames[] = {DPPO_MEANS(DPPO_NAME)};
+#undef DPPO_NAME
+#define DPPO_NAME(enumerator, name) name,
+constexpr const char* kMaximumNames[] = {DPPO_MAXIMA(DPPO_NAME)};
+#undef DPPO_NAME
+constexpr int kNumMeans = sizeof(kMeanNames) / sizeof(*kMeanNames);
+constexpr int kNumMaxima = kNumTotals - kNumSums;
+static_assert(sizeof(kMaximumNames) / sizeof(*kMaximumNames) == kNumMaxima, "a name for every maximum");
 
 struct TrustRegionSettings {
   Divergence divergence;
@@ -112,7 +139,7 @@ struct TrustRegionSettings {
 
 struct TokenObjectiveArguments {
   int64_t n, topk, vocab_size;
-  const float* log_mu;            // [n] rollout policy
+  const float* log_mu;            // [n] rollout policy; what rounding put above 0 is taken as 0, also in the top K
   const float* log_pi;            // [n] policy being trained
   const float* advantage;         // [n]
   const float* entropy;           // [n]
@@ -127,8 +154,11 @@ struct TokenObjectiveArguments {
   float* coefficient;  // [n]  OUT  w r A
   float* weight;       // [n]  OUT  w
   float* divergence;   // [n]  OUT  D(mu || pi)
-  double* totals;      // [kNumTotals]  OUT
+  double* means;       // [kNumMeans, 2]  OUT  numerators and denominators
+  double* maxima;      // [kNumMaxima]  OUT  -inf over no tokens
   int64_t* histogram;  // [kHistogramSize]  OUT  of log10(D) of the tokens that have moved
+  float* loss;         // [1]  OUT  the sum of -w r A
+  int64_t* tokens;     // [1]  OUT  how many are in the mask
 };
 
 }  // namespace megatron_dppo

@@ -3,6 +3,7 @@
 
 #include "../core/arguments.h"
 #include "../core/tile_hash_arguments.h"
+#include "../core/token_checks_arguments.h"
 #include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cpu {
@@ -14,6 +15,7 @@ void merge_tile_nodes(const MergeNodesArguments& args);
 void policy_backward(const BackwardArguments& args);
 void shard_divergence(const DivergenceArguments& args);  // into sums [n, 1]
 void token_objective(const TokenObjectiveArguments& args);
+void check_tokens(const TokenChecksArguments& args);
 void tile_hash(const TileHashArguments& args);
 
 // Which of the kernels' levels of x86-64 this processor takes, and whether it can run it: of kernels of all levels it

@@ -39,7 +39,7 @@ void token_objective(const TokenObjectiveArguments& args) {
   Totals totals = empty_totals();
   for (const Totals& chunk : chunks)
     for (int which = 0; which < kNumTotals; ++which) totals[which] = combine_totals(which, totals[which], chunk[which]);
-  std::copy(totals.begin(), totals.end(), args.totals);
+  for (int which = 0; which < kNumTotals; ++which) report_total(args, which, totals[which]);
 }
 
 }  // namespace megatron_dppo::cpu

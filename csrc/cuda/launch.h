@@ -7,6 +7,7 @@
 
 #include "../core/arguments.h"
 #include "../core/tile_hash_arguments.h"
+#include "../core/token_checks_arguments.h"
 #include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cuda {
@@ -38,6 +39,10 @@ cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t seg
 int64_t token_objective_workspace_bytes(int64_t n, int multiprocessors);
 cudaError_t launch_token_objective(const TokenObjectiveArguments& args, int multiprocessors, void* workspace,
                                    cudaStream_t stream);
+
+// `workspace`: kTokenChecksWorkspaceBytes.
+cudaError_t launch_check_tokens(const TokenChecksArguments& args, int multiprocessors, void* workspace,
+                                cudaStream_t stream);
 
 cudaError_t launch_tile_hash(const TileHashArguments& args, cudaStream_t stream);
 

@@ -16,9 +16,9 @@ namespace megatron_dppo::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kSlices = kThreads / 32;
+constexpr int kSlices = kThreads / kNumTotals;
 constexpr int kBlocksPerMultiprocessor = 2;
-static_assert(kNumTotals <= 32, "one lane for every total");
+static_assert(kSlices > 0, "a thread for every total");
 constexpr int kRowSize = kNumTotals | 1;  // rows of an odd number of doubles do not share their banks
 
 // Scratch memory: every block's totals, then a counter of finished blocks.
@@ -32,9 +32,9 @@ struct Workspace {
 template <typename Row>
 __device__ __forceinline__ double combine_rows(int rows, const Row& row) {
   DPPO_SHARED(double, slices, kSlices* kNumTotals);
-  const int which = threadIdx.x % 32, slice = threadIdx.x / 32;
+  const int which = threadIdx.x % kNumTotals, slice = threadIdx.x / kNumTotals;
   double total = empty_total(which);
-  if (which < kNumTotals) {
+  if (slice < kSlices) {
 #pragma unroll 4
     for (int r = slice; r < rows; r += kSlices) total = combine_totals(which, total, row(r, which));
     slices[slice * kNumTotals + which] = total;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) token_objective_kernel(TokenObjectiv
   total = combine_rows(static_cast<int>(gridDim.x), [&](int block, int which) {
     return __ldcg(workspace.totals + int64_t{block} * kNumTotals + which);
   });
-  if (threadIdx.x < kNumTotals) args.totals[threadIdx.x] = total;
+  if (threadIdx.x < kNumTotals) report_total(args, threadIdx.x, total);
 }
 
 unsigned number_of_blocks(int64_t n, int multiprocessors) {

@@ -50,12 +50,18 @@ at::Tensor shard_divergence(const at::Tensor& logits, const at::Tensor& rollout_
                             const OptionalTensor& log_rescale, std::string distance, double temperature,
                             int64_t first_column, int64_t num_columns);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_objective(
-    const at::Tensor& log_mu, const at::Tensor& log_pi, const at::Tensor& advantages, const at::Tensor& entropy,
-    const at::Tensor& collision, const at::Tensor& target, const OptionalTensor& mask, const OptionalTensor& topk_ids,
-    const OptionalTensor& topk_log_mu, const OptionalTensor& topk_log_pi, const OptionalTensor& given_divergence,
-    int64_t vocab_size, std::string divergence, std::string direction, std::string trust_region,
-    at::ArrayRef<double> limits);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+token_objective(const at::Tensor& log_mu, const at::Tensor& log_pi, const at::Tensor& advantages,
+                const at::Tensor& entropy, const at::Tensor& collision, const at::Tensor& target,
+                const OptionalTensor& mask, const OptionalTensor& topk_ids, const OptionalTensor& topk_log_mu,
+                const OptionalTensor& topk_log_pi, const OptionalTensor& given_divergence, int64_t vocab_size,
+                std::string divergence, std::string direction, std::string trust_region, at::ArrayRef<double> limits);
+
+// The first token with an impossible value, for every check of core/token_checks.h.
+at::Tensor check_tokens(const at::Tensor& target, const at::Tensor& advantages, const at::Tensor& log_mu,
+                        const OptionalTensor& mask, const OptionalTensor& topk_ids, const OptionalTensor& topk_log_mu,
+                        const OptionalTensor& ref_log_prob, int64_t vocab_size, double log_prob_tolerance,
+                        double mass_tolerance);
 
 // Adds the sums of all pieces of weights to `sums` [2, tiles] (core/tile_hash.h): piece i is sources[i], with zeros up
 // to rows[i] x columns[i], from word first_words[i] of its parameter on. Its first tile is sums[:, first_tiles[i]].

@@ -80,7 +80,12 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
       "token_objective(Tensor log_mu, Tensor log_pi, Tensor advantages, Tensor entropy, Tensor collision, "
       "Tensor target, Tensor? mask, Tensor? topk_ids, Tensor? topk_log_mu, Tensor? topk_log_pi, "
       "Tensor? given_divergence, int vocab_size, *, str divergence, str direction, str trust_region, float[] limits) "
-      "-> (Tensor coefficient, Tensor weight, Tensor divergence, Tensor totals, Tensor histogram)");
+      "-> (Tensor coefficient, Tensor weight, Tensor divergence, Tensor means, Tensor maxima, Tensor histogram, "
+      "Tensor loss, Tensor tokens)");
+  m.def(
+      "check_tokens(Tensor target, Tensor advantages, Tensor log_mu, Tensor? mask, Tensor? topk_ids, "
+      "Tensor? topk_log_mu, Tensor? ref_log_prob, int vocab_size, *, float log_prob_tolerance, float mass_tolerance) "
+      "-> Tensor");
   m.def(
       "tile_hash(Tensor(a!) sums, Tensor[] sources, int[] rows, int[] columns, int[] first_words, int[] first_tiles) "
       "-> ()");
@@ -96,6 +101,7 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
     m.impl("policy_backward_", policy_backward_); \
     m.impl("shard_divergence", shard_divergence); \
     m.impl("token_objective", token_objective);   \
+    m.impl("check_tokens", check_tokens);         \
     m.impl("tile_hash", tile_hash);               \
   }
 DPPO_REGISTER(CPU)
@@ -108,8 +114,8 @@ DPPO_REGISTER(CUDA)
 // write to has to count as modified as well, or a tensor that was saved for another backward would give a wrong
 // gradient in silence, and torch's fallback for that looks at returned tensors only.
 DPPO_LIBRARY_IMPL(DPPO_OPERATORS, Autograd, m) {
-  for (const char* name :
-       {"row_partials", "merge_partials", "tile_nodes", "merge_tile_nodes", "shard_divergence", "token_objective"})
+  for (const char* name : {"row_partials", "merge_partials", "tile_nodes", "merge_tile_nodes", "shard_divergence",
+                           "token_objective", "check_tokens"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   for (const char* name : {"policy_backward", "policy_backward_", "tile_hash"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());

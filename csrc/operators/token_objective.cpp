@@ -43,7 +43,7 @@ TrustRegionSettings check_settings(const std::string& divergence, const std::str
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_objective(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_objective(
     const Tensor& log_mu, const Tensor& log_pi, const Tensor& advantages, const Tensor& entropy,
     const Tensor& collision, const Tensor& target, const optional<Tensor>& mask, const optional<Tensor>& topk_ids,
     const optional<Tensor>& topk_log_mu, const optional<Tensor>& topk_log_pi, const optional<Tensor>& given_divergence,
@@ -78,13 +78,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_objective(
                     "given_divergence goes with divergence='given', and with no other");
 
   Tensor coefficient = at::empty_like(log_mu), weight = at::empty_like(log_mu), measured = at::empty_like(log_mu);
-  Tensor totals = at::empty({kNumTotals}, log_mu.options().dtype(at::kDouble));
+  Tensor means = at::empty({kNumMeans, 2}, log_mu.options().dtype(at::kDouble));
+  Tensor maxima = at::empty({kNumMaxima}, log_mu.options().dtype(at::kDouble));
   Tensor histogram = at::empty({kHistogramSize}, log_mu.options().dtype(at::kLong));
+  Tensor loss = at::empty({}, log_mu.options()), tokens = at::empty({}, log_mu.options().dtype(at::kLong));
   args.coefficient = coefficient.mutable_data_ptr<float>();
   args.weight = weight.mutable_data_ptr<float>();
   args.divergence = measured.mutable_data_ptr<float>();
-  args.totals = totals.mutable_data_ptr<double>();
+  args.means = means.mutable_data_ptr<double>();
+  args.maxima = maxima.mutable_data_ptr<double>();
   args.histogram = histogram.mutable_data_ptr<int64_t>();
+  args.loss = loss.mutable_data_ptr<float>();
+  args.tokens = tokens.mutable_data_ptr<int64_t>();
 #if defined(DPPO_WITH_CUDA)
   if (is_on_cuda(log_mu)) {
     const CudaDevice device(log_mu);
@@ -93,11 +98,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_objective(
     const Tensor workspace = at::empty({bytes}, log_mu.options().dtype(at::kByte));
     check_launch("token_objective",
                  cuda::launch_token_objective(args, multiprocessors, workspace.mutable_data_ptr(), device.stream()));
-    return {coefficient, weight, measured, totals, histogram};
+    return {coefficient, weight, measured, means, maxima, histogram, loss, tokens};
   }
 #endif
   cpu::token_objective(args);
-  return {coefficient, weight, measured, totals, histogram};
+  return {coefficient, weight, measured, means, maxima, histogram, loss, tokens};
 }
 
 }  // namespace megatron_dppo

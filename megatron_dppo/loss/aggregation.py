@@ -33,12 +33,12 @@ class Aggregation:
 
     Attributes:
         token_weights: [N], or None: 1 for every token.
-        num_tokens: scalar int64, on the device.
+        num_tokens: scalar int64, on the device; None: the tokens of the mask, which whoever looks at all of them counts.
         local_lengths: [N] masked-in tokens of each token's sequence on this rank; None if they were not needed.
     """
 
     token_weights: torch.Tensor | None
-    num_tokens: torch.Tensor
+    num_tokens: torch.Tensor | None
     local_lengths: torch.Tensor | None = None
 
     def sum(self, per_token: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ def aggregation_of(config: DPPOConfig, inputs: LossInputs, tokens: FlatTokens) -
         LossInputError: ``sequences.ids`` are missing.
     """
     if config.aggregation == "token_mean":
-        return Aggregation(None, tokens.count())
+        return Aggregation(None, None)
     sequences = inputs.sequences or Sequences()
     local_lengths, num_sequences = _count_sequences(inputs, sequences, tokens.mask)
     if sequences.starts is not None:

@@ -28,9 +28,9 @@ from megatron_dppo.loss.divergences import sampled_slot_valid
 from megatron_dppo.loss.fused_objective import objective_of
 from megatron_dppo.loss.inputs import FlatTokens, LossInputs, check_fields, flatten
 from megatron_dppo.loss.linear_head import LinearHead
-from megatron_dppo.loss.metrics import MetricSums
+from megatron_dppo.loss.metrics import LOSS, MetricSums
 from megatron_dppo.loss.objective import TokenObjective
-from megatron_dppo.loss.regularisers import reference_kl, scored
+from megatron_dppo.loss.regularisers import policy_loss, reference_kl, scored
 from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
 from megatron_dppo.ops.policy_stats import PolicyStats, vocab_parallel_policy_stats
@@ -135,20 +135,23 @@ class DPPOLoss:
         aggregation = aggregation_of(self.config, inputs, tokens)
         checks = None
         if self.checks != "off":
-            checks = check_values(inputs, tokens, self.vocab_size, aggregation.local_lengths)
+            checks = check_values(inputs, tokens, self.vocab_size, aggregation.local_lengths, backend)
         decided = self._in_forward(policy, tokens, aggregation, backend)
         if decided is None:
             decided = self._by_autograd(policy, inputs, tokens, aggregation, backend)
         objective = decided.objective
-        reported = {"loss": (decided.loss, aggregation.num_tokens)}
+        num_tokens = objective.num_tokens if aggregation.num_tokens is None else aggregation.num_tokens
+        metrics = objective.metrics
+        if not self._is_policy_loss(aggregation):
+            metrics = metrics.without_means(LOSS).with_means({LOSS: (decided.loss, num_tokens)})
         if decided.kl is not None:
-            reported["reference/kl"] = (decided.kl.double().sum(), tokens.count())
+            metrics = metrics.with_means({"reference/kl": (decided.kl.double().sum(), objective.num_tokens)})
 
         shape = inputs.target.shape
         output = LossOutput(
             loss=decided.loss,
-            num_tokens=aggregation.num_tokens,
-            metrics=objective.metrics.with_updates(objective.coefficient, tokens.count(), reported),
+            num_tokens=num_tokens,
+            metrics=metrics,
             weight=objective.weight.view(shape),
             divergence=objective.divergence.view(shape),
             log_prob=decided.log_prob.view(shape),
@@ -195,8 +198,9 @@ class DPPOLoss:
         )
         kl = None
         if tokens.ref_log_probs is not None:
-            kl = reference_kl(log_prob, tokens.ref_log_probs, self.config.kl_estimator)
-        return _Decided(aggregation.sum(-objective.coefficient) + zero, log_prob, objective, kl)
+            kl = reference_kl(log_prob, tokens.masked(tokens.ref_log_probs), self.config.kl_estimator)
+        loss = objective.loss if self._is_policy_loss(aggregation) else aggregation.sum(-objective.coefficient)
+        return _Decided(loss + zero, log_prob, objective, kl)
 
     def _by_autograd(
         self,
@@ -214,13 +218,20 @@ class DPPOLoss:
             stats = vocab_parallel_policy_stats(policy, **arguments, inplace_backward=self.inplace_backward).flatten()
         exact_divergence = self._exact_divergence(policy, inputs, tokens)
         objective = objective_of(backend)(self.config, tokens, stats.detach(), exact_divergence, self.vocab_size)
-        # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
-        per_token = scored(objective.coefficient, stats.log_prob, -1.0)
         kl = None
         if tokens.ref_log_probs is not None:
-            kl = reference_kl(stats.log_prob, tokens.ref_log_probs, self.config.kl_estimator)
-        loss = aggregation.sum(self._with_penalties(per_token, stats.entropy, kl))
+            kl = reference_kl(stats.log_prob, tokens.masked(tokens.ref_log_probs), self.config.kl_estimator)
+        # Value -w r A, gradient -w r A grad(log pi): the coefficient is a constant to autograd.
+        if self._is_policy_loss(aggregation):
+            loss = policy_loss(objective.loss, objective.coefficient, stats.log_prob)
+        else:
+            per_token = scored(objective.coefficient, stats.log_prob, -1.0)
+            loss = aggregation.sum(self._with_penalties(per_token, stats.entropy, kl))
         return _Decided(loss, stats.log_prob.detach(), objective, kl)
+
+    def _is_policy_loss(self, aggregation: Aggregation) -> bool:
+        """Whether the loss is the sum of -w r A over the tokens, which the objective comes with."""
+        return aggregation.token_weights is None and self.config.entropy_coef == 0.0 and self.config.kl_coef == 0.0
 
     def _arguments(self, policy: torch.Tensor | LinearHead, tokens: FlatTokens) -> dict[str, Any]:
         """Of the operators that compute the policy's statistics, for logits and for hidden states."""
@@ -263,7 +274,7 @@ class DPPOLoss:
             inputs.rollout_logits,
             kind="tv" if self.config.kind == "tv" else "kl",
             token_mask=tokens.mask,
-            known=_engine_probabilities(tokens),
+            known=_engine_probabilities(tokens.cleaned()),
             temperature=self.config.temperature,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,

@@ -1,6 +1,7 @@
 """``loss/objective.py`` as one operator, metrics included: the tokens are read once and one kernel is launched.
 
-The kernel and this file agree by name: ``_C.limit_names`` says which thresholds it takes, ``_C.total_names`` what it adds up.
+The kernel and this file agree by name: ``_C.limit_names`` says which thresholds it takes, ``_C.mean_names`` and
+``_C.maximum_names`` what it reports.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from megatron_dppo.ops.policy_stats import PolicyStats
 
 Objective = Callable[[DPPOConfig, FlatTokens, PolicyStats, "torch.Tensor | None", int], TokenObjective]
 
-# metric -> (numerator, denominator), by the kernel's names for its totals
+# the kernel's name -> the metric's, in the order of both
 _MEANS = {
-    "dppo/mask_fraction": ("masked", "moved"),
-    "dppo/mask_fraction_pos": ("masked_positive", "positive"),
-    "dppo/mask_fraction_neg": ("masked_negative", "negative"),
-    **{name: (f"masked_in_bin_{i}", f"moved_in_bin_{i}") for i, name in enumerate(metrics.MASK_FRACTION_OF_BIN)},
-    "dppo/weight_mean": ("weight_sum", "moved"),
-    "dppo/divergence_mean": ("divergence_sum", "moved"),
-    "dppo/ppo_would_clip_fraction": ("ppo_clipped", "moved"),
-    "dppo/ppo_agreement": ("ppo_agreeing", "moved"),
-    "dppo/bad_update_fraction": ("bad_updates", "moved"),
-    "mismatch/abs_log_ratio": ("abs_log_ratio_sum", "tokens"),
-    "mismatch/kl_k1": ("kl_k1_sum", "tokens"),
-    "mismatch/kl_k3": ("kl_k3_sum", "tokens"),
-    "mismatch/ratio_mean": ("ratio_sum", "tokens"),
-    "mismatch/ratio_squared_mean": ("ratio_squared_sum", "tokens"),
-    "entropy": ("entropy_sum", "tokens"),
+    "mask_fraction": "dppo/mask_fraction",
+    "mask_fraction_pos": "dppo/mask_fraction_pos",
+    "mask_fraction_neg": "dppo/mask_fraction_neg",
+    **{f"mask_fraction_of_bin_{i}": name for i, name in enumerate(metrics.MASK_FRACTION_OF_BIN)},
+    "weight_mean": "dppo/weight_mean",
+    "divergence_mean": "dppo/divergence_mean",
+    "ppo_would_clip_fraction": "dppo/ppo_would_clip_fraction",
+    "ppo_agreement": "dppo/ppo_agreement",
+    "bad_update_fraction": "dppo/bad_update_fraction",
+    "abs_log_ratio": "mismatch/abs_log_ratio",
+    "kl_k1": "mismatch/kl_k1",
+    "kl_k3": "mismatch/kl_k3",
+    "ratio_mean": "mismatch/ratio_mean",
+    "ratio_squared_mean": "mismatch/ratio_squared_mean",
+    "entropy": "entropy",
+    "update_mean": "dppo/update_mean",
+    "loss": metrics.LOSS,
 }
-_MAXIMA = dict(
-    zip(metrics.MAXIMA, ("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max"), strict=True)
-)
+_MAXIMA = ("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max", "update_max")
 
 
 def objective_of(backend: Backend) -> Objective:
@@ -61,8 +62,9 @@ def fused_token_objective(
     vocab_size: int,
 ) -> TokenObjective:
     """See token_objective; for fp32 tensors, by the operator of a compiled backend (``Backend.operators``)."""
+    _refuse_other_metrics()
     topk = (tokens.topk_ids, tokens.topk_log_probs, policy.topk_log_prob)
-    coefficient, weight, divergence, totals, histogram = operators.token_objective(
+    coefficient, weight, divergence, means, maxima, histogram, loss, num_tokens = operators.token_objective(
         tokens.rollout_log_probs,
         policy.log_prob,
         tokens.advantages,
@@ -78,13 +80,14 @@ def fused_token_objective(
         trust_region=config.trust_region,
         limits=_limits(config),
     )
-    means, maxima = _arranged(totals)
     return TokenObjective(
         coefficient=coefficient,
         weight=weight,
         divergence=divergence,
+        loss=loss,
+        num_tokens=num_tokens,
         metrics=MetricSums(
-            mean_names=tuple(_MEANS),
+            mean_names=tuple(_MEANS.values()),
             means=means,
             maximum_names=metrics.MAXIMA,
             maxima=maxima,
@@ -111,23 +114,14 @@ def _limits(config: DPPOConfig) -> list[float]:
     return [values[name] for name in _C.limit_names]
 
 
-def _arranged(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[M, 2] numerators and denominators and [E] maxima of the kernel's totals.
-
-    Picked one by one: a tensor of places would have to be kept for the next call, and one that was made while torch.export
-    looks on has no values. And no views: what leaves a part of a captured graph must be memory of its own.
-    """
-    at, of = _places_of_totals(), totals.unbind()
-    pairs = torch.stack([of[at[total]] for pair in _MEANS.values() for total in pair])
-    return pairs.view(-1, 2).clone(), torch.stack([of[at[_MAXIMA[name]]] for name in metrics.MAXIMA])
-
-
 @cache
-def _places_of_totals() -> dict[str, int]:
-    """{name: where the kernel's totals hold it}; refuses a kernel of other metrics."""
+def _refuse_other_metrics() -> None:
+    """Raise RuntimeError if the kernel's metrics are not those of this package."""
     import megatron_dppo._C as _C
 
-    constants = {
+    here = {
+        "mean_names": tuple(_MEANS),
+        "maximum_names": _MAXIMA,
         "reference_clip": metrics.PPO_REFERENCE_CLIP,
         "bad_update_drop": metrics.BAD_UPDATE_DROP,
         "probability_bins": metrics.ROLLOUT_PROBABILITY_BINS,
@@ -135,10 +129,10 @@ def _places_of_totals() -> dict[str, int]:
         "histogram_highest": metrics.HISTOGRAM_HIGHEST,
         "histogram_bins_per_decade": metrics.HISTOGRAM_BINS_PER_DECADE,
     }
-    for name, value in constants.items():
-        if _C.metric_constants[name] != value:
+    built = {"mean_names": _C.mean_names, "maximum_names": _C.maximum_names, **_C.metric_constants}
+    for name, value in here.items():
+        if built[name] != value:
             raise RuntimeError(
-                f"megatron_dppo._C has {name}={_C.metric_constants[name]}, loss/metrics.py with {value}: "
-                "it was built from other sources, build it again"
+                f"megatron_dppo._C has {name}={built[name]}, loss/metrics.py and loss/fused_objective.py have {value}: it "
+                "was built from other sources, build it again"
             )
-    return {name: place for place, name in enumerate(_C.total_names)}

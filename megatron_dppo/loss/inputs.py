@@ -1,8 +1,8 @@
-"""What the loss is told about every token: the one list of fields, and the same fields flat and clean for computing.
+"""What the loss is told about every token: the one list of fields, and the same fields flat for computing.
 
-A token that is masked out may hold anything: NaN, ids of -100. It is replaced by something harmless before anything is
-computed, instead of being picked out: the number of tokens that count is known on the device only, and to ask for it would
-wait for the device.
+A token that is masked out may hold anything: NaN, ids of -100. It is passed over by the kernels, and replaced by something
+harmless where plain torch computes, instead of being picked out: the number of tokens that count is known on the device only,
+and to ask for it would wait for the device.
 """
 
 from __future__ import annotations
@@ -113,21 +113,19 @@ def map_tensors(holder: Fields, change: Callable[[torch.Tensor], torch.Tensor]) 
 
 @dataclass(frozen=True)
 class FlatTokens:
-    """The N tokens of a call in the dtype of its arithmetic; outside the mask everything is harmless and finite.
+    """The N tokens of a call in the dtype of its arithmetic, contiguous; outside the mask anything may stand.
 
     Attributes:
         mask: [N] bool, or None: every token counts.
-        outside: [N] bool, where it is False; or None.
         target: [N] int64.
         advantages: [N].
-        rollout_log_probs: [N] <= 0.
+        rollout_log_probs: [N]; rounding may have put one above 0.
         topk_ids: [N, K] int64, or None if nothing reads the top K.
-        topk_log_probs: [N, K] <= 0, or None.
+        topk_log_probs: [N, K], as ``rollout_log_probs``; or None.
         ref_log_probs: [N], or None.
     """
 
     mask: torch.Tensor | None
-    outside: torch.Tensor | None
     target: torch.Tensor
     advantages: torch.Tensor
     rollout_log_probs: torch.Tensor
@@ -137,7 +135,24 @@ class FlatTokens:
 
     def masked(self, values: torch.Tensor) -> torch.Tensor:
         """[N, ...] with 0 where the mask is False."""
-        return filled(values, self.outside, 0.0)
+        return masked(values, self.mask)
+
+    def cleaned(self) -> FlatTokens:
+        """The same, finite and harmless outside the mask, and without log-probs above 0."""
+        outside = None if self.mask is None else ~self.mask
+        topk_ids, topk_log_probs = self.topk_ids, self.topk_log_probs
+        if topk_ids is not None and topk_log_probs is not None:
+            topk_ids = filled(topk_ids, outside, 0)
+            topk_log_probs = filled(topk_log_probs, outside, -torch.inf).clamp(max=0.0)
+        return replace(
+            self,
+            target=filled(self.target, outside, 0),
+            advantages=filled(self.advantages, outside, 0.0),
+            rollout_log_probs=filled(self.rollout_log_probs, outside, 0.0).clamp(max=0.0),
+            topk_ids=topk_ids,
+            topk_log_probs=topk_log_probs,
+            ref_log_probs=None if self.ref_log_probs is None else filled(self.ref_log_probs, outside, 0.0),
+        )
 
     def part(self, block: slice) -> FlatTokens:
         """Some of the tokens."""
@@ -216,25 +231,19 @@ def check_fields(config: DPPOConfig, inputs: LossInputs, shape: torch.Size) -> N
 
 
 def flatten(config: DPPOConfig, inputs: LossInputs, dtype: torch.dtype) -> FlatTokens:
-    """The fields that ``config`` reads, flat, as ``dtype``, clean outside the mask. Values are not checked."""
-    mask = None if inputs.loss_mask is None else inputs.loss_mask.reshape(-1).bool()
-    outside = None if mask is None else ~mask
+    """The fields that ``config`` reads, flat, as ``dtype``. Values are neither checked nor changed."""
+    n = inputs.target.numel()
 
-    def per_token(values: torch.Tensor) -> torch.Tensor:
-        return filled(values.reshape(-1).to(dtype), outside, 0.0)
+    def per_token(values: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return values.reshape(n, *values.shape[inputs.target.dim() :]).to(dtype).contiguous()
 
-    topk_ids = topk_log_probs = None
-    if inputs.rollout_topk is not None and config.reads_topk:
-        topk, n = inputs.rollout_topk, inputs.target.numel()
-        topk_ids = filled(topk.ids.reshape(n, topk.ids.shape[-1]), outside, 0)
-        topk_log_probs = filled(topk.log_probs.reshape(topk_ids.shape).to(dtype), outside, -torch.inf).clamp(max=0.0)
+    topk = inputs.rollout_topk if config.reads_topk else None
     return FlatTokens(
-        mask=mask,
-        outside=outside,
-        target=filled(inputs.target.reshape(-1), outside, 0),
+        mask=None if inputs.loss_mask is None else per_token(inputs.loss_mask, torch.bool),
+        target=per_token(inputs.target, torch.int64),
         advantages=per_token(inputs.advantages),
-        rollout_log_probs=per_token(inputs.rollout_log_probs).clamp(max=0.0),
-        topk_ids=topk_ids,
-        topk_log_probs=topk_log_probs,
+        rollout_log_probs=per_token(inputs.rollout_log_probs),
+        topk_ids=None if topk is None else per_token(topk.ids, torch.int64),
+        topk_log_probs=None if topk is None else per_token(topk.log_probs),
         ref_log_probs=None if inputs.ref_log_probs is None else per_token(inputs.ref_log_probs),
     )

@@ -32,6 +32,7 @@ MASK_FRACTION_OF_BIN = tuple(
     f"dppo/mask_fraction_mu_{low:g}_{high:g}" for low, high in itertools.pairwise(ROLLOUT_PROBABILITY_BINS)
 )
 _NEGATED = "_negated"
+LOSS = "loss"  # of the mean over tokens, the sum of -w r A; a loss that is made otherwise puts its own in this place
 # Of |w r A|; what is logged is the quotient of both, the share of the largest.
 _UPDATES, _LARGEST_UPDATE = "dppo/update_mean", "dppo/update_max"
 MAXIMA = (
@@ -39,6 +40,7 @@ MAXIMA = (
     "mismatch/ratio_max",
     "mismatch/ratio_min" + _NEGATED,
     "mismatch/prob_change_max",
+    _LARGEST_UPDATE,
 )
 
 
@@ -84,31 +86,13 @@ class MetricSums:
         more = torch.stack([part.detach().double() for pair in means.values() for part in pair]).view(-1, 2)
         return replace(self, mean_names=self.mean_names + tuple(means), means=torch.cat([self.means, more]))
 
-    def without_mean(self, name: str) -> MetricSums:
-        """The same but for one mean, that nothing is known of."""
-        keep = [at for at, other in enumerate(self.mean_names) if other != name]
+    def without_means(self, *names: str) -> MetricSums:
+        """The same but for some means, that nothing is known of."""
+        keep = [at for at, name in enumerate(self.mean_names) if name not in names]
         return replace(
             self,
             mean_names=tuple(self.mean_names[at] for at in keep),
             means=torch.stack([self.means[at] for at in keep]),
-        )
-
-    def with_updates(
-        self, coefficient: torch.Tensor, count: torch.Tensor, means: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> MetricSums:
-        """The same, what ``dppo/largest_token_share`` is made of, and more means.
-
-        Args:
-            coefficient: [N] w r A, 0 outside the mask.
-            count: scalar, number of tokens in the mask.
-            means: as for ``with_means``.
-        """
-        size = coefficient.detach().abs()
-        largest = (size.max() if size.shape[0] else size.new_full((), -torch.inf)).double()
-        return replace(
-            self.with_means({**means, _UPDATES: (size.sum(dtype=torch.float64), count)}),
-            maximum_names=(*self.maximum_names, _LARGEST_UPDATE),
-            maxima=torch.cat([self.maxima, largest[None]]),
         )
 
     def pairs(self) -> dict[str, torch.Tensor]:
@@ -159,10 +143,11 @@ def token_metrics(
     pi: torch.Tensor,
     divergence: torch.Tensor,
     weight: torch.Tensor,
+    coefficient: torch.Tensor,
     entropy: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> MetricSums:
-    """From [N] vectors; tokens outside of ``mask`` [N] (None: all inside) count nowhere.
+    """From [N] vectors, ``coefficient`` being w r A; tokens outside of ``mask`` [N] (None: all inside) count nowhere.
 
     A token counts as masked by the trust region if its weight is 0. Before a step's first update, ``mismatch/*`` is the
     disagreement of the engine that samples with the one that trains.
@@ -193,8 +178,16 @@ def token_metrics(
         "mismatch/ratio_mean": (ratio, every),
         "mismatch/ratio_squared_mean": (ratio.square(), every),
         "entropy": (entropy, every),
+        _UPDATES: (coefficient.abs(), every),
+        LOSS: (-coefficient, every),
     }
-    maxima = ((divergence, moved), (ratio, every), (-ratio, every), ((pi - mu).abs(), every))
+    maxima = (
+        (divergence, moved),
+        (ratio, every),
+        (-ratio, every),
+        ((pi - mu).abs(), every),
+        (coefficient.abs(), every),
+    )
     # fp64: sums over many ranks must not lose counts above 2^24.
     where_MN = torch.stack([where for _, where in means.values()])
     values_MN = torch.stack([values.double() for values, _ in means.values()])

@@ -30,12 +30,16 @@ class TokenObjective:
         coefficient: [N] w r A.
         weight: [N] w.
         divergence: [N] D(mu || pi).
+        loss: scalar, the sum of -w r A.
+        num_tokens: scalar int64, how many are in the mask.
         metrics: sums over the tokens of the mask.
     """
 
     coefficient: torch.Tensor
     weight: torch.Tensor
     divergence: torch.Tensor
+    loss: torch.Tensor
+    num_tokens: torch.Tensor
     metrics: MetricSums
 
     @classmethod
@@ -47,6 +51,8 @@ class TokenObjective:
             coefficient=torch.cat([block.coefficient for block in blocks]),
             weight=torch.cat([block.weight for block in blocks]),
             divergence=torch.cat([block.divergence for block in blocks]),
+            loss=torch.stack([block.loss for block in blocks]).sum(),
+            num_tokens=torch.stack([block.num_tokens for block in blocks]).sum(),
             metrics=MetricSums.total([block.metrics for block in blocks]),
         )
 
@@ -67,6 +73,7 @@ def token_objective(
         exact_divergence: [N] D for exact_*, else None.
         vocab_size: true size of the vocabulary.
     """
+    tokens = tokens.cleaned()
     log_mu, log_pi = tokens.rollout_log_probs, policy.log_prob
     log_ratio = log_pi - log_mu
     ratio = log_ratio.clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP).exp()
@@ -75,12 +82,15 @@ def token_objective(
     divergence = _divergence(config, tokens, policy) if exact_divergence is None else exact_divergence
     outward = _outward(config, tokens, policy, vocab_size)
     weight = token_weight(config, tokens.advantages, log_ratio, capped_ratio, pi - mu, divergence, outward)
+    coefficient = tokens.masked(weight * capped_ratio * tokens.advantages)
     return TokenObjective(
-        coefficient=tokens.masked(weight * capped_ratio * tokens.advantages),
+        coefficient=coefficient,
         weight=tokens.masked(weight),
         divergence=tokens.masked(divergence),
+        loss=-coefficient.sum(),
+        num_tokens=tokens.count(),
         metrics=token_metrics(
-            tokens.advantages, log_ratio, ratio, mu, pi, divergence, weight, policy.entropy, tokens.mask
+            tokens.advantages, log_ratio, ratio, mu, pi, divergence, weight, coefficient, policy.entropy, tokens.mask
         ),
     )
 

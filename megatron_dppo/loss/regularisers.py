@@ -40,6 +40,25 @@ def scored(values: torch.Tensor, log_prob: torch.Tensor, scale: float = 1.0) -> 
     return result
 
 
+def policy_loss(loss: torch.Tensor, coefficient: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
+    """``loss``, the sum of ``-coefficient`` [n], with the gradient of the sum of ``scored(coefficient, log_prob, -1.0)``."""
+    result: torch.Tensor = _PolicyLoss.apply(loss, coefficient, log_prob)
+    return result
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, coefficient: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(coefficient, log_prob)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        coefficient, log_prob = ctx.saved_tensors
+        return None, None, (coefficient * -grad).masked_fill(log_prob == -torch.inf, 0.0).to(log_prob.dtype)
+
+
 class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, log_prob: torch.Tensor, scale: float) -> torch.Tensor:

@@ -16,8 +16,8 @@ from megatron_dppo.errors import ConfigError, LossInputError
 from megatron_dppo.loss.checks import CHECKS, InputChecks, check_sampled_values
 from megatron_dppo.loss.config import DPPOConfig
 from megatron_dppo.loss.fused_objective import objective_of
-from megatron_dppo.loss.inputs import FlatTokens, filled
-from megatron_dppo.loss.metrics import MetricSums
+from megatron_dppo.loss.inputs import FlatTokens, masked
+from megatron_dppo.loss.metrics import LOSS, MetricSums
 from megatron_dppo.loss.regularisers import scored
 from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.ops.policy_stats import PolicyStats
@@ -98,14 +98,12 @@ def token_losses(
     _check_shapes(log_probs, rollout_log_probs=rollout_log_probs, advantages=advantages, loss_mask=loss_mask)
     chosen, dtype, shape = choose_backend(backend, log_probs), compute_dtype(log_probs), log_probs.shape
     mask = None if loss_mask is None else loss_mask.reshape(-1).bool()
-    outside = None if mask is None else ~mask
-    flat = filled(log_probs.reshape(-1), outside, 0.0)
+    flat = masked(log_probs.reshape(-1), mask)
     tokens = FlatTokens(
         mask=mask,
-        outside=outside,
         target=torch.zeros(flat.shape, dtype=torch.int64, device=flat.device),
-        advantages=filled(advantages.detach().reshape(-1).to(dtype), outside, 0.0),
-        rollout_log_probs=filled(rollout_log_probs.detach().reshape(-1).to(dtype), outside, 0.0).clamp(max=0.0),
+        advantages=advantages.detach().reshape(-1).to(dtype).contiguous(),
+        rollout_log_probs=rollout_log_probs.detach().reshape(-1).to(dtype).contiguous(),
         topk_ids=None,
         topk_log_probs=None,
         ref_log_probs=None,
@@ -122,7 +120,7 @@ def token_losses(
         per_token=scored(objective.coefficient, flat, -1.0).view(shape),
         weight=objective.weight.view(shape),
         divergence=objective.divergence.view(shape),
-        metrics=objective.metrics.without_mean("entropy").with_updates(objective.coefficient, tokens.count(), {}),
+        metrics=objective.metrics.without_means("entropy", LOSS),
         checks=found,
     )
 

@@ -22,7 +22,7 @@ from megatron_dppo.ops.tile_tree import TileTree
 
 NAMESPACE = "megatron_dppo"  # of the operators
 operators = getattr(torch.ops, NAMESPACE)
-if not hasattr(operators, "tile_nodes"):
+if not (hasattr(operators, "check_tokens") and hasattr(operators, "tile_nodes")):
     raise ImportError("it was built by an older version of this package: build it again")
 if not _C.cpu_level_is_supported:
     raise ImportError(
@@ -182,8 +182,14 @@ def _token_objective(log_mu, *others, **settings):  # type: ignore[no-untyped-de
     constants: dict[str, Any] = _C.metric_constants
     decades = constants["histogram_highest"] - constants["histogram_lowest"]
     bins = constants["histogram_bins_per_decade"] * decades + 2
-    totals = log_mu.new_empty(len(_C.total_names), dtype=torch.float64)
-    return coefficient, weight, divergence, totals, log_mu.new_empty(bins, dtype=torch.int64)
+    means = log_mu.new_empty(len(_C.mean_names), 2, dtype=torch.float64)
+    maxima = log_mu.new_empty(len(_C.maximum_names), dtype=torch.float64)
+    histogram, tokens = (log_mu.new_empty(shape, dtype=torch.int64) for shape in ((bins,), ()))
+    return coefficient, weight, divergence, means, maxima, histogram, log_mu.new_empty(()), tokens
+
+
+def _check_tokens(target, *others, **tolerances):  # type: ignore[no-untyped-def]
+    return target.new_empty(len(_C.check_names), 3, dtype=torch.float64)
 
 
 def _nothing(*inputs):  # type: ignore[no-untyped-def]
@@ -199,6 +205,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "policy_backward_": _nothing,
     "shard_divergence": _shard_divergence,
     "token_objective": _token_objective,
+    "check_tokens": _check_tokens,
     "tile_hash": _nothing,
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from emulation_library import TokenObjectiveArguments, address
-from token_objective_reference import HISTOGRAM_BINS, histogram_of, objective
+from token_objective_reference import HISTOGRAM_BINS, MAXIMA, MEANS, histogram_of, objective
 
 K, VOCAB, NO_ID = 3, 50, -100
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "given")
@@ -34,15 +34,6 @@ LIMITS = {
     "cispo_ratio_min": 0.5,
     "cispo_ratio_max": 1.5,
 }
-# In the order of DPPO_SUMS and DPPO_MAXIMA (csrc/core/token_objective_arguments.h).
-BINS = range(5)
-TOTALS = [
-    *("tokens", "moved", "positive", "negative", *(f"moved_in_bin_{i}" for i in BINS)),
-    *("masked", "masked_positive", "masked_negative", *(f"masked_in_bin_{i}" for i in BINS)),
-    *("ppo_clipped", "ppo_agreeing", "bad_updates", "weight_sum", "divergence_sum"),
-    *("abs_log_ratio_sum", "kl_k1_sum", "kl_k3_sum", "ratio_sum", "ratio_squared_sum", "entropy_sum"),
-    *("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max"),
-]
 # Remaining masses are at least 0.03 here and off by at most (K + 2) 2^-23; a KL divides by them and takes the logarithm.
 TOLERANCE = 2.0**-23 * (K + 2) * (1 / 0.03 + 5)
 
@@ -81,27 +72,30 @@ def token_objective_failures(emulated: Any, n: int) -> Iterator[str]:
             addresses |= dict.fromkeys(("topk_ids", "topk_log_mu", "topk_log_pi"))
         addresses = {**dict(list(addresses.items())[:6]), "mask": address(given_mask), **addresses}
         floats = {name: np.full(n, np.nan, np.float32) for name in ("coefficient", "weight", "divergence")}
-        totals, histogram = np.full(len(TOTALS), np.nan), np.full(HISTOGRAM_BINS + 2, -1, np.int64)
+        means, maxima = np.full((len(MEANS), 2), np.nan), np.full(len(MAXIMA), np.nan)
+        histogram, tokens = np.full(HISTOGRAM_BINS + 2, -1, np.int64), np.full(1, -1, np.int64)
+        loss = np.full(1, np.nan, np.float32)
         as_log = {"ppo_clip_low": lambda x: 1 - x, "ppo_clip_high": lambda x: 1 + x, "ppo_dual_clip": lambda x: x}
         limits = [math.log(as_log[name](x)) if name in as_log else x for name, x in LIMITS.items()]
         kinds = (DIVERGENCES.index(combination[0]), DIRECTIONS.index(combination[1]))
         arguments = TokenObjectiveArguments(
             *(n, topk, VOCAB, *addresses.values(), *kinds, TRUST_REGIONS.index(combination[2]), *limits),
-            *map(address, (*floats.values(), totals, histogram)),
+            *map(address, (*floats.values(), means, maxima, histogram, loss, tokens)),
         )
         assert ctypes.sizeof(arguments) % 8 == 0
         emulated.token_objective(arguments, 1)
         known = {name: x[inside, :topk] if x.ndim == 2 else x[inside] for name, x in inputs.items()}
         expected, expected_totals = objective(known, *combination, LIMITS, VOCAB)
-        expected["totals"] = np.array([expected_totals[name] for name in TOTALS])
+        expected |= {name: np.array(values) for name, values in expected_totals.items()}
         if any((values[~inside] != 0).any() for values in floats.values()):
             yield f"{combination}, {n} tokens: the results of a masked token are not 0"
-        results = {**{name: x[inside] for name, x in floats.items()}, "totals": totals, "histogram": histogram}
+        results = {**{name: x[inside] for name, x in floats.items()}, "means": means, "maxima": maxima}
+        results |= {"histogram": histogram, "loss": loss[0], "tokens": tokens[0]}
         # Of the divergences as returned: of those in float64 one may lie on the other side of a bin's edge.
         moved = inputs["advantage"][inside] != 0
         expected["histogram"] = histogram_of(results["divergence"][moved].astype(np.float64))
         for name, value in expected.items():
             with np.errstate(invalid="ignore"):  # -inf - -inf, which the comparison before it takes care of
                 error = np.where(results[name] == value, 0.0, np.abs(results[name] - value))
-            if not (error <= TOLERANCE * max(1, n if name == "totals" else 1)).all():
+            if not (error <= TOLERANCE * max(1, n if name in ("means", "loss") else 1)).all():
                 yield f"{combination}, {n} tokens: {name} is off by {error.max(initial=0.0):.1e}"

@@ -18,6 +18,7 @@ from emulated_tile_hash import tile_hash_failures
 from emulated_tile_nodes import CASES as NODE_CASES
 from emulated_tile_nodes import INTERBLOCK_CASES as INTERBLOCK_NODE_CASES
 from emulated_tile_nodes import tile_nodes_failures
+from emulated_token_checks import token_checks_failures
 from emulated_token_objective import token_objective_failures
 from emulation_library import (
     BFLOAT16,
@@ -292,6 +293,7 @@ def main() -> int:
     suites += [(divergence_failures, case) for case in (INTERBLOCK_CASES[1:] if interblock else CASES)]
     suites += [(token_objective_failures, 150 if interblock else n) for n in (300, 1, 0)[: 1 if interblock else 3]]
     suites += [(tile_nodes_failures, case) for case in (INTERBLOCK_NODE_CASES if interblock else NODE_CASES)]
+    suites += [(token_checks_failures, n) for n in (300, 1, 0)[: 1 if interblock else 3]]
     suites.append((tile_hash_failures, interblock))
     found: list[str] = []
     for suite, case in suites:

@@ -16,7 +16,8 @@ def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
 
 
-# The structures of csrc/core/arguments.h, token_objective_arguments.h and tile_hash_arguments.h.
+# The structures of csrc/core/arguments.h, token_objective_arguments.h, token_checks_arguments.h and
+# tile_hash_arguments.h.
 LogitsShard = structure(
     "LogitsShard",
     ("data", POINTER),
@@ -85,7 +86,16 @@ TokenObjectiveArguments = structure(
     *((name, ctypes.c_int) for name in ("divergence", "direction", "trust_region")),
     *((name, FLOAT) for name in ("delta_low", "delta_high", "ratio_cap", "log_clip_low", "log_clip_high")),
     *((name, FLOAT) for name in ("log_dual_clip", "cispo_ratio_min", "cispo_ratio_max")),
-    *((name, POINTER) for name in ("coefficient", "weight", "out_divergence", "totals", "histogram")),
+    *((name, POINTER) for name in ("coefficient", "weight", "out_divergence", "means", "maxima", "histogram")),
+    *((name, POINTER) for name in ("loss", "tokens")),
+)
+TokenChecksArguments = structure(
+    "TokenChecksArguments",
+    *((name, INT64) for name in ("n", "topk", "vocab_size")),
+    *((name, POINTER) for name in ("target", "advantage", "log_mu", "mask", "topk_ids", "topk_log_mu", "ref_log_prob")),
+    ("log_prob_tolerance", FLOAT),
+    ("mass_tolerance", ctypes.c_double),
+    ("record", POINTER),
 )
 
 TilePiece = structure(
@@ -181,7 +191,7 @@ class Emulated:
     def __init__(self, path: str) -> None:
         self.library = library = ctypes.CDLL(path)
         kernels = ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_objective")
-        for name in (*kernels, "tile_nodes", "merge_tile_nodes", "tile_hash"):
+        for name in (*kernels, "tile_nodes", "merge_tile_nodes", "check_tokens", "tile_hash"):
             function = getattr(library, f"emulated_{name}")
             function.restype = ctypes.c_char_p
             setattr(self, name, self._raising(function))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +16,10 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
+from tests.csrc.sanitized_driver import asan_environment, library_path, run_driver
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-DRIVER = Path(__file__).with_name("emulation_driver.py")
 CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include/cuda_runtime_api.h"
 
 pytestmark = [
@@ -43,28 +43,16 @@ def compile_emulation(kind: str, csrc: Path, output: Path, objects: Path) -> Pat
     return output
 
 
-def library_path(name: str) -> str:
-    return subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def run_driver(library: Path, way: str, order: str = "forward") -> tuple[bool, str]:
+def run_library(library: Path, way: str, order: str = "forward") -> tuple[bool, str]:
     """Whether the driver found nothing wrong, and all that was said."""
-    environment = {**os.environ, "EMULATION_ORDER": order, "OPENBLAS_NUM_THREADS": "1"}
+    variables = {"EMULATION_ORDER": order}
     if way == "asan":
-        environment["LD_PRELOAD"] = f"{library_path('libasan.so')} {library_path('libstdc++.so')}"
-        # Every allocation of Python's and numpy's through malloc, so that an array's end is an allocation's end.
-        environment |= {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+        variables |= asan_environment()
     if way in ("tsan", "interblock"):
-        environment["LD_PRELOAD"] = library_path("libtsan.so")
-        environment["TSAN_OPTIONS"] = "halt_on_error=1 exitcode=66"
-    arguments = [sys.executable, str(DRIVER), str(library)]
+        variables |= {"LD_PRELOAD": library_path("libtsan.so"), "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     if way == "interblock":
-        environment["EMULATION_INTERBLOCK"] = "1"
-        arguments.append("--interblock")
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    return done.returncode == 0, done.stdout + done.stderr
+        return run_driver(library, "--interblock", **variables, EMULATION_INTERBLOCK="1")
+    return run_driver(library, **variables)
 
 
 Said = Callable[..., tuple[bool, str]]
@@ -82,7 +70,7 @@ def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     def run(bug: str | None = None, way: str = "plain", order: str = "forward") -> tuple[bool, str]:
         if bug is not None:
             return run_with_a_bug(bug, tmp_path_factory.mktemp("bug"), objects)
-        return run_driver(libraries[kind_of(way)], way, order)
+        return run_library(libraries[kind_of(way)], way, order)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = [(parameters, pool.submit(run, **parameters)) for parameters in selected]
@@ -199,7 +187,28 @@ BUGS = {
         "combine_rows(static_cast<int>(gridDim.x),",
         "combine_rows(1,",
         "plain",
-        "totals is off by",
+        "means is off by",
+    ),
+    "a check finds the last bad token instead of the first": (
+        "cuda/check_tokens.cu",
+        "args.n - i));",
+        "i + 1));",
+        "plain",
+        "the check of target says",
+    ),
+    "the record is written before all blocks have looked": (
+        "cuda/check_tokens.cu",
+        "if (!is_last_block(workspace.finished, gridDim.x)) return;",
+        "if (blockIdx.x != gridDim.x - 1) return;",
+        "interblock",
+        "data race",
+    ),
+    "a masked token is checked": (
+        "cuda/check_tokens.cu",
+        "if (args.mask.skips(i)) continue;",
+        "",
+        "plain",
+        "the check of advantages says",
     ),
     "a masked row is read": (
         "cuda/row_partials.cu",
@@ -318,7 +327,7 @@ def run_with_a_bug(bug: str, folder: Path, objects: Path) -> tuple[bool, str]:
     source = (csrc / file).read_text()
     assert text in source, f"{file} no longer contains {text!r}: seed this bug anew"
     (csrc / file).write_text(source.replace(text, replacement))
-    return run_driver(compile_emulation(kind_of(way), csrc, folder / "emulation.so", objects), way)
+    return run_library(compile_emulation(kind_of(way), csrc, folder / "emulation.so", objects), way)
 
 
 @pytest.mark.parametrize("bug", [bug if bug in BUGS_OF_EVERY_PUSH else nightly(bug) for bug in BUGS])

@@ -45,6 +45,11 @@ def token_objective() -> Call:
     return (*statistics, *topk, None, V), {**rule, "limits": limits}
 
 
+def check_tokens() -> Call:
+    tokens = (ids(N), torch.randn(N), per_row(), torch.rand(N) < 0.5, ids(N, K), -5 - torch.rand(N, K), per_row())
+    return (*tokens, V), {"log_prob_tolerance": 1e-3, "mass_tolerance": 1e-3}
+
+
 def tile_hash() -> Call:
     sums = torch.zeros(2, 2, dtype=torch.int32)
     return (sums, [torch.randn(4, 6), torch.randn(2, 8).bfloat16()], [4, 2], [6, 8], [0, 0], [0, 1]), {}
@@ -63,6 +68,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "policy_backward_": lambda: ((torch.randn(N, V), *backward_inputs()), {}),
     "shard_divergence": shard_divergence,
     "token_objective": token_objective,
+    "check_tokens": check_tokens,
     "tile_hash": tile_hash,
 }
 WRITTEN = {"policy_backward": 1, "policy_backward_": 0, "tile_hash": 0}  # which argument

@@ -32,6 +32,12 @@ IMPOSSIBLE = (-50.0, -1e4, -math.inf)
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "given")
 DIRECTIONS = ("ratio", "exact_collision", "aggregated_tail", "uniform_tail", "symmetric")
 TRUST_REGIONS = ("mask", "smooth", "ppo_clip", "cispo", "none")
+COUNTED = {  # numbers of tokens, which are exact
+    name
+    for pair in reference.MEANS.values()
+    for name in pair
+    if name.startswith(("masked", "moved", "positive", "negative", "tokens", "ppo", "bad"))
+}
 TOPK = ("topk_ids", "topk_log_mu", "topk_log_pi")
 LIMITS = {
     "delta_low": 0.05,
@@ -143,10 +149,10 @@ def test_it_is_what_the_formulas_say(divergence: str, trust_region: str, k: int,
     assume(bool(borders) and bool((np.abs(mu - pi - 0.5) > 1e-6).all()))  # else a count may differ by rounding
 
     limits = LIMITS | {"ratio_cap": cap}
-    coefficient, weight, d, totals, histogram = (
+    coefficient, weight, d, means, maxima, histogram, loss, number = (
         y.numpy() for y in call(tokens, divergence=divergence, trust_region=trust_region, ratio_cap=cap)
     )
-    expected, expected_totals = reference.objective(x, divergence, "ratio", trust_region, limits, VOCAB)
+    expected, of_all = reference.objective(x, divergence, "ratio", trust_region, limits, VOCAB)
     tolerance = divergence_tolerance(x, divergence)
     assert (np.abs(d - expected["divergence"]) <= tolerance).all()
     assert np.isfinite(d).all()
@@ -162,16 +168,20 @@ def test_it_is_what_the_formulas_say(divergence: str, trust_region: str, k: int,
     assert np.array_equal(histogram, histogram_of_own)
     if not decided.all():
         return
-    assert set(expected_totals) == set(_C.total_names)
-    size = 1 + np.abs(expected["weight"]).max()
-    for name, got_total in zip(_C.total_names, totals, strict=True):
-        want = expected_totals[name]
-        if name.startswith("divergence"):
+    size = 1 + max(np.abs(expected[name]).max() for name in ("weight", "coefficient"))
+    everything = [
+        of_one
+        for pair, got, want in zip(reference.MEANS.values(), means, of_all["means"], strict=True)
+        for of_one in zip(pair, got, want, strict=True)
+    ]
+    everything += zip(reference.MAXIMA, maxima, of_all["maxima"], strict=True)
+    for name, got_total, want in [*everything, ("loss", loss, of_all["loss"]), ("tokens", number, n)]:
+        if name in COUNTED:
+            allowed = 0.0
+        elif name.startswith("divergence"):
             allowed = tolerance.sum()
-        elif name.endswith(("_sum", "_max")):
-            allowed = 2.0**-20 * abs(want) + n * slack * size if math.isfinite(want) else 0.0
         else:
-            allowed = 0.0  # numbers of tokens
+            allowed = 2.0**-20 * abs(want) + n * slack * size if math.isfinite(want) else 0.0
         assert got_total == want or abs(got_total - want) <= allowed, name
 
 
@@ -223,15 +233,16 @@ def test_tokens_outside_the_mask_are_not_looked_at(divergence: str, inside: str)
         for name, values in tokens.items()
     }
     kinds = {"divergence": divergence, "direction": "uniform_tail"}
-    *expected, expected_totals, expected_histogram = call(alone, **kinds)
-    *got, totals, histogram = call(spoilt, mask, **kinds)
-    for values, values_alone in zip(got, expected, strict=True):
+    expected, got = call(alone, **kinds), call(spoilt, mask, **kinds)
+    for values, values_alone in zip(got[:3], expected[:3], strict=True):
         assert torch.equal(values[mask], values_alone)
         assert torch.equal(values[~mask], torch.zeros(n - len(values_alone)))
     # Chunks of tokens are added up in order, and a chunk with gaps is another chunk: equal but for fp64's rounding.
-    torch.testing.assert_close(totals, expected_totals, rtol=1e-13, atol=1e-12)
-    assert int(totals[_C.total_names.index("tokens")]) == int(mask.sum())
-    assert torch.equal(histogram, expected_histogram)
+    torch.testing.assert_close(got[3], expected[3], rtol=1e-13, atol=1e-12)
+    torch.testing.assert_close(got[6], expected[6], rtol=2.0**-23, atol=1e-12)
+    assert torch.equal(got[4], expected[4])
+    assert torch.equal(got[5], expected[5])
+    assert int(got[7]) == int(mask.sum())
 
 
 def test_without_a_top_k_the_sampled_token_alone_is_known() -> None:
@@ -258,14 +269,16 @@ def test_nan_reaches_the_loss() -> None:
     tokens["log_pi"][2] = math.nan
     tokens["advantages"][2] = 1.0
     for kinds in ({}, {"divergence": "topk_kl", "trust_region": "cispo", "ratio_cap": 2.0}):
-        coefficient, _, _, totals, _ = call(tokens, **kinds)
+        coefficient, _, _, _, maxima, _, loss, _ = call(tokens, **kinds)
         assert coefficient.isnan().tolist() == [False, False, True, False]
-        assert bool(totals[_C.total_names.index("ratio_max")].isnan())
+        assert bool(maxima[_C.maximum_names.index("ratio_max")].isnan())
+        assert bool(loss.isnan())
 
 
 def test_the_extension_says_what_it_measures_against() -> None:
     assert _C.limit_names == tuple(LIMITS)
-    assert len(set(_C.total_names)) == len(_C.total_names)
+    assert _C.mean_names == tuple(reference.MEANS)
+    assert _C.maximum_names == reference.MAXIMA
     assert _C.metric_constants == {
         "reference_clip": 0.2,
         "bad_update_drop": 0.5,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,27 @@ LOG_ZERO = -1e5
 TINY, EPSILON = 2.0**-126, 2.0**-23
 EDGES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 HISTOGRAM_BINS = 320
-MAXIMA = ("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max")
+MAXIMA = ("divergence_max", "ratio_max", "negated_ratio_max", "prob_change_max", "update_max")
+# The kernel's means, in its order: (numerator, denominator)
+MEANS = {
+    "mask_fraction": ("masked", "moved"),
+    "mask_fraction_pos": ("masked_positive", "positive"),
+    "mask_fraction_neg": ("masked_negative", "negative"),
+    **{f"mask_fraction_of_bin_{i}": (f"masked_in_bin_{i}", f"moved_in_bin_{i}") for i in range(5)},
+    "weight_mean": ("weight", "moved"),
+    "divergence_mean": ("divergence", "moved"),
+    "ppo_would_clip_fraction": ("ppo_clipped", "moved"),
+    "ppo_agreement": ("ppo_agreeing", "moved"),
+    "bad_update_fraction": ("bad_updates", "moved"),
+    "abs_log_ratio": ("abs_log_ratio", "tokens"),
+    "kl_k1": ("k1", "tokens"),
+    "kl_k3": ("k3", "tokens"),
+    "ratio_mean": ("ratio", "tokens"),
+    "ratio_squared_mean": ("ratio_squared", "tokens"),
+    "entropy": ("entropy", "tokens"),
+    "update_mean": ("update", "tokens"),
+    "loss": ("loss", "tokens"),
+}
 
 
 def known_tokens(x: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,8 +111,8 @@ def objective(
     trust_region: str,
     limits: Mapping[str, float],
     vocab_size: int,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """[n] coefficient, weight and divergence; and the totals by name."""
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """[n] coefficient, weight and divergence; and of all tokens: means [M, 2], maxima [E], loss and the number of tokens."""
     advantage = x["advantage"].astype(np.float64)
     log_ratio = x["log_pi"] - x["log_mu"]  # in single precision
     mu, pi = np.exp(x["log_mu"].astype(np.float64)), np.exp(x["log_pi"].astype(np.float64))
@@ -135,20 +156,27 @@ def objective(
         counts[f"moved_in_bin_{i}"] = moved & (mu >= low) & ((mu < high) | (high == 1))
         counts[f"masked_in_bin_{i}"] = counts[f"moved_in_bin_{i}"] & masked
     wide = log_ratio.astype(np.float64)
+    coefficient = weight * capped * advantage
     sums = {
-        "weight_sum": weight[moved],
-        "divergence_sum": d[moved],
-        "abs_log_ratio_sum": np.abs(wide),
-        "kl_k1_sum": -wide,
-        "kl_k3_sum": np.expm1(wide) - wide,
-        "ratio_sum": ratio,
-        "ratio_squared_sum": ratio**2,
-        "entropy_sum": x["entropy"].astype(np.float64),
+        "weight": weight[moved],
+        "divergence": d[moved],
+        "abs_log_ratio": np.abs(wide),
+        "k1": -wide,
+        "k3": np.expm1(wide) - wide,
+        "ratio": ratio,
+        "ratio_squared": ratio**2,
+        "entropy": x["entropy"].astype(np.float64),
+        "update": np.abs(coefficient),
+        "loss": -coefficient,
     }
-    maxima = dict(zip(MAXIMA, (d[moved], ratio, -ratio, np.abs(pi - mu)), strict=True))
     totals = {name: float(values.sum()) for name, values in (counts | sums).items()}
-    totals |= {name: float(values.max(initial=-np.inf)) for name, values in maxima.items()}
-    return {"coefficient": weight * capped * advantage, "weight": weight, "divergence": d}, totals
+    of_all = {
+        "means": [[totals[name] for name in pair] for pair in MEANS.values()],
+        "maxima": [x.max(initial=-np.inf) for x in (d[moved], ratio, -ratio, np.abs(pi - mu), np.abs(coefficient))],
+        "loss": totals["loss"],
+        "tokens": len(mu),
+    }
+    return {"coefficient": coefficient, "weight": weight, "divergence": d}, of_all
 
 
 def histogram_of(d: np.ndarray) -> np.ndarray:

@@ -64,7 +64,6 @@ def make_tokens(n: int, k: int, device: str) -> tuple[FlatTokens, PolicyStats]:
     sampled_mu, sampled_pi = (x.gather(1, target)[:, 0].to(device) for x in (log_mu, log_pi))
     advantages, entropy = torch.randn(2, n, generator=generator).to(device)
     tokens = FlatTokens(
-        outside=None,
         mask=None,
         target=target[:, 0].to(device),
         advantages=advantages,

@@ -65,6 +65,14 @@ T atomicAdd(T* p, T value) {
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 template <typename T>
+T atomicMax(T* p, T value) {
+  static_assert(std::is_integral<T>::value, "only integers have an atomic maximum");
+  T before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (before < value && !__atomic_compare_exchange_n(p, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
+template <typename T>
 T __ldg(const T* p) {
   return *p;
 }

@@ -71,6 +71,14 @@ DPPO_EXPORT const char* emulated_token_objective(const TokenObjectiveArguments* 
     return error;
   });
 }
+DPPO_EXPORT const char* emulated_check_tokens(const TokenChecksArguments* args, int multiprocessors) {
+  return guarded([&] {
+    void* workspace = std::malloc(kTokenChecksWorkspaceBytes);
+    const cudaError_t error = cuda::launch_check_tokens(*args, multiprocessors, workspace, nullptr);
+    std::free(workspace);
+    return error;
+  });
+}
 DPPO_EXPORT const char* emulated_tile_hash(const TileHashArguments* args) {
   return guarded([&] { return cuda::launch_tile_hash(*args, nullptr); });
 }
