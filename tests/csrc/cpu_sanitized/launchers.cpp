@@ -15,6 +15,14 @@ DPPO_EXPORT const char* emulated_merge_partials(const MergeArguments* args) {
   cpu::merge_partials(*args);
   return nullptr;
 }
+DPPO_EXPORT const char* emulated_tile_nodes(const TileNodesArguments* args) {
+  cpu::tile_nodes(*args);
+  return nullptr;
+}
+DPPO_EXPORT const char* emulated_merge_tile_nodes(const MergeNodesArguments* args) {
+  cpu::merge_tile_nodes(*args);
+  return nullptr;
+}
 DPPO_EXPORT const char* emulated_policy_backward(const BackwardArguments* args, int) {
   cpu::policy_backward(*args);
   return nullptr;
