@@ -292,8 +292,8 @@ def main() -> int:
     suites = [(failures, case) for case in (INTERBLOCK_CASES if interblock else CASES)]
     suites += [(divergence_failures, case) for case in (INTERBLOCK_CASES[1:] if interblock else CASES)]
     suites += [(token_objective_failures, 150 if interblock else n) for n in (300, 1, 0)[: 1 if interblock else 3]]
-    suites += [(tile_nodes_failures, case) for case in (INTERBLOCK_NODE_CASES if interblock else NODE_CASES)]
     suites += [(token_checks_failures, n) for n in (300, 1, 0)[: 1 if interblock else 3]]
+    suites += [(tile_nodes_failures, case) for case in (INTERBLOCK_NODE_CASES if interblock else NODE_CASES)]
     suites.append((tile_hash_failures, interblock))
     found: list[str] = []
     for suite, case in suites:
