@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "largest_logit.h"
 #include "row_reduction.h"
 
 namespace megatron_dppo {
@@ -115,7 +116,7 @@ DPPO_HOST_DEVICE RowGradient row_gradient(const BackwardArguments& args, int64_t
   if (g.is_zero) return g;
   const float inv_temperature = 1.f / args.temperature;
   const float log_prob = args.log_prob[i];
-  g.max = args.max[i] * args.temperature;
+  g.max = largest_logit(args.max[i], args.temperature, args.logits.dtype);
   g.log2_sum = args.log_sum[i] * kLog2E;
   // Multiplying by 0 and adding hands a NaN on, from a row that has no softmax.
   g.constant = -(grad_log_prob + grad_entropy * args.entropy[i]) * inv_temperature + 0.f * g.log2_sum;
