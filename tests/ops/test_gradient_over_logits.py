@@ -155,6 +155,26 @@ def test_rows_that_share_memory_are_refused(compiled_backend: str) -> None:
         call((torch.randn(1, 11, requires_grad=True) * 1).expand(5, 11), compiled_backend)
 
 
+def test_the_operator_refuses_what_it_cannot_compute(compiled_backend: str) -> None:
+    t, rule = tokens(5, 11, masked=False), rule_of("binary_tv", "ratio", "mask")
+    operator = choose_backend(compiled_backend, torch.zeros(1)).operators.policy_gradient_
+
+    def refused(
+        message: str, *, logits: Any = None, vocab: int = 11, scale: float = 1.0, topk: Any = None, **more: Any
+    ) -> None:
+        fields = (None, t["target"], t["rollout_log_probs"], t["advantages"], topk, None, None)
+        with pytest.raises(ValueError, match=message):
+            operator(torch.randn(5, 11) if logits is None else logits, *fields, 1.0, vocab, scale, **{**rule, **more})
+
+    refused("divergence='given' would have to be known", divergence="given")
+    refused(r"num_columns must be in \[0, 11\], not 12", vocab=12)
+    refused("vocab_size must be positive, not 0", vocab=0)
+    refused("scale must be finite, not inf", scale=float("inf"))
+    refused("topk_ids and topk_log_mu must be given together", topk=t["topk_ids"])
+    refused("logits has rows that share memory", logits=torch.randn(1, 11).expand(5, 11))
+    refused("logits must be float32, bfloat16 or float16", logits=torch.randn(5, 11, dtype=torch.float64))
+
+
 def test_the_rule(compiled_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for 100 fp32 columns, and two workers."""
     monkeypatch.setattr(logits_route, "_workers", lambda device: (2, 400.0))
