@@ -198,7 +198,7 @@ class DPPOLoss:
             return None
         if isinstance(policy, LinearHead):
             made = self._by_blocks(policy, tokens, aggregation, backend)
-        elif self.backward_scale is not None:
+        elif self.backward_scale is not None and self.deterministic == "off":  # rows are reduced in another order there
             made = in_one_pass(
                 self.config,
                 policy,

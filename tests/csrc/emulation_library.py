@@ -208,13 +208,17 @@ class Emulated:
             setattr(self, name, self._raising(function))
         library.emulated_divergence_segments.restype = INT64
         self._divergence_segments = library.emulated_divergence_segments
-        library.emulated_policy_gradient_blocks.restype = INT64
-        self._policy_gradient_blocks = library.emulated_policy_gradient_blocks
+        self._policy_gradient_blocks = getattr(library, "emulated_policy_gradient_blocks", None)  # a CPU has none
+        if self._policy_gradient_blocks is not None:
+            self._policy_gradient_blocks.restype = INT64
 
     def divergence_segments(self, arguments: ctypes.Structure, multiprocessors: int) -> int:
         return int(self._divergence_segments(ctypes.byref(arguments), multiprocessors))
 
-    def policy_gradient_blocks(self, arguments: ctypes.Structure, multiprocessors: int, cache_bytes: int) -> int:
+    def policy_gradient_blocks(self, arguments: ctypes.Structure, multiprocessors: int, cache_bytes: int) -> int | None:
+        """None of the kernels for a CPU, which have no blocks."""
+        if self._policy_gradient_blocks is None:
+            return None
         return int(self._policy_gradient_blocks(ctypes.byref(arguments), multiprocessors, INT64(cache_bytes)))
 
     @staticmethod

@@ -58,7 +58,7 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     ("file", "text", "replacement"),
     [
         ("cpu/row_partials.cpp", "n - i < kLanes ? n - i : kLanes", "kLanes"),
-        ("cpu/policy_backward.cpp", "valid_end - begin, row", "valid_end - begin + 1, row"),
+        ("cpu/logits_row.h", "valid_end - begin, row", "valid_end - begin + 1, row"),
     ],
     ids=["a chunk's last lanes are read", "a column more is written"],
 )

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo import DPPOConfig, DPPOLoss
@@ -15,8 +16,6 @@ from tests.loss.scenario import VOCAB, make_scenario
 # Backward: three of these are what a policy gradient is multiplied by, and where log pi is -inf.
 FORWARD = ["row_partials", "merge_partials", "token_objective", "clone"]
 BACKWARD = ["neg", "mul", "eq", "masked_fill", "empty_like", "policy_backward"]
-
-
 # With the gradient written over the logits in forward: the zero that carries it, and what the promise is held against.
 ONE_PASS = ["policy_gradient_", "new_zeros", "token_objective", "add"]
 AFTER_IT = ["eq", "_assert_async"]

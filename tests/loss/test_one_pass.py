@@ -12,7 +12,7 @@ import torch
 from megatron_dppo import DPPOConfig, DPPOLoss, LossInputs, LossOutput
 from megatron_dppo.loss.config import AGGREGATIONS, DIRECTIONS, DIVERGENCES, TRUST_REGIONS
 from megatron_dppo.ops import logits_route
-from tests.loss.scenario import VOCAB, make_scenario
+from tests.loss.scenario import PADDED, VOCAB, make_scenario
 
 RULES = [
     (divergence, direction, trust_region)
@@ -107,6 +107,24 @@ def test_two_passes_where_one_cannot_be(why: str, compiled_backend: str) -> None
     assert not overwritten
     assert_alike(output, other)
     assert torch.equal(gradient, expected)
+
+
+def test_two_passes_where_every_layout_is_to_give_the_same_bits(compiled_backend: str) -> None:
+    loss = DPPOLoss(
+        DPPOConfig(),
+        vocab_size=VOCAB,
+        backend=compiled_backend,
+        inplace_backward=True,
+        backward_scale=1.0,
+        checks="off",
+        deterministic="layout",
+    )
+    leaf = torch.nn.functional.pad(make_scenario().logits, (0, 128 - PADDED)).requires_grad_()  # whole tiles of columns
+    logits = leaf * 1
+    output = loss(logits, make_scenario().inputs())
+    assert torch.equal(logits, leaf)
+    output.loss.backward()
+    assert leaf.grad.any()
 
 
 @pytest.mark.emulated_nightly
