@@ -6,8 +6,10 @@
 #include <cstddef>
 
 #include "core/metric_constants.h"
+#include "core/policy_gradient_arguments.h"
 #include "core/token_checks_arguments.h"
 #include "core/token_objective_arguments.h"
+#include "cpu/cache.h"
 #include "cpu/kernels.h"
 
 #if !defined(DPPO_CUDA_ARCHS)
@@ -49,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_level") = megatron_dppo::cpu::level();
   m.attr("cpu_level_is_supported") = megatron_dppo::cpu::level_is_supported();
   m.attr("torch_version") = DPPO_TORCH_VERSION;
+  m.attr("cpu_l2_bytes") = megatron_dppo::cpu::l2_cache_bytes();
+  m.attr("cache_share") = megatron_dppo::kCacheShare;
   m.attr("limit_names") = names_of(megatron_dppo::kLimitNames);
   m.attr("mean_names") = names_of(megatron_dppo::kMeanNames);
   m.attr("maximum_names") = names_of(megatron_dppo::kMaximumNames);

@@ -7,6 +7,8 @@ Attributes:
         where the compiler's own target is the only one.
     cpu_level_is_supported: whether this processor can run that level; a build for one level may ask too much.
     torch_version: the torch that it was compiled against.
+    cpu_l2_bytes: second-level cache of a core of this processor; 0 where the system does not tell.
+    cache_share: of the L2 cache, how much the rows may take that policy_gradient_ has under way.
     limit_names: what the values of token_objective's ``limits`` are, in order. They are DPPOConfig's thresholds of the
         same names; infinity as ``ratio_cap`` or ``ppo_dual_clip`` means never.
     mean_names: what the rows of token_objective's ``means`` [M, 2] are, numerators and denominators. All are over the tokens
@@ -40,6 +42,8 @@ flags: str
 cpu_level: str
 cpu_level_is_supported: bool
 torch_version: str
+cpu_l2_bytes: int
+cache_share: float
 limit_names: tuple[str, ...]
 mean_names: tuple[str, ...]
 maximum_names: tuple[str, ...]

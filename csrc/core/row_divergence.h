@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "largest_logit.h"
 #include "probability.h"
 
 namespace megatron_dppo {
@@ -16,11 +17,13 @@ struct LogProbRow {
 };
 
 DPPO_HOST_DEVICE LogProbRow policy_row(const DivergenceArguments& args, int64_t i) {
-  return {args.policy_normaliser.max[i] * args.temperature, args.policy_normaliser.log_sum[i] * kLog2E};
+  return {largest_logit(args.policy_normaliser.max[i], args.temperature, args.policy.dtype),
+          args.policy_normaliser.log_sum[i] * kLog2E};
 }
 DPPO_HOST_DEVICE LogProbRow rollout_row(const DivergenceArguments& args, int64_t i) {
   const float rescale = args.log_rescale != nullptr ? args.log_rescale[i] : 0.f;
-  return {args.rollout_normaliser.max[i] * args.temperature, (args.rollout_normaliser.log_sum[i] - rescale) * kLog2E};
+  return {largest_logit(args.rollout_normaliser.max[i], args.temperature, args.rollout.dtype),
+          (args.rollout_normaliser.log_sum[i] - rescale) * kLog2E};
 }
 
 // This shard's column of a known id; anything outside [0, num_columns) is another shard's, or no id at all.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "largest_logit.h"
 #include "row_reduction.h"
 
 namespace megatron_dppo {
@@ -35,14 +36,14 @@ DPPO_HOST_DEVICE void write_no_outputs(const MergeArguments& args, int64_t row) 
   for (int64_t k = 0; k < args.topk; ++k) args.topk_log_prob[row * args.topk + k] = 0.f;
 }
 
-// All of a row's outputs from its state, in units of z; the gathered z are the fields from `target` on, of rows of
-// `columns` fields. With p = softmax(z):
+// All of a row's outputs but the top K's from its state, in units of z; the gathered z are the fields from `target` on,
+// of rows of `columns` fields. With p = softmax(z):
 //   log_prob  = (z_target - max) - log1p(rest)  (never z - LSE: LSE's rounding at |z| ~ 70 is 4e-6)
 //   entropy   = log1p(rest) - tilt / (1 + rest) (two non-negative terms: nothing cancels)
 //   collision = (1 + squares) / (1 + rest)^2
 // A row of nothing but -inf has no softmax either: all of its outputs are NaN.
-DPPO_HOST_DEVICE void write_outputs(const MergeArguments& args, int64_t row, const RowReduction& total, int64_t target,
-                                    int64_t columns) {
+DPPO_HOST_DEVICE void write_statistics(const MergeArguments& args, int64_t row, const RowReduction& total,
+                                       int64_t target, int64_t columns) {
   const float poison = 0.f * total.max;
   const float log_sum = log1pf(total.rest) + poison;
   const float inv_sum = 1.f / (1.f + total.rest);
@@ -51,21 +52,35 @@ DPPO_HOST_DEVICE void write_outputs(const MergeArguments& args, int64_t row, con
   args.collision[row] = (1.f + total.squares) * inv_sum * inv_sum + poison;
   args.max[row] = total.max;
   args.log_sum[row] = log_sum;
-  for (int64_t k = 0; k < args.topk; ++k)
-    args.topk_log_prob[row * args.topk + k] =
-        (select_over_shards(args, row, target + 1 + k, columns) - total.max) - log_sum;
 }
 
-// Merges one row's partials over the shards and writes all of its outputs.
-DPPO_HOST_DEVICE void finish_row(const MergeArguments& args, int64_t row) {
-  if (args.mask.skips(row)) return write_no_outputs(args, row);
+// The log-probability of the row's k-th top-K token, once its statistics are written.
+DPPO_HOST_DEVICE void write_topk(const MergeArguments& args, int64_t row, int64_t k, int64_t target, int64_t columns) {
+  args.topk_log_prob[row * args.topk + k] =
+      (select_over_shards(args, row, target + 1 + k, columns) - args.max[row]) - args.log_sum[row];
+}
+
+// Merges one row's partials over the shards and writes all of its outputs but the top K's. False where the row is
+// skipped, and all of them are written.
+DPPO_HOST_DEVICE bool finish_statistics(const MergeArguments& args, int64_t row) {
+  if (args.mask.skips(row)) {
+    write_no_outputs(args, row);
+    return false;
+  }
   const int64_t columns = kTopk + args.topk;
   RowReduction total;
   for (int64_t shard = 0; shard < args.shards; ++shard) {
     const float* part = args.partials + (shard * args.n + row) * columns;
     total = merge(total, RowReduction{part[kMax], part[kRest], part[kTilt], part[kSquares]}, kLog2E);
   }
-  write_outputs(args, row, total, kTarget, columns);
+  write_statistics(args, row, total, kTarget, columns);
+  return true;
+}
+
+// The same, and the top K's.
+DPPO_HOST_DEVICE void finish_row(const MergeArguments& args, int64_t row) {
+  if (!finish_statistics(args, row)) return;
+  for (int64_t k = 0; k < args.topk; ++k) write_topk(args, row, k, kTarget, kTopk + args.topk);
 }
 
 // The same from the state that tile_tree.h merged, in the units of the logits.
@@ -73,7 +88,8 @@ DPPO_HOST_DEVICE void finish_row_of_nodes(const MergeNodesArguments& args, int64
   float fields[4];
   write_state(root, args.temperature, fields);
   const RowReduction total{fields[kMax], fields[kRest], fields[kTilt], fields[kSquares]};
-  write_outputs(args.merge, row, total, 4 * args.nodes, args.columns());
+  write_statistics(args.merge, row, total, 4 * args.nodes, args.columns());
+  for (int64_t k = 0; k < args.merge.topk; ++k) write_topk(args.merge, row, k, 4 * args.nodes, args.columns());
 }
 
 // Gradient of grad_log_prob * log_prob + grad_entropy * entropy with respect to the logits x of one row:
@@ -100,7 +116,7 @@ DPPO_HOST_DEVICE RowGradient row_gradient(const BackwardArguments& args, int64_t
   if (g.is_zero) return g;
   const float inv_temperature = 1.f / args.temperature;
   const float log_prob = args.log_prob[i];
-  g.max = args.max[i] * args.temperature;
+  g.max = largest_logit(args.max[i], args.temperature, args.logits.dtype);
   g.log2_sum = args.log_sum[i] * kLog2E;
   // Multiplying by 0 and adding hands a NaN on, from a row that has no softmax.
   g.constant = -(grad_log_prob + grad_entropy * args.entropy[i]) * inv_temperature + 0.f * g.log2_sum;

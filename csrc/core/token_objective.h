@@ -140,12 +140,14 @@ DPPO_HOST_DEVICE int histogram_bin(float divergence) {
   return at <= kHistogramBins ? static_cast<int>(at) : kHistogramBins + 1;
 }
 
-// Writes token i's results, adds what it contributes to `totals`, and returns its histogram bin, or -1 without one.
-DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, double* totals) {
-  if (args.mask.skips(i)) {
-    args.coefficient[i] = args.weight[i] = args.divergence[i] = 0.f;
-    return -1;
-  }
+// What is decided about one token, and from what.
+struct TokenDecision {
+  float log_ratio, ratio, mu, pi;
+  float divergence, weight, coefficient;
+};
+
+// Of a token of the mask.
+DPPO_HOST_DEVICE TokenDecision decide_token(const TokenObjectiveArguments& args, int64_t i) {
   const float advantage = args.advantage[i], log_mu = sampled_log_mu(args, i), log_pi = args.log_pi[i];
   const float log_ratio = log_pi - log_mu;
   const float ratio = expf(nan_min(nan_max(log_ratio, -kLogRatioClamp), kLogRatioClamp));
@@ -161,7 +163,17 @@ DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, d
   const float growth = predicts ? divergence_growth(args, i, known) : sign_of(log_ratio);
   const float outward = direction == Direction::kSymmetric ? 1.f : sign_of(advantage) * growth;
   const float weight = weight_of(args.settings, advantage, log_ratio, capped_ratio, pi - mu, divergence, outward);
-  const float coefficient = weight * capped_ratio * advantage;
+  return {log_ratio, ratio, mu, pi, divergence, weight, weight * capped_ratio * advantage};
+}
+
+// Writes token i's results, adds what it contributes to `totals`, and returns its histogram bin, or -1 without one.
+DPPO_HOST_DEVICE int add_token(const TokenObjectiveArguments& args, int64_t i, double* totals) {
+  if (args.mask.skips(i)) {
+    args.coefficient[i] = args.weight[i] = args.divergence[i] = 0.f;
+    return -1;
+  }
+  const float advantage = args.advantage[i];
+  const auto [log_ratio, ratio, mu, pi, divergence, weight, coefficient] = decide_token(args, i);
   args.coefficient[i] = coefficient;
   args.weight[i] = weight;
   args.divergence[i] = divergence;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/arguments.h"
+#include "../core/policy_gradient_arguments.h"
 #include "../core/tile_hash_arguments.h"
 #include "../core/token_checks_arguments.h"
 #include "../core/token_objective_arguments.h"
@@ -15,6 +16,7 @@ void merge_tile_nodes(const MergeNodesArguments& args);
 void policy_backward(const BackwardArguments& args);
 void shard_divergence(const DivergenceArguments& args);  // into sums [n, 1]
 void token_objective(const TokenObjectiveArguments& args);
+void policy_gradient(const PolicyGradientArguments& args);
 void check_tokens(const TokenChecksArguments& args);
 void tile_hash(const TileHashArguments& args);
 

@@ -1,8 +1,8 @@
 // Backward: one read and one write of each row that something flows back through, one write of the others.
 
 #include "kernels.h"
+#include "logits_row.h"
 #include "row_tasks.h"
-#include "vector_math.h"
 
 #include "../core/dtype_switch.h"
 #include "../core/row_outputs.h"
@@ -12,7 +12,7 @@ namespace {
 
 // `x` and `out` may be the same memory: element i is written after it was read and never read again.
 template <bool HasEntropy, typename T>
-DPPO_INLINE void write_gradient(const T* x, T* out, int64_t n, const RowGradient& row, float exp2_scale) {
+DPPO_INLINE void write_values(const T* x, T* out, int64_t n, const RowGradient& row, float exp2_scale) {
   const float max = row.max, log2_sum = row.log2_sum, constant = row.constant, slope = row.slope;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -25,10 +25,12 @@ DPPO_INLINE void write_gradient(const T* x, T* out, int64_t n, const RowGradient
 template <typename T>
 DPPO_INLINE void write_row_segment(const T* x, T* out, int64_t n, const RowGradient& row, float exp2_scale) {
   if (row.slope != 0.f)
-    write_gradient<true>(x, out, n, row, exp2_scale);
+    write_values<true>(x, out, n, row, exp2_scale);
   else
-    write_gradient<false>(x, out, n, row, exp2_scale);
+    write_values<false>(x, out, n, row, exp2_scale);
 }
+
+}  // namespace
 
 DPPO_CPU_CLONES void backward(const float* x, float* out, int64_t n, const RowGradient& row, float scale) {
   write_row_segment(x, out, n, row, scale);
@@ -39,6 +41,8 @@ DPPO_CPU_CLONES void backward(const BFloat16* x, BFloat16* out, int64_t n, const
 DPPO_CPU_CLONES void backward(const Float16* x, Float16* out, int64_t n, const RowGradient& row, float scale) {
   write_row_segment(x, out, n, row, scale);
 }
+
+namespace {
 
 template <typename T>
 void policy_backward_of(const BackwardArguments& args) {
@@ -57,11 +61,7 @@ void policy_backward_of(const BackwardArguments& args) {
     const T* x = static_cast<const T*>(logits.data) + i * logits.row_stride;
     T* out = gradient_row(i);
     const RowGradient row = row_gradient(args, i);
-    const int64_t valid_end = row.is_zero ? begin : std::max(begin, std::min(end, logits.num_columns));
-    backward(x + begin, out + begin, valid_end - begin, row, exp2_scale);
-    std::memset(static_cast<void*>(out + valid_end), 0, (end - valid_end) * sizeof(T));
-    if (!row.is_zero && row.target_column >= begin && row.target_column < valid_end)
-      out[row.target_column] = from_float<T>(row.at_target);
+    write_gradient(x, out, begin, end, logits.num_columns, row, exp2_scale);
   });
 }
 

@@ -7,8 +7,8 @@
 
 #include "kernels.h"
 #include "lane_sums.h"
+#include "logits_row.h"
 #include "row_tasks.h"
-#include "vector_math.h"
 
 #include "../core/dtype_switch.h"
 #include "../core/row_outputs.h"
@@ -155,6 +155,8 @@ DPPO_INLINE RowReduction reduce_chunks(const T* row, int64_t n, float exp2_scale
           static_cast<float>(sums.squares)};
 }
 
+}  // namespace
+
 DPPO_CPU_CLONES RowReduction reduce(const float* x, int64_t n, float exp2_scale) {
   return reduce_chunks(x, n, exp2_scale);
 }
@@ -165,20 +167,7 @@ DPPO_CPU_CLONES RowReduction reduce(const Float16* x, int64_t n, float exp2_scal
   return reduce_chunks(x, n, exp2_scale);
 }
 
-// The logit of a global id, or 0 where another shard holds it.
-template <typename T>
-float gather(const PartialsArguments& args, const T* row, int64_t id) {
-  const int64_t column = id - args.logits.first_column;
-  return column >= 0 && column < args.logits.num_columns ? to_float(row[column]) / args.temperature : 0.f;
-}
-
-template <typename T>
-void write_row(const PartialsArguments& args, const T* row, int64_t i, const RowReduction& state) {
-  float* out = args.partials + i * (kTopk + args.topk);
-  write_state(state, args.temperature, out);
-  out[kTarget] = gather(args, row, args.target[i]);
-  for (int64_t k = 0; k < args.topk; ++k) out[kTopk + k] = gather(args, row, args.topk_ids[i * args.topk + k]);
-}
+namespace {
 
 template <typename T>
 void row_partials_of(const PartialsArguments& args) {

@@ -6,14 +6,16 @@
 #include <cstdint>
 
 #include "../core/arguments.h"
+#include "../core/policy_gradient_arguments.h"
 #include "../core/tile_hash_arguments.h"
 #include "../core/token_checks_arguments.h"
 #include "../core/token_objective_arguments.h"
 
 namespace megatron_dppo::cuda {
 
-// Multiprocessors of the current device.
+// Of the current device.
 int multiprocessor_count();
+int64_t l2_cache_bytes();
 
 // How a forward is cut. With more than one segment per row it needs scratch memory, which the caller allocates.
 struct PartialsPlan {
@@ -39,6 +41,11 @@ cudaError_t launch_shard_divergence(const DivergenceArguments& args, int64_t seg
 int64_t token_objective_workspace_bytes(int64_t n, int multiprocessors);
 cudaError_t launch_token_objective(const TokenObjectiveArguments& args, int multiprocessors, void* workspace,
                                    cudaStream_t stream);
+
+// How many rows are under way at a time: as many as an L2 cache of that size keeps, but one for every multiprocessor at
+// least and a few at most.
+int64_t policy_gradient_blocks(const PolicyGradientArguments& args, int multiprocessors, int64_t cache_bytes);
+cudaError_t launch_policy_gradient(const PolicyGradientArguments& args, int64_t blocks, cudaStream_t stream);
 
 // `workspace`: kTokenChecksWorkspaceBytes.
 cudaError_t launch_check_tokens(const TokenChecksArguments& args, int multiprocessors, void* workspace,

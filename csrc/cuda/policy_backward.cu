@@ -8,13 +8,11 @@
 #include "../core/row_outputs.h"
 #include "../core/split.h"
 #include "launch.h"
-#include "vector_access.cuh"
+#include "row_gradient.cuh"
 
 namespace megatron_dppo::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBytes = 32;  // per thread and step
 constexpr int64_t kMinSegmentColumns = 4096;
 constexpr int64_t kMaxSegmentColumns = 16384;
 constexpr int kBlocksPerMultiprocessor = 8;
@@ -23,65 +21,6 @@ struct Cut {
   int segments;
   int segment_columns;
 };
-
-__device__ __forceinline__ float gradient(float x, const RowGradient& row, float exp2_scale) {
-  // The floor keeps slope * y finite where the probability is 0, and is far below the last non-zero power.
-  const float y = nan_max((x - row.max) * exp2_scale - row.log2_sum, -1000.f);
-  return exp2f(y) * (row.constant + row.slope * y);
-}
-
-// Writes f(x[i]) to out[i] for i in [0, n): 16 bytes at a time if x and out are equally far from a 16-byte boundary.
-template <typename T, typename Function>
-__device__ __forceinline__ void transform(const T* x, T* out, int n, const Function& f) {
-  constexpr int kSize = Vector<T>::kSize;
-  constexpr int kVectors = kBytes / 16;
-  using Packed = typename Vector<T>::Packed;
-  const int tid = threadIdx.x;
-  const bool vectorise = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-  const int head = vectorise ? elements_to_boundary(out, n) : n;
-  const int num_vectors = (n - head) / kSize;
-  const Packed* from = reinterpret_cast<const Packed*>(x + head);
-  Packed* to = reinterpret_cast<Packed*>(out + head);
-
-  int v = tid;
-  for (; v + (kVectors - 1) * kThreads < num_vectors; v += kVectors * kThreads) {
-    Packed packed[kVectors];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) packed[j] = from[v + j * kThreads];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      float values[kSize];
-      Vector<T>::unpack(packed[j], values);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) values[i] = f(values[i]);
-      to[v + j * kThreads] = Vector<T>::pack(values);
-    }
-  }
-#pragma unroll 1
-  for (; v < num_vectors; v += kThreads) {
-    float values[kSize];
-    Vector<T>::unpack(from[v], values);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = f(values[i]);
-    to[v] = Vector<T>::pack(values);
-  }
-#pragma unroll 1
-  for (int i = tid; i < head; i += kThreads) out[i] = from_float<T>(f(to_float(x[i])));
-#pragma unroll 1
-  for (int i = head + num_vectors * kSize + tid; i < n; i += kThreads) out[i] = from_float<T>(f(to_float(x[i])));
-}
-
-template <typename T>
-__device__ __forceinline__ void fill_zero(T* out, int n) {
-  constexpr int kSize = Vector<T>::kSize;
-  const int head = elements_to_boundary(out, n);
-  const int num_vectors = (n - head) / kSize;
-  uint4* to = reinterpret_cast<uint4*>(out + head);
-  for (int v = threadIdx.x; v < num_vectors; v += kThreads) to[v] = make_uint4(0, 0, 0, 0);
-  const int tail = n - head - num_vectors * kSize;
-  const int i = threadIdx.x;
-  if (i < head + tail) out[i < head ? i : n - tail + (i - head)] = from_float<T>(0.f);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) policy_backward_kernel(BackwardArguments args, Cut cut) {
@@ -95,7 +34,8 @@ __global__ void __launch_bounds__(kThreads) policy_backward_kernel(BackwardArgum
 
   const RowGradient g = row_gradient(args, i);
   const int valid_end = g.is_zero ? begin : max(begin, min(end, static_cast<int>(args.logits.num_columns)));
-  transform(x + begin, out + begin, valid_end - begin, [&](float value) { return gradient(value, g, exp2_scale); });
+  transform<false>(x + begin, out + begin, valid_end - begin,
+                   [&](float value) { return gradient(value, g, exp2_scale); });
   fill_zero(out + valid_end, end - valid_end);
   if (g.is_zero || g.target_column < begin || g.target_column >= valid_end) return;
   __syncthreads();  // whoever wrote the target's column has done so

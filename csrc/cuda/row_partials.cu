@@ -8,14 +8,11 @@
 #include "../core/split.h"
 #include "last_block.cuh"
 #include "launch.h"
-#include "vector_access.cuh"
+#include "row_reduction.cuh"
 
 namespace megatron_dppo::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kValues = 16;  // per thread and step
 constexpr int64_t kMinSegmentColumns = 4 * kThreads * kValues;
 constexpr int kBlocksPerMultiprocessor = 4;
 
@@ -29,66 +26,6 @@ struct Cut {
   int segments;
   int segment_columns;
 };
-
-template <typename T>
-__device__ __forceinline__ RowReduction reduce_segment(const T* x, int n, float exp2_scale) {
-  constexpr int kSize = Vector<T>::kSize;
-  constexpr int kLoads = kValues / kSize;
-  using Packed = typename Vector<T>::Packed;
-  const int tid = threadIdx.x;
-  const int head = elements_to_boundary(x, n);
-  const Packed* vectors = reinterpret_cast<const Packed*>(x + head);
-  const int num_vectors = (n - head) / kSize;
-
-  RowReduction state;
-  int v = tid;
-  for (; v + (kLoads - 1) * kThreads < num_vectors; v += kLoads * kThreads) {
-    Packed packed[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) packed[i] = __ldg(vectors + v + i * kThreads);
-    float values[kValues];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) Vector<T>::unpack(packed[i], values + i * kSize);
-    insert(state, values, exp2_scale);
-  }
-#pragma unroll 1
-  for (; v < num_vectors; v += kThreads) {
-    float values[kSize];
-    Vector<T>::unpack(__ldg(vectors + v), values);
-    insert(state, values, exp2_scale);
-  }
-  // What the vectors left out at both ends, fewer elements than threads.
-  const int tail = n - head - num_vectors * kSize;
-  if (tid < head + tail) {
-    float value[1] = {to_float(x[tid < head ? tid : n - tail + (tid - head)])};
-    insert(state, value, exp2_scale);
-  }
-  return state;
-}
-
-__device__ __forceinline__ RowReduction warp_merge(RowReduction state, float exp2_scale) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    RowReduction other;
-    other.max = __shfl_xor_sync(0xffffffffu, state.max, distance);
-    other.rest = __shfl_xor_sync(0xffffffffu, state.rest, distance);
-    other.shifted = __shfl_xor_sync(0xffffffffu, state.shifted, distance);
-    other.squares = __shfl_xor_sync(0xffffffffu, state.squares, distance);
-    state = merge(state, other, exp2_scale);
-  }
-  return state;
-}
-
-// The whole block's state, in all threads of its first warp.
-__device__ __forceinline__ RowReduction block_merge(RowReduction state, float exp2_scale) {
-  DPPO_SHARED(RowReduction, warp_states, kWarps);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  state = warp_merge(state, exp2_scale);
-  if (lane == 0) warp_states[warp] = state;
-  __syncthreads();
-  if (warp != 0) return state;
-  return warp_merge(lane < kWarps ? warp_states[lane] : RowReduction(), exp2_scale);
-}
 
 // Leaves this segment's state for the row's last block. True in every thread of that block, with the row's state in its
 // first warp.
@@ -126,14 +63,7 @@ __global__ void __launch_bounds__(kThreads) row_partials_kernel(PartialsArgument
   RowReduction state = block_merge(reduce_segment(x + begin, end - begin, exp2_scale), exp2_scale);
   if (cut.segments > 1 && !merge_segments(state, workspace, i, cut.segments, exp2_scale)) return;
 
-  float* out = args.partials + i * (kTopk + args.topk);
-  if (threadIdx.x == 0) write_state(state, args.temperature, out);
-  for (int64_t k = threadIdx.x; k <= args.topk; k += kThreads) {
-    const int64_t id = k == 0 ? args.target[i] : args.topk_ids[i * args.topk + k - 1];
-    const int64_t column = id - args.logits.first_column;
-    const bool here = column >= 0 && column < args.logits.num_columns;
-    out[kTarget + k] = here ? to_float(x[column]) / args.temperature : 0.f;
-  }
+  write_partials(args, i, x, state);
 }
 
 Cut cut_rows(const PartialsArguments& args, const PartialsPlan& plan) {
@@ -148,6 +78,13 @@ int multiprocessor_count() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+int64_t l2_cache_bytes() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+  return bytes;
 }
 
 PartialsPlan plan_row_partials(const PartialsArguments& args, int multiprocessors) {

@@ -57,6 +57,14 @@ token_objective(const at::Tensor& log_mu, const at::Tensor& log_pi, const at::Te
                 const OptionalTensor& topk_log_pi, const OptionalTensor& given_divergence, int64_t vocab_size,
                 std::string divergence, std::string direction, std::string trust_region, at::ArrayRef<double> limits);
 
+// A whole vocabulary's logits become the gradient of scale * loss, the loss being the weighted sum of
+// what token_objective decides: -w r A. Returns the statistics as merge_partials does.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gradient_(
+    const at::Tensor& logits, const OptionalTensor& mask, const at::Tensor& target, const at::Tensor& log_mu,
+    const at::Tensor& advantages, const OptionalTensor& topk_ids, const OptionalTensor& topk_log_mu,
+    const OptionalTensor& token_weights, double temperature, int64_t vocab_size, double scale, std::string divergence,
+    std::string direction, std::string trust_region, at::ArrayRef<double> limits);
+
 // The first token with an impossible value, for every check of core/token_checks.h.
 at::Tensor check_tokens(const at::Tensor& target, const at::Tensor& advantages, const at::Tensor& log_mu,
                         const OptionalTensor& mask, const OptionalTensor& topk_ids, const OptionalTensor& topk_log_mu,

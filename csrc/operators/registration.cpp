@@ -83,6 +83,11 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
       "-> (Tensor coefficient, Tensor weight, Tensor divergence, Tensor means, Tensor maxima, Tensor histogram, "
       "Tensor loss, Tensor tokens)");
   m.def(
+      "policy_gradient_(Tensor(a!) logits, Tensor? mask, Tensor target, Tensor log_mu, Tensor advantages, "
+      "Tensor? topk_ids, Tensor? topk_log_mu, Tensor? token_weights, float temperature, int vocab_size, float scale, "
+      "*, str divergence, str direction, str trust_region, float[] limits) -> "
+      "(Tensor log_prob, Tensor entropy, Tensor collision, Tensor topk_log_prob)");
+  m.def(
       "check_tokens(Tensor target, Tensor advantages, Tensor log_mu, Tensor? mask, Tensor? topk_ids, "
       "Tensor? topk_log_mu, Tensor? ref_log_prob, int vocab_size, *, float log_prob_tolerance, float mass_tolerance) "
       "-> Tensor");
@@ -101,6 +106,7 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
     m.impl("policy_backward_", policy_backward_); \
     m.impl("shard_divergence", shard_divergence); \
     m.impl("token_objective", token_objective);   \
+    m.impl("policy_gradient_", policy_gradient_); \
     m.impl("check_tokens", check_tokens);         \
     m.impl("tile_hash", tile_hash);               \
   }
@@ -117,11 +123,11 @@ DPPO_LIBRARY_IMPL(DPPO_OPERATORS, Autograd, m) {
   for (const char* name : {"row_partials", "merge_partials", "tile_nodes", "merge_tile_nodes", "shard_divergence",
                            "token_objective", "check_tokens"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  for (const char* name : {"policy_backward", "policy_backward_", "tile_hash"})
+  for (const char* name : {"policy_backward", "policy_backward_", "policy_gradient_", "tile_hash"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }
 DPPO_LIBRARY_IMPL(DPPO_OPERATORS, ADInplaceOrView, m) {
-  for (const char* name : {"policy_backward", "policy_backward_", "tile_hash"})
+  for (const char* name : {"policy_backward", "policy_backward_", "policy_gradient_", "tile_hash"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_as_modified>());
 }
 

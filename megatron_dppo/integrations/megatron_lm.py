@@ -39,6 +39,7 @@ def make_loss_func(
     tp_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     inplace_backward: bool = False,
+    backward_scale: float | None = None,
     checks: Literal["now", "deferred", "off"] = "now",
     collect: Callable[[LossOutput], None] | None = None,
 ) -> LossFunc:
@@ -52,6 +53,8 @@ def make_loss_func(
         tp_group: Megatron's tensor-parallel group (``parallel_state.get_tensor_model_parallel_group()``); None: the logits
             are whole. Sharded logits without it are an error, as they are narrower than the vocabulary.
         backend, inplace_backward, checks: as for ``DPPOLoss``.
+        backward_scale: as for ``DPPOLoss``: 1.0 with ``calculate_per_token_loss`` where nothing scales the loss
+            (``grad_scale_func`` is None, or the optimizer is not fp16's).
         collect: called with the whole LossOutput of this micro-batch.
 
     Raises:
@@ -64,6 +67,7 @@ def make_loss_func(
         tp_group=tp_group,
         backend=backend,
         inplace_backward=inplace_backward,
+        backward_scale=backward_scale,
         checks=checks,
     )
 

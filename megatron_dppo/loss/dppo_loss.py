@@ -14,6 +14,7 @@ exception is ``checks="now"``, which looks at the record of impossible inputs be
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from megatron_dppo.loss.inputs import FlatTokens, LossInputs, check_fields, flat
 from megatron_dppo.loss.linear_head import LinearHead
 from megatron_dppo.loss.metrics import LOSS, MetricSums
 from megatron_dppo.loss.objective import TokenObjective
+from megatron_dppo.loss.one_pass import in_one_pass
 from megatron_dppo.loss.regularisers import policy_loss, reference_kl, scored
 from megatron_dppo.ops.backend import Backend, choose_backend
 from megatron_dppo.ops.exact_divergence import KnownProbabilities, vocab_parallel_divergence
@@ -83,6 +85,11 @@ class DPPOLoss:
         backend: auto | cuda | cpu | torch.
         inplace_backward: overwrite the logits with their gradient, which saves their size in memory. Nothing else may need
             them.
+        backward_scale: the number that backward will be called with on the loss, a promise: 1.0 for ``loss.backward()``, and
+            for Megatron with ``calculate_per_token_loss`` and no loss scaling. With ``inplace_backward`` it lets the gradient
+            be written over the logits in forward, in one pass over them (``ops/gradient_over_logits.py``), where the loss is
+            a policy gradient alone, the logits are whole, and it pays (``ops/logits_route.py``): nothing may read them after
+            the call. Of logits only; a LinearHead has its own. None: not known.
         checks: what happens to impossible values (an id outside the vocabulary, a log-prob that is NaN or above 0, ...).
             now: LossInputError before the call returns, for which it waits for the device. That is the default, because
             otherwise somebody has to look. deferred: they are found, and raised by ``LossOutput.checks.raise_errors()``.
@@ -99,6 +106,7 @@ class DPPOLoss:
         tp_group: dist.ProcessGroup | None = None,
         backend: str = "auto",
         inplace_backward: bool = False,
+        backward_scale: float | None = None,
         checks: Literal["now", "deferred", "off"] = "now",
         deterministic: Deterministic = "off",
     ) -> None:
@@ -109,11 +117,17 @@ class DPPOLoss:
             )
         if checks not in CHECKS:
             raise ValueError(f"checks must be one of {', '.join(CHECKS)}, not {checks!r}")
+        if backward_scale is not None and not (inplace_backward and math.isfinite(backward_scale)):
+            raise ValueError(
+                f"backward_scale={backward_scale} must be a finite number, and go with inplace_backward=True: it is what "
+                "lets the gradient be written over the logits in forward"
+            )
         self.config = config
         self.vocab_size = vocab_size
         self.tp_group = tp_group
         self.backend = backend
         self.inplace_backward = inplace_backward
+        self.backward_scale = backward_scale
         self.checks = checks
         self.deterministic = deterministic
 
@@ -180,8 +194,36 @@ class DPPOLoss:
         self, policy: torch.Tensor | LinearHead, tokens: FlatTokens, aggregation: Aggregation, backend: Backend
     ) -> _Decided | None:
         """With the gradient made as soon as a token's statistics are known; None where that cannot be, or does not pay."""
-        if not isinstance(policy, LinearHead) or self.config.entropy_coef != 0.0 or self.config.kl_coef != 0.0:
+        if self.config.entropy_coef != 0.0 or self.config.kl_coef != 0.0:
             return None
+        if isinstance(policy, LinearHead):
+            made = self._by_blocks(policy, tokens, aggregation, backend)
+        elif self.backward_scale is not None and self.deterministic == "off":  # rows are reduced in another order there
+            made = in_one_pass(
+                self.config,
+                policy,
+                tokens,
+                aggregation,
+                vocab_size=self.vocab_size,
+                tp_group=self.tp_group,
+                backward_scale=self.backward_scale,
+                backend=backend,
+            )
+        else:
+            made = None
+        if made is None:
+            return None
+        zero, log_prob, objective = made
+        kl = None
+        if tokens.ref_log_probs is not None:
+            kl = reference_kl(log_prob, tokens.masked(tokens.ref_log_probs), self.config.kl_estimator)
+        loss = objective.loss if self._is_policy_loss(aggregation) else aggregation.sum(-objective.coefficient)
+        return _Decided(loss + zero, log_prob, objective, kl)
+
+    def _by_blocks(
+        self, policy: LinearHead, tokens: FlatTokens, aggregation: Aggregation, backend: Backend
+    ) -> tuple[torch.Tensor, torch.Tensor, TokenObjective] | None:
+        """Scalar 0 with the gradient, log-probs, objective: from hidden states, a block of tokens at a time."""
         block_rows = policy.rows_of_a_block(tokens.target.shape[0])
         if block_rows is None:
             return None
@@ -189,18 +231,13 @@ class DPPOLoss:
         def decide(tokens: FlatTokens, stats: PolicyStats) -> TokenObjective:
             return objective_of(backend)(self.config, tokens, stats, None, self.vocab_size)
 
-        zero, log_prob, objective = policy.policy_gradient(
+        return policy.policy_gradient(
             tokens=tokens,
             aggregation=aggregation,
             decide=decide,
             block_rows=block_rows,
             **self._arguments(policy, tokens),
         )
-        kl = None
-        if tokens.ref_log_probs is not None:
-            kl = reference_kl(log_prob, tokens.masked(tokens.ref_log_probs), self.config.kl_estimator)
-        loss = objective.loss if self._is_policy_loss(aggregation) else aggregation.sum(-objective.coefficient)
-        return _Decided(loss + zero, log_prob, objective, kl)
 
     def _by_autograd(
         self,

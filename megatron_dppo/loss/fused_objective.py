@@ -75,10 +75,7 @@ def fused_token_objective(
         *(topk if policy.topk_log_prob is not None else (None, None, None)),
         exact_divergence,
         vocab_size,
-        divergence=config.divergence if exact_divergence is None else "given",
-        direction=config.predictive_estimator if config.direction == "predictive" else config.direction,
-        trust_region=config.trust_region,
-        limits=_limits(config),
+        **rule_of(config, is_given=exact_divergence is not None),
     )
     return TokenObjective(
         coefficient=coefficient,
@@ -94,6 +91,16 @@ def fused_token_objective(
             histogram=histogram,
         ),
     )
+
+
+def rule_of(config: DPPOConfig, *, is_given: bool = False) -> dict[str, Any]:
+    """What decides about a token, as the operators take it; ``is_given``: the divergence comes with the tokens."""
+    return {
+        "divergence": "given" if is_given else config.divergence,
+        "direction": config.predictive_estimator if config.direction == "predictive" else config.direction,
+        "trust_region": config.trust_region,
+        "limits": _limits(config),
+    }
 
 
 def _limits(config: DPPOConfig) -> list[float]:

@@ -143,6 +143,15 @@ def as_matrix(logits: torch.Tensor) -> torch.Tensor:
     return logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
 
 
+def check_rows_apart(logits_NV: torch.Tensor) -> None:
+    """Raise ValueError if rows share memory, as those of an expanded tensor do: each has a gradient of its own."""
+    if logits_NV.shape[0] > 1 and logits_NV.stride(0) < logits_NV.shape[1]:
+        raise ValueError(
+            f"inplace_backward=True, but rows of the logits share memory (strides {logits_NV.stride()} as a matrix), where "
+            "no gradient can be written: pass logits.contiguous(), or inplace_backward=False"
+        )
+
+
 def select(
     of: str,
     features: torch.Tensor,

@@ -22,7 +22,7 @@ from megatron_dppo.ops.tile_tree import TileTree
 
 NAMESPACE = "megatron_dppo"  # of the operators
 operators = getattr(torch.ops, NAMESPACE)
-if not (hasattr(operators, "check_tokens") and hasattr(operators, "tile_nodes")):
+if not (hasattr(operators, "policy_gradient_") and hasattr(operators, "tile_nodes")):
     raise ImportError("it was built by an older version of this package: build it again")
 if not _C.cpu_level_is_supported:
     raise ImportError(
@@ -188,6 +188,12 @@ def _token_objective(log_mu, *others, **settings):  # type: ignore[no-untyped-de
     return coefficient, weight, divergence, means, maxima, histogram, log_mu.new_empty(()), tokens
 
 
+def _policy_gradient(logits, mask, target, log_mu, advantages, topk_ids, *others, **settings):  # type: ignore[no-untyped-def]
+    n, topk = logits.shape[0], 0 if topk_ids is None else topk_ids.shape[1]
+    shapes = ((n,), (n,), (n,), (n, topk))
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
 def _check_tokens(target, *others, **tolerances):  # type: ignore[no-untyped-def]
     return target.new_empty(len(_C.check_names), 3, dtype=torch.float64)
 
@@ -205,6 +211,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "policy_backward_": _nothing,
     "shard_divergence": _shard_divergence,
     "token_objective": _token_objective,
+    "policy_gradient_": _policy_gradient,
     "check_tokens": _check_tokens,
     "tile_hash": _nothing,
 }

@@ -20,6 +20,7 @@ from megatron_dppo.ops.arguments import (
     VocabShard,
     as_matrix,
     check_ids,
+    check_rows_apart,
     check_temperature,
     select,
 )
@@ -117,7 +118,7 @@ def vocab_parallel_policy_stats(
     # that a gradient in place overwrites.
     logits_NV = as_matrix(logits)
     if inplace_backward:
-        _check_rows_apart(logits_NV)
+        check_rows_apart(logits_NV)
     reduction = choose_reduction(
         deterministic, choose_backend(backend, logits), shard, logits_NV.shape[1], float(temperature)
     )
@@ -131,15 +132,6 @@ def shaped_stats(results_n: tuple[torch.Tensor, ...], shape: torch.Size, has_top
     """[n] log-prob, entropy, collision and [n, K] top-K log-probs -> PolicyStats of the tokens' shape."""
     log_prob, entropy, collision, topk_log_prob = (values.view(*shape, *values.shape[1:]) for values in results_n)
     return PolicyStats(log_prob, entropy, collision, topk_log_prob if has_topk else None)
-
-
-def _check_rows_apart(logits_NV: torch.Tensor) -> None:
-    """Raise ValueError if rows share memory, as those of an expanded tensor do: each has a gradient of its own."""
-    if logits_NV.shape[0] > 1 and logits_NV.stride(0) < logits_NV.shape[1]:
-        raise ValueError(
-            f"inplace_backward=True, but rows of the logits share memory (strides {logits_NV.stride()} as a matrix), where "
-            "no gradient can be written: pass logits.contiguous(), or inplace_backward=False"
-        )
 
 
 class _PolicyStatsFunction(torch.autograd.Function):

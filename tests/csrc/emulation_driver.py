@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from emulated_policy_gradient import INTERBLOCK_STEPS, STEPS, block_failures, policy_gradient_failures
 from emulated_tile_hash import tile_hash_failures
 from emulated_tile_nodes import CASES as NODE_CASES
 from emulated_tile_nodes import INTERBLOCK_CASES as INTERBLOCK_NODE_CASES
@@ -292,10 +293,11 @@ def main() -> int:
     suites = [(failures, case) for case in (INTERBLOCK_CASES if interblock else CASES)]
     suites += [(divergence_failures, case) for case in (INTERBLOCK_CASES[1:] if interblock else CASES)]
     suites += [(token_objective_failures, 150 if interblock else n) for n in (300, 1, 0)[: 1 if interblock else 3]]
+    suites += [(policy_gradient_failures, step) for step in (INTERBLOCK_STEPS if interblock else STEPS)]
     suites += [(token_checks_failures, n) for n in (300, 1, 0)[: 1 if interblock else 3]]
     suites += [(tile_nodes_failures, case) for case in (INTERBLOCK_NODE_CASES if interblock else NODE_CASES)]
     suites.append((tile_hash_failures, interblock))
-    found: list[str] = []
+    found = list(block_failures(emulated))
     for suite, case in suites:
         try:
             found += suite(emulated, case)

@@ -16,7 +16,7 @@ def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
 
 
-# The structures of csrc/core/arguments.h, token_objective_arguments.h, token_checks_arguments.h and
+# The structures of csrc/core/arguments.h, token_objective_arguments.h, policy_gradient.h, token_checks_arguments.h and
 # tile_hash_arguments.h.
 LogitsShard = structure(
     "LogitsShard",
@@ -96,6 +96,17 @@ TokenChecksArguments = structure(
     ("log_prob_tolerance", FLOAT),
     ("mass_tolerance", ctypes.c_double),
     ("record", POINTER),
+)
+
+PolicyGradientArguments = structure(
+    "PolicyGradientArguments",
+    ("partials", PartialsArguments),
+    ("merge", MergeArguments),
+    ("objective", TokenObjectiveArguments),
+    ("backward", BackwardArguments),
+    ("token_weights", POINTER),
+    ("scale", FLOAT),
+    ("grad_log_prob", POINTER),
 )
 
 TilePiece = structure(
@@ -191,15 +202,24 @@ class Emulated:
     def __init__(self, path: str) -> None:
         self.library = library = ctypes.CDLL(path)
         kernels = ("row_partials", "merge_partials", "policy_backward", "shard_divergence", "token_objective")
-        for name in (*kernels, "tile_nodes", "merge_tile_nodes", "check_tokens", "tile_hash"):
+        for name in (*kernels, "policy_gradient", "tile_nodes", "merge_tile_nodes", "check_tokens", "tile_hash"):
             function = getattr(library, f"emulated_{name}")
             function.restype = ctypes.c_char_p
             setattr(self, name, self._raising(function))
         library.emulated_divergence_segments.restype = INT64
         self._divergence_segments = library.emulated_divergence_segments
+        self._policy_gradient_blocks = getattr(library, "emulated_policy_gradient_blocks", None)  # a CPU has none
+        if self._policy_gradient_blocks is not None:
+            self._policy_gradient_blocks.restype = INT64
 
     def divergence_segments(self, arguments: ctypes.Structure, multiprocessors: int) -> int:
         return int(self._divergence_segments(ctypes.byref(arguments), multiprocessors))
+
+    def policy_gradient_blocks(self, arguments: ctypes.Structure, multiprocessors: int, cache_bytes: int) -> int | None:
+        """None of the kernels for a CPU, which have no blocks."""
+        if self._policy_gradient_blocks is None:
+            return None
+        return int(self._policy_gradient_blocks(ctypes.byref(arguments), multiprocessors, INT64(cache_bytes)))
 
     @staticmethod
     def _raising(function: Callable[..., bytes | None]) -> Callable[..., None]:

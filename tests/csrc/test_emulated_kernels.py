@@ -99,7 +99,7 @@ def test_sanitizers_find_nothing(said: Said, way: str, order: str) -> None:
 # name: (file, text, replacement, the way of running that must catch it, what it must say)
 BUGS = {
     "missing barrier between warps": (
-        "cuda/row_partials.cu",
+        "cuda/row_reduction.cuh",
         "if (lane == 0) warp_states[warp] = state;\n  __syncthreads();",
         "if (lane == 0) warp_states[warp] = state;",
         "tsan",
@@ -113,28 +113,28 @@ BUGS = {
         "data race",
     ),
     "divergent barrier": (
-        "cuda/row_partials.cu",
+        "cuda/row_reduction.cuh",
         "  __syncthreads();\n  if (warp != 0) return state;",
         "  if (warp != 0) return state;\n  __syncthreads();",
         "plain",
         "__syncthreads()",
     ),
     "divergent shuffle": (
-        "cuda/row_partials.cu",
+        "cuda/row_reduction.cuh",
         "  state = warp_merge(state, exp2_scale);\n  if (lane == 0)",
         "  if (lane % 2 == 0) state = warp_merge(state, exp2_scale);\n  if (lane == 0)",
         "plain",
         "deadlock",
     ),
     "shared memory overrun": (
-        "cuda/row_partials.cu",
+        "cuda/row_reduction.cuh",
         "warp_states[warp] = state",
         "warp_states[warp + 1] = state",
         "asan",
         "heap-buffer-overflow",
     ),
     "read past the end of a row": (
-        "cuda/row_partials.cu",
+        "cuda/row_reduction.cuh",
         "for (; v < num_vectors;",
         "for (; v <= num_vectors;",
         "asan",
@@ -148,7 +148,7 @@ BUGS = {
         "misaligned",
     ),
     "all blocks write one row": (
-        "cuda/row_partials.cu",
+        "cuda/row_reduction.cuh",
         "float* out = args.partials + i *",
         "float* out = args.partials + 0 * i *",
         "interblock",
@@ -188,6 +188,34 @@ BUGS = {
         "combine_rows(1,",
         "plain",
         "means is off by",
+    ),
+    "the gradient begins before the token is decided about": (
+        "cuda/policy_gradient.cu",
+        "gradients[0] = decide_row(args, i);\n    __syncthreads();",
+        "gradients[0] = decide_row(args, i);",
+        "tsan",
+        "data race",
+    ),
+    "a block stops after its first row": (
+        "cuda/policy_gradient.cu",
+        "i += gridDim.x",
+        "i += args.partials.selection.n",
+        "plain",
+        "logits differs from the two passes' in rows",
+    ),
+    "the statistics of a row that was loaded ahead end too early": (
+        "cuda/row_reduction.cuh",
+        "for (int step = 0; step < kStepsAhead; ++step) {",
+        "for (int step = 0; step < kStepsAhead - (kStepsAhead > 1); ++step) {",
+        "plain",
+        "log_prob differs from the two passes' in rows",
+    ),
+    "the top K's log-probabilities are not waited for": (
+        "cuda/policy_gradient.cu",
+        "write_topk(args.merge, i, k, kTarget, kTopk + args.merge.topk);\n      __syncthreads();",
+        "write_topk(args.merge, i, k, kTarget, kTopk + args.merge.topk);",
+        "tsan",
+        "data race",
     ),
     "a check finds the last bad token instead of the first": (
         "cuda/check_tokens.cu",

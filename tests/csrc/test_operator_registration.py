@@ -45,6 +45,14 @@ def token_objective() -> Call:
     return (*statistics, *topk, None, V), {**rule, "limits": limits}
 
 
+def policy_gradient() -> Call:
+    rule = {"divergence": "topk_tv", "direction": "exact_collision", "trust_region": "mask"}
+    limits = [0.05, 0.05, 10.0, 0.2, 0.2, 3.0, 0.1, 2.0]
+    mask = torch.tensor([True, False, True, True, True])
+    fields = (mask, ids(N), per_row(), torch.randn(N), ids(N, K), -5 - torch.rand(N, K), torch.rand(N))
+    return (torch.randn(N, V).bfloat16(), *fields, 0.7, V - 2, 0.5), {**rule, "limits": limits}
+
+
 def check_tokens() -> Call:
     tokens = (ids(N), torch.randn(N), per_row(), torch.rand(N) < 0.5, ids(N, K), -5 - torch.rand(N, K), per_row())
     return (*tokens, V), {"log_prob_tolerance": 1e-3, "mass_tolerance": 1e-3}
@@ -68,10 +76,11 @@ CALLS: dict[str, Callable[[], Call]] = {
     "policy_backward_": lambda: ((torch.randn(N, V), *backward_inputs()), {}),
     "shard_divergence": shard_divergence,
     "token_objective": token_objective,
+    "policy_gradient_": policy_gradient,
     "check_tokens": check_tokens,
     "tile_hash": tile_hash,
 }
-WRITTEN = {"policy_backward": 1, "policy_backward_": 0, "tile_hash": 0}  # which argument
+WRITTEN = {"policy_backward": 1, "policy_backward_": 0, "policy_gradient_": 0, "tile_hash": 0}  # which argument
 
 
 def operator(backend: str, name: str) -> Any:

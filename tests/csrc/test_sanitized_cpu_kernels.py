@@ -58,7 +58,7 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     ("file", "text", "replacement"),
     [
         ("cpu/row_partials.cpp", "unpack(row, n < kChunk ? n : kChunk", "unpack(row, n < kChunk ? n + 1 : kChunk"),
-        ("cpu/policy_backward.cpp", "valid_end - begin, row", "valid_end - begin + 1, row"),
+        ("cpu/logits_row.h", "valid_end - begin, row", "valid_end - begin + 1, row"),
     ],
     ids=["a column more is read", "a column more is written"],
 )

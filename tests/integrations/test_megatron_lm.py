@@ -10,6 +10,8 @@ import torch
 from megatron_dppo import DPPOConfig, DPPOLoss, LossOutput
 from megatron_dppo.errors import LossInputError
 from megatron_dppo.integrations.megatron_lm import make_loss_func
+from megatron_dppo.ops import logits_route
+from megatron_dppo.ops.backend import native_operators
 from tests.loss.scenario import VOCAB, make_scenario
 
 
@@ -70,6 +72,24 @@ def test_it_takes_loss_inputs_as_they_are_and_overwrites_the_logits_only_if_aske
         )
         loss_func(logits)[0].backward()
         assert torch.equal(logits, before) == (not inplace)
+
+
+def test_a_promise_lets_the_call_itself_overwrite_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_route, "_workers", lambda device: (0, float("inf")))
+    gradients, overwritten = [], []
+    for promise in (1.0, None):
+        source = make_scenario().logits.requires_grad_()
+        logits = source * 1
+        loss_func = make_loss_func(
+            *(DPPOConfig(), make_scenario().inputs()),
+            **{"vocab_size": VOCAB, "inplace_backward": True, "backward_scale": promise},
+        )
+        loss = loss_func(logits)[0]
+        overwritten.append(not torch.equal(logits, source))
+        loss.backward()
+        gradients.append(source.grad)
+    assert overwritten == [native_operators(torch.device("cpu")) is not None, False]
+    assert torch.equal(*gradients)
 
 
 def test_sharded_logits_without_their_group_are_an_error() -> None:

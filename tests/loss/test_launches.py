@@ -6,14 +6,19 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dppo import DPPOConfig, DPPOLoss
+from megatron_dppo.ops import logits_route
 from tests.loss.scenario import VOCAB, make_scenario
 
 # Backward: three of these are what a policy gradient is multiplied by, and where log pi is -inf.
 FORWARD = ["row_partials", "merge_partials", "token_objective", "clone"]
 BACKWARD = ["neg", "mul", "eq", "masked_fill", "empty_like", "policy_backward"]
+# With the gradient written over the logits in forward: the zero that carries it, and what the promise is held against.
+ONE_PASS = ["policy_gradient_", "new_zeros", "token_objective", "add"]
+AFTER_IT = ["eq", "_assert_async"]
 
 
 class Launches(TorchDispatchMode):
@@ -44,6 +49,21 @@ def test_a_call_is_a_handful_of_operators(divergence: str, checks: str, compiled
     with Launches() as backward:
         output.loss.backward()
     assert backward.names == BACKWARD
+
+
+def test_one_pass_is_fewer(compiled_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_route, "_workers", lambda device: (0, float("inf")))
+    inputs = dataclasses.replace(make_scenario().inputs(), loss_mask=make_scenario().loss_mask.bool())
+    common = {"inplace_backward": True, "backward_scale": 1.0, "checks": "off"}
+    loss = DPPOLoss(DPPOConfig(), vocab_size=VOCAB, backend=compiled_backend, **common)
+    first, second = (make_scenario().logits.clone().requires_grad_() * 1 for _ in range(2))
+    loss(first, inputs)  # what is looked up once only
+    with Launches() as forward:
+        output = loss(second, inputs)
+    assert forward.names == ONE_PASS
+    with Launches() as backward:
+        torch.autograd.grad(output.loss, second)
+    assert backward.names == AFTER_IT
 
 
 def test_adding_up_a_micro_batch_is_three(compiled_backend: str) -> None:

@@ -20,6 +20,7 @@ from megatron_dppo import (
     vocab_parallel_policy_stats,
 )
 from megatron_dppo.loss.config import AGGREGATIONS, DIRECTIONS, DIVERGENCES, PREDICTIVE_ESTIMATORS, TRUST_REGIONS
+from megatron_dppo.ops import logits_route
 from megatron_dppo.ops.exact_divergence import vocab_parallel_divergence
 from tests.device_waits import DeviceWaits
 from tests.loss.scenario import BATCH, LENGTH, PADDED, VOCAB, make_scenario
@@ -92,10 +93,19 @@ def test_packed_and_split_sequences_do_not_wait(aggregation: str, backend: str) 
         assert waits_of(loss, scenario.logits.clone().requires_grad_(), given) == []
 
 
-def test_without_top_k_and_with_the_logits_overwritten(backend: str) -> None:
+@pytest.mark.parametrize("promise", [None, 1.0])
+def test_without_top_k_and_with_the_logits_overwritten(
+    promise: float | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scenario = make_scenario()
+    monkeypatch.setattr(logits_route, "_workers", lambda device: (0, float("inf")))  # with a promise, in forward
     loss = DPPOLoss(
-        DPPOConfig(direction="predictive"), vocab_size=VOCAB, backend=backend, checks="off", inplace_backward=True
+        DPPOConfig(direction="predictive"),
+        vocab_size=VOCAB,
+        backend=backend,
+        checks="off",
+        inplace_backward=True,
+        backward_scale=promise,
     )
     assert waits_of(loss, scenario.logits.clone().requires_grad_() * 1, scenario.inputs()) == []
 

@@ -58,6 +58,10 @@ class _StepParts:
     tokens: list[TokenRecord] = dataclasses.field(default_factory=list)
 
 
+# A loss per token of a bf16 or fp32 model: nothing divides or scales it before backward.
+_BACKWARD_SCALE = 1.0
+
+
 class DPPOStep:
     """Turns examples into optimizer steps and metrics. All ranks call ``run`` together.
 
@@ -103,6 +107,7 @@ class DPPOStep:
             backend=config.train.kernel_backend,
             deterministic=deterministic_choice(config.train.deterministic),
             inplace_backward=True,
+            backward_scale=_BACKWARD_SCALE,
             # The optimizer step looks once, before it is applied; to look in every call would drain the device's queue.
             checks="deferred",
         )
@@ -218,7 +223,7 @@ class DPPOStep:
                 head.weight,
                 reduce_hidden_grad=False,  # the head does
                 accumulate_into_main_grad=True,
-                backward_scale=1.0,  # a loss per token of a bf16 or fp32 model: nothing divides or scales it
+                backward_scale=_BACKWARD_SCALE,
                 fp32_logits=head.fp32_logits,
             )
         else:

@@ -36,6 +36,10 @@ DPPO_EXPORT const char* emulated_token_objective(const TokenObjectiveArguments* 
   cpu::token_objective(*args);
   return nullptr;
 }
+DPPO_EXPORT const char* emulated_policy_gradient(const PolicyGradientArguments* args, int) {
+  cpu::policy_gradient(*args);
+  return nullptr;
+}
 DPPO_EXPORT const char* emulated_check_tokens(const TokenChecksArguments* args, int) {
   cpu::check_tokens(*args);
   return nullptr;

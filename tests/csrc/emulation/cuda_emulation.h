@@ -80,6 +80,10 @@ template <typename T>
 T __ldcg(const T* p) {
   return *p;
 }
+template <typename T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));

@@ -71,6 +71,13 @@ DPPO_EXPORT const char* emulated_token_objective(const TokenObjectiveArguments* 
     return error;
   });
 }
+DPPO_EXPORT const char* emulated_policy_gradient(const PolicyGradientArguments* args, int blocks) {
+  return guarded([&] { return cuda::launch_policy_gradient(*args, blocks, nullptr); });
+}
+DPPO_EXPORT int64_t emulated_policy_gradient_blocks(const PolicyGradientArguments* args, int multiprocessors,
+                                                    int64_t cache_bytes) {
+  return cuda::policy_gradient_blocks(*args, multiprocessors, cache_bytes);
+}
 DPPO_EXPORT const char* emulated_check_tokens(const TokenChecksArguments* args, int multiprocessors) {
   return guarded([&] {
     void* workspace = std::malloc(kTokenChecksWorkspaceBytes);

@@ -2,6 +2,7 @@
 // CPU they do what they do for such on a GPU, their kernels included. One file, so that torch's headers are read once.
 
 #include "operators/check_tokens.cpp"
+#include "operators/policy_gradient.cpp"
 #include "operators/policy_statistics.cpp"
 #include "operators/registration.cpp"
 #include "operators/tile_hash.cpp"

@@ -390,8 +390,8 @@ cudaError_t CUDARTAPI cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 132;  // multiprocessors, which is all that is asked: an H100's
+cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrL2CacheSize ? 50 << 20 : 132;  // else multiprocessors: both are an H100's
   return cudaSuccess;
 }
 const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "the emulated runtime refuses this"; }

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_dppo import DPPOConfig
+from megatron_dppo.loss.fused_objective import rule_of
 from megatron_dppo.ops.arguments import RowSelection, TokenIds, VocabShard
 from megatron_dppo.ops.backend import choose_backend
 from megatron_dppo.rollout.sglang.tile_hash import TILE_WORDS, Piece, tile_sums
@@ -46,7 +48,7 @@ def checks(options: Options) -> list[Check]:
     return [
         Check(f"{kernel} {rows}x{vocab} bf16", bind((rows, vocab), kernel), LIMIT_S)
         for rows, vocab in shapes
-        for kernel in ("forward", "backward", "exact divergence", "hash of weights")
+        for kernel in ("forward", "backward", "one pass", "exact divergence", "hash of weights")
     ]
 
 
@@ -70,6 +72,12 @@ def make_problem(tokens: int, vocab: int, device: str) -> Problem:
     def backward() -> None:
         backend.shard_gradient(logits, grad, target, None, merged.state, ones, ones, shard, 1.0)
 
+    rule = rule_of(DPPOConfig(trust_region="none"))
+
+    def one_pass() -> Any:
+        fields = (None, target, -ones, ones, None, None, None)
+        return backend.operators.policy_gradient_(grad, *fields, 1.0, vocab, 1.0, **rule)
+
     def divergence() -> Any:
         normalisers = merged.normaliser, other.normaliser
         return backend.shard_divergence("kl", logits, normalisers[0], rollout, normalisers[1], every, None, shard, 1.0)
@@ -77,6 +85,7 @@ def make_problem(tokens: int, vocab: int, device: str) -> Problem:
     run: dict[str, tuple[int, Callable[[], Any]]] = {
         "forward": (1, forward),
         "backward": (2, backward),
+        "one pass": (2, one_pass),
         "exact divergence": (2, divergence),
         "hash of weights": (1, lambda: tile_sums([whole], [0], tiles)),
     }
