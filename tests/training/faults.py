@@ -6,6 +6,7 @@ stands here; tools/check/fault_table.py writes it into docs/troubleshooting.md.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -111,9 +112,11 @@ def spoils(count: int | None) -> Callable[[Original], Any]:
     return happens
 
 
-def loss_is_nan(original: Original) -> Any:
-    made = original()
-    return made._replace(loss=made.loss * float("nan"))
+def hidden_states_are_nan(original: Original) -> Any:
+    """Of ``DPPOStep._loss_of``, and so are the loss and its gradient."""
+    assert isinstance(original, functools.partial)
+    step, parts, batch, hidden, *others = original.args
+    return original.func(step, parts, batch, hidden * float("nan"), *others)
 
 
 GENERATE = "megatron_dppo.rollout.embedded.engine:EmbeddedEngine.generate"
@@ -152,7 +155,7 @@ _NAN = Fault(
     name="nan, above the limit",
     what="NaN gradient, more often in a row than `train.max_skipped_steps`",
     function="megatron_dppo.training.policy.dppo_step:DPPOStep._loss_of",
-    happens=loss_is_nan,
+    happens=hidden_states_are_nan,
     then="all ranks end the step, without an update, and stop",
     code=3,
     code_of_others=3,

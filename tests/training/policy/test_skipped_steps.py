@@ -20,16 +20,15 @@ LOSS = DPPOConfig(divergence="topk_kl", delta_low=1e-3, delta_high=1e-3)
 
 
 class StepWithNaN(DPPOStep):
-    """On replica 1 the losses of the optimizer steps in ``poisoned`` are NaN."""
+    """On replica 1 the hidden states of the optimizer steps in ``poisoned`` are NaN, and so are loss and gradient."""
 
     poisoned: tuple[int, ...] = ()
 
     def _loss_of(self, parts, batch, hidden, rollout_logits):
-        made = super()._loss_of(parts, batch, hidden, rollout_logits)
         step = min(batch.example_indices) % 2 if min(batch.example_indices) >= 0 else None
         if parallel_state.get_data_parallel_rank() == 1 and step in self.poisoned:
-            return made._replace(loss=made.loss * float("nan"))
-        return made
+            hidden = hidden * float("nan")
+        return super()._loss_of(parts, batch, hidden, rollout_logits)
 
 
 def _train(
