@@ -35,9 +35,9 @@ def takes_one_pass(logits: torch.Tensor, vocab_size: int, backend: Backend) -> b
         vocab_size: true columns.
         backend: that computes it. Plain torch has one way.
     """
-    if (
-        backend.operators is None or torch.compiler.is_compiling()
-    ):  # a graph decides itself when a tensor is overwritten
+    if backend.operators is None or logits.device.type not in ("cpu", "cuda"):  # tensors without values have no cache
+        return False
+    if torch.compiler.is_compiling():  # a graph decides itself when a tensor is overwritten
         return False
     if not torch.is_grad_enabled() or not logits.requires_grad or _owner(logits).is_leaf:
         return False
