@@ -21,7 +21,7 @@ Attributes:
             ppo_agreement                      moved tokens that PPO would have dropped if and only if they are masked
             bad_update_fraction                moved tokens with A < 0 and mu - pi >= bad_update_drop
             abs_log_ratio                      over all tokens: |log r|,
-            kl_k1, kl_k3                         -log r, r - log r,
+            kl_k1, kl_k3                         -log r, r - 1 - log r,
             ratio_mean, ratio_squared_mean       r, r^2 (r clamped to e^-20 ... e^20),
             entropy                              the policy's entropy,
             update_mean                          |w r A|,

@@ -36,9 +36,8 @@ def in_one_pass(
     is_sharded = tp_group is not None and dist.get_world_size(tp_group) > 1
     if is_sharded or config.needs_rollout_logits or not takes_one_pass(logits, vocab_size, backend):
         return None
-    VocabShard.locate(
-        logits.shape[-1], vocab_size, tp_group
-    )  # logits that are too narrow are the same error in both ways
+    # Logits that are too narrow are the same error in both ways.
+    VocabShard.locate(logits.shape[-1], vocab_size, tp_group)
     zero, stats = gradient_over_logits(
         logits,
         target=tokens.target,
