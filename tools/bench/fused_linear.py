@@ -139,7 +139,6 @@ def methods(chunk_bytes: int, fp32_logits: bool = False, before: ModuleType | No
         "accumulate_into_main_grad": True,
         "fp32_logits": fp32_logits,
         "chunk_bytes": chunk_bytes,
-        "deterministic": "off",
         "checks": "off",
     }
 
@@ -158,6 +157,7 @@ def methods(chunk_bytes: int, fp32_logits: bool = False, before: ModuleType | No
             backend="auto",
             sequence_parallel=False,
             reduce_hidden_grad=True,
+            deterministic="off",  # not among the common ones, which a commit before is given too
             **others,
             **common,
         )
