@@ -40,6 +40,14 @@ pybind11::dict metric_constants() {
   return constants;
 }
 
+pybind11::tuple fp32_product_dtypes() {
+  using namespace megatron_dppo;
+  pybind11::list names;
+  if (cpu::has_fp32_product(Dtype::kBFloat16)) names.append("bfloat16");
+  if (cpu::has_fp32_product(Dtype::kFloat16)) names.append("float16");
+  return names;
+}
+
 }  // namespace
 
 // megatron_dppo/_C.pyi says what each of them is.
@@ -50,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("flags") = DPPO_BUILD_FLAGS;
   m.attr("cpu_level") = megatron_dppo::cpu::level();
   m.attr("cpu_level_is_supported") = megatron_dppo::cpu::level_is_supported();
+  m.attr("fp32_product_dtypes") = fp32_product_dtypes();
   m.attr("torch_version") = DPPO_TORCH_VERSION;
   m.attr("cpu_l2_bytes") = megatron_dppo::cpu::l2_cache_bytes();
   m.attr("cache_share") = megatron_dppo::kCacheShare;

@@ -6,6 +6,7 @@ Attributes:
     cpu_level: the level of x86-64 whose vectors the CPU kernels use on this processor, such as ``"x86-64-v3"``; empty
         where the compiler's own target is the only one.
     cpu_level_is_supported: whether this processor can run that level; a build for one level may ask too much.
+    fp32_product_dtypes: names of the 16-bit dtypes whose products this processor sums in fp32 by itself.
     torch_version: the torch that it was compiled against.
     cpu_l2_bytes: second-level cache of a core of this processor; 0 where the system does not tell.
     cache_share: of the L2 cache, how much the rows may take that policy_gradient_ has under way.
@@ -41,6 +42,7 @@ compiler: str
 flags: str
 cpu_level: str
 cpu_level_is_supported: bool
+fp32_product_dtypes: tuple[str, ...]
 torch_version: str
 cpu_l2_bytes: int
 cache_share: float

@@ -76,4 +76,7 @@ at::Tensor check_tokens(const at::Tensor& target, const at::Tensor& advantages, 
 void tile_hash(const at::Tensor& sums, at::TensorList sources, at::IntArrayRef rows, at::IntArrayRef columns,
                at::IntArrayRef first_words, at::IntArrayRef first_tiles);
 
+// sums (+)= a @ b for two bfloat16 or two float16 matrices, in fp32. On a CPU only, and not on every processor.
+void fp32_product_(const at::Tensor& sums, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+
 }  // namespace megatron_dppo

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <vector>
 
 #include "operators/operators.h"
@@ -19,6 +20,14 @@
 
 namespace megatron_dppo {
 namespace {
+
+// Operators that write to an argument.
+constexpr std::initializer_list<const char*> kWriting = {
+    "policy_backward", "policy_backward_", "policy_gradient_", "tile_hash",
+#if !defined(DPPO_HOST_EMULATION)
+    "fp32_product_",
+#endif
+};
 
 // The tensors among an operator's arguments that it writes to.
 std::vector<at::Tensor> written_tensors(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
@@ -94,6 +103,9 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
   m.def(
       "tile_hash(Tensor(a!) sums, Tensor[] sources, int[] rows, int[] columns, int[] first_words, int[] first_tiles) "
       "-> ()");
+#if !defined(DPPO_HOST_EMULATION)
+  m.def("fp32_product_(Tensor(a!) sums, Tensor a, Tensor b, bool accumulate) -> ()");
+#endif
 }
 
 #define DPPO_REGISTER(DEVICE)                     \
@@ -111,6 +123,9 @@ DPPO_LIBRARY(DPPO_OPERATORS, m) {
     m.impl("tile_hash", tile_hash);               \
   }
 DPPO_REGISTER(CPU)
+#if !defined(DPPO_HOST_EMULATION)  // a GPU's is cuBLAS's
+DPPO_LIBRARY_IMPL(DPPO_OPERATORS, CPU, m) { m.impl("fp32_product_", fp32_product_); }
+#endif
 #if defined(DPPO_WITH_CUDA) && !defined(DPPO_HOST_EMULATION)
 DPPO_REGISTER(CUDA)
 #endif
@@ -123,12 +138,10 @@ DPPO_LIBRARY_IMPL(DPPO_OPERATORS, Autograd, m) {
   for (const char* name : {"row_partials", "merge_partials", "tile_nodes", "merge_tile_nodes", "shard_divergence",
                            "token_objective", "check_tokens"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  for (const char* name : {"policy_backward", "policy_backward_", "policy_gradient_", "tile_hash"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+  for (const char* name : kWriting) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }
 DPPO_LIBRARY_IMPL(DPPO_OPERATORS, ADInplaceOrView, m) {
-  for (const char* name : {"policy_backward", "policy_backward_", "policy_gradient_", "tile_hash"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_as_modified>());
+  for (const char* name : kWriting) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_as_modified>());
 }
 
 }  // namespace megatron_dppo

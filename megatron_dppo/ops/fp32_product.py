@@ -6,9 +6,11 @@ large, so that this rounding moves each of them by up to 0.06: here it is left o
 * CUDA: cuBLAS writes its fp32 sums (``torch.mm(out_dtype=torch.float32)``): the same work, a result of twice the size. Both
   factors must have 16 bits, so a gradient of logits is rounded before it is multiplied, as every gradient of a 16-bit model
   is: each term of the sum by at most 2^-8 of itself (bf16).
-* elsewhere torch has no such product (``NotImplementedError`` on a CPU, torch 2.13). 16-bit values are fp32 values, so the
-  product of the upcast matrices is exact up to the roundings of fp32. The second matrix, which may be the vocabulary's, is
-  upcast part by part, in ``PART_BYTES``; a gradient stays fp32.
+* a CPU whose processor multiplies such matrices (AVX512-BF16, AVX512-FP16, AMX): the compiled ``fp32_product_``. torch has
+  those blocks of oneDNN's, but no operator (``NotImplementedError``, torch 2.13).
+* elsewhere the product of the upcast matrices, which is exact up to the roundings of fp32: 16-bit values are fp32 values. The
+  second matrix, which may be the vocabulary's, is upcast part by part, in ``PART_BYTES``. Four times as slow where the
+  processor could do better. So does a CPU with an fp32 gradient, which it need not round.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+
+try:
+    from megatron_dppo.ops import native_backend
+except ImportError:  # not built, or for another processor: choose_backend says so to whoever asks for it
+    native_backend = None  # type: ignore[assignment]
 
 PART_BYTES = 16 * 2**20
 
@@ -38,6 +45,9 @@ def fp32_product(a_mk: torch.Tensor, b_kn: torch.Tensor, out_mn: torch.Tensor) -
     """
     if _writes_fp32_sums(out_mn):
         return torch.mm(a_mk, b_kn, out_dtype=torch.float32, out=out_mn)
+    if _processor_multiplies(a_mk, b_kn):
+        native_backend.fp32_product_(out_mn, a_mk, b_kn, accumulate=False)
+        return out_mn
     exact_mk = a_mk.float()
     for part in _parts(b_kn.shape[1], b_kn.shape[0]):
         torch.mm(exact_mk, b_kn[:, part].float(), out=out_mn[:, part])
@@ -61,6 +71,9 @@ def add_product(sums_mn: torch.Tensor, a_mk: torch.Tensor, b_kn: torch.Tensor) -
     if _writes_fp32_sums(sums_mn):
         torch.addmm(sums_mn, a_mk, b_kn, out_dtype=torch.float32, out=sums_mn)
         return
+    if _processor_multiplies(a_mk, b_kn):
+        native_backend.fp32_product_(sums_mn, a_mk, b_kn, accumulate=True)
+        return
     # A 16-bit gradient is as large as its logits: it too is upcast part by part.
     all_rows = slice(0, a_mk.shape[0])
     for rows in _parts(*a_mk.shape) if is_16_bit(a_mk) else (all_rows,):
@@ -76,6 +89,13 @@ def gradient_factor(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _writes_fp32_sums(tensor: torch.Tensor) -> bool:
     """Whether torch has products of 16-bit matrices with an fp32 result on this tensor's device."""
     return tensor.is_cuda
+
+
+def _processor_multiplies(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the compiled product takes these matrices on this processor."""
+    if native_backend is None or a.device.type != "cpu" or a.dtype is not b.dtype:
+        return False
+    return a.dtype in native_backend.FP32_PRODUCT_DTYPES
 
 
 def _parts(length: int, width: int) -> Iterator[slice]:

@@ -22,7 +22,7 @@ from megatron_dppo.ops.tile_tree import TileTree
 
 NAMESPACE = "megatron_dppo"  # of the operators
 operators = getattr(torch.ops, NAMESPACE)
-if not (hasattr(operators, "policy_gradient_") and hasattr(operators, "tile_nodes")):
+if not all(hasattr(operators, name) for name in ("policy_gradient_", "tile_nodes", "fp32_product_")):
     raise ImportError("it was built by an older version of this package: build it again")
 if not _C.cpu_level_is_supported:
     raise ImportError(
@@ -32,6 +32,8 @@ if not _C.cpu_level_is_supported:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVEL = _C.cpu_level
+# Of the factors of fp32_product_: what this processor has instructions for.
+FP32_PRODUCT_DTYPES = tuple(getattr(torch, name) for name in _C.fp32_product_dtypes)
 DEVICES = ("cpu", "cuda") if _C.cuda_archs else ("cpu",)
 
 
@@ -150,6 +152,19 @@ class NativeBackend:
         )
 
 
+def fp32_product_(sums_mn: torch.Tensor, a_mk: torch.Tensor, b_kn: torch.Tensor, *, accumulate: bool) -> None:
+    """``sums = a @ b``, or ``+=``, of 16-bit matrices on a CPU, summed in fp32.
+
+    Args:
+        sums_mn: [m, n] fp32; rows may have gaps between them.
+        a_mk: [m, k] of a dtype of ``FP32_PRODUCT_DTYPES``.
+        b_kn: [k, n] of the same dtype.
+        accumulate: add to what is there.
+    """
+    a_mk, b_kn = (values if 1 in values.stride() else values.contiguous() for values in (a_mk, b_kn))
+    operators.fp32_product_(sums_mn, a_mk, b_kn, accumulate)
+
+
 # What each operator returns for tensors without values: shapes and dtypes.
 
 
@@ -224,3 +239,4 @@ def register_shapes(namespace: str) -> None:
 
 
 register_shapes(NAMESPACE)
+torch.library.register_fake(f"{NAMESPACE}::fp32_product_", _nothing)

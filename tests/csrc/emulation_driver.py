@@ -37,6 +37,7 @@ from emulation_library import (
     decode,
     encode,
 )
+from processor_product import SHAPES, product_failures
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,8 @@ def main() -> int:
     suites += [(tile_nodes_failures, case) for case in (INTERBLOCK_NODE_CASES if interblock else NODE_CASES)]
     suites.append((tile_hash_failures, interblock))
     found = list(block_failures(emulated))
+    if hasattr(emulated.library, "fp32_product"):  # a CPU's kernels only
+        found += [failure for shape in SHAPES for failure in product_failures(emulated.library, shape)]
     for suite, case in suites:
         try:
             found += suite(emulated, case)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("megatron_dppo.ops.native_backend", reason="the extension megatron_dppo._C is not built")
+from megatron_dppo.ops import native_backend
 from megatron_dppo.ops.backend import choose_backend
 
 N, V, K, SHARDS = 5, 19, 3, 2
@@ -67,6 +68,10 @@ def tile_nodes() -> Call:
     return (torch.randn(N, 150), torch.tensor([3, 1]), None, ids(2), ids(2, K), 0.7, 256, 140, 2), {}
 
 
+def fp32_product() -> Call:
+    return (torch.randn(4, 6)[:, :5], torch.randn(7, 4).bfloat16().t(), torch.randn(7, 5).bfloat16(), True), {}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "row_partials": lambda: ((torch.randn(N, V), torch.tensor([3, 1]), None, ids(2), ids(2, K), 0.7, 0, V), {}),
     "merge_partials": lambda: ((torch.rand(SHARDS, N, 5 + K), torch.rand(N) < 0.5), {}),
@@ -79,11 +84,23 @@ CALLS: dict[str, Callable[[], Call]] = {
     "policy_gradient_": policy_gradient,
     "check_tokens": check_tokens,
     "tile_hash": tile_hash,
+    "fp32_product_": fp32_product,
 }
-WRITTEN = {"policy_backward": 1, "policy_backward_": 0, "policy_gradient_": 0, "tile_hash": 0}  # which argument
+WRITTEN = {
+    "fp32_product_": 0,
+    "policy_backward": 1,
+    "policy_backward_": 0,
+    "policy_gradient_": 0,
+    "tile_hash": 0,
+}  # which argument
 
 
 def operator(backend: str, name: str) -> Any:
+    if name == "fp32_product_":
+        if backend != "cpu":
+            pytest.skip("elsewhere torch has this product")
+        if torch.bfloat16 not in native_backend.FP32_PRODUCT_DTYPES:
+            pytest.skip("this processor multiplies no bf16 matrices")
     return getattr(choose_backend(backend, torch.zeros(1)).operators, name).default
 
 

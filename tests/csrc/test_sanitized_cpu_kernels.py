@@ -59,8 +59,9 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     [
         ("cpu/row_partials.cpp", "unpack(row, n < kChunk ? n : kChunk", "unpack(row, n < kChunk ? n + 1 : kChunk"),
         ("cpu/logits_row.h", "valid_end - begin, row", "valid_end - begin + 1, row"),
+        ("cpu/fp32_product.cpp", "packed_a(as_it_is ? 0 : kRows", "packed_a(as_it_is ? 0 : 63"),
     ],
-    ids=["a column more is read", "a column more is written"],
+    ids=["a column more is read", "a column more is written", "a row is packed beyond the end"],
 )
 def test_a_seeded_overrun_is_found(file: str, text: str, replacement: str, tmp_path: Path) -> None:
     shutil.copytree(CSRC, tmp_path / "csrc")

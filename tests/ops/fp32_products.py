@@ -1,14 +1,14 @@
-"""Both ways to an fp32 product of 16-bit matrices, on a CPU.
+"""All ways to an fp32 product of 16-bit matrices, on a CPU.
 
 torch has the operators that CUDA uses (``mm`` and ``addmm`` with ``out_dtype``) on no CPU. ``as_on_cuda`` puts stand-ins
 there, which demand of their arguments what the CUDA ones do, and round nothing but their fp32 result. What it cannot show is
-how cuBLAS sums.
+how cuBLAS sums. ``device`` leaves it to the machine, which may have no way but the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -20,7 +20,10 @@ from megatron_dppo.ops import fp32_product
 @contextmanager
 def upcast() -> Iterator[None]:
     """Within: no product is left to the device, whatever it could do."""
-    with mock.patch.object(fp32_product, "_writes_fp32_sums", return_value=False):
+    with (
+        mock.patch.object(fp32_product, "_writes_fp32_sums", return_value=False),
+        mock.patch.object(fp32_product, "_processor_multiplies", return_value=False),
+    ):
         yield
 
 
@@ -40,7 +43,7 @@ def as_on_cuda() -> Iterator[None]:
         library._destroy()
 
 
-WAYS = {"upcast": upcast, "out_dtype": as_on_cuda}
+WAYS = {"upcast": upcast, "out_dtype": as_on_cuda, "device": nullcontext}
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:

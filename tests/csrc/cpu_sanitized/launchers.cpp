@@ -53,3 +53,5 @@ DPPO_EXPORT void describe_piece(TilePiece* piece, const TileMatrix* matrix, int6
                                 int64_t first_task) {
   *piece = tile_piece(*matrix, first_word, first_tile, first_task);
 }
+
+DPPO_EXPORT void fp32_product(const Fp32ProductArguments* args) { cpu::fp32_product(*args); }
