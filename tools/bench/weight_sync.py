@@ -4,7 +4,7 @@
     python tools/bench/weight_sync.py --server-python .venv-sglang/bin/python
 
 Prints the medians, what of an update was spent on verifying it, and what tools/plan_sync.py says of it with the rates of this
-machine. The plain broadcast goes through a gloo group with one
+machine, which are printed as well: none is of an update. The plain broadcast goes through a gloo group with one
 other process on this machine, into memory that is there already. Fp32 weights of 135M parameters (SmolLM2's shapes).
 """
 
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -87,7 +88,7 @@ def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: C
         broadcast()
         plain.append(time.perf_counter() - began)
     update, alone, verify = (statistics.median(seconds[1:]) for seconds in (updates, plain, verifying))
-    expected = _forecast(engine, tensors, alone)
+    expected = _forecast(engine, tensors, broadcast)
     print(
         "| update | plain broadcast | ratio | verification, label, continue | of the update | planned | planned / update |"
     )
@@ -98,29 +99,63 @@ def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: C
     )
 
 
-def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast_s: float) -> float:
+def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: Callable[[], None]) -> float:
     """What tools/plan_sync.py makes of rates that are measured here, none of them in an update."""
-    config, url = engine._config, engine._sync.urls[0]
+    config = engine._config
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     buckets = WholeWeights(tensors).buckets(dtype=torch.float32, bucket_bytes=config.bucket_bytes, max_senders=1)
-    parts = [tensors[name] for bucket in buckets[:4] for name, _ in bucket.tensors]
-    buffer = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
-    flat, layout = flatten(parts, buffer), engine._sync._servers[0].layout
-    whole = ExpectedChecksums([t for b in buckets for t in b.tensors], engine._sync._shape, layout, torch.float32)
-    named = [(name, tensors[name]) for bucket in buckets[:4] for name, _ in bucket.tensors]
-    hash_s = _seconds(
-        lambda: hash_pieces({key: value for item in named for key, value in _pieces(whole, item).items()})
-    )
+    layout, shape = engine._sync._servers[0].layout, engine._sync._shape
+    whole = ExpectedChecksums([t for b in buckets for t in b.tensors], shape, layout, torch.float32)
+    named = [[(name, tensors[name]) for name, _ in bucket.tensors] for bucket in buckets]
+    # As in an update: memory of a bucket is filled again and again.
+    buffer, served = torch.empty(2, max(sum(t.nbytes for _, t in bucket) for bucket in named), dtype=torch.uint8)
+
+    def put_together() -> None:
+        for bucket in named:
+            flatten([tensor for _, tensor in bucket], buffer)
+
+    def hash_all() -> None:
+        for bucket in named:
+            hash_pieces({key: value for item in bucket for key, value in _pieces(whole, item).items()})
+
+    def broadcast_beside_the_rest() -> None:
+        """On a machine with few cores a sender's threads take them from each other."""
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(lambda: (put_together(), hash_all()))
+            broadcast()
+        rest.result()
+
+    copy_s, hash_s = _seconds(put_together), _seconds(hash_all)
     rates = Rates(
-        network=num_bytes / broadcast_s,
-        copy=flat.nbytes / _seconds(lambda: flatten(parts, buffer)),
-        hash=flat.nbytes / hash_s,
-        call=_seconds(lambda: engine._transport.call(url, "/model_info", None, 60.0)),
-        load=flat.nbytes / _seconds(lambda: flat.clone()),
+        network=num_bytes / _seconds(broadcast_beside_the_rest),
+        copy=num_bytes / copy_s,
+        hash=num_bytes / hash_s,
+        call=_seconds_of_a_call(engine, tensors),
+        load=served.nbytes / _seconds(lambda: served.copy_(buffer)),
         tensor=1e-4,
-        checksum=flat.nbytes / hash_s,
+        checksum=num_bytes / hash_s,
     )
+    print("rates: " + ", ".join(f"{name} {value:.3g}" for name, value in vars(rates).items()))
     return forecast(buckets, [(0, 0)] * len(buckets), 4, 1, rates).total
+
+
+def _seconds_of_a_call(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> float:
+    """The median time in which a server is told of a bucket, gets it and says so, where that is next to nothing."""
+    sync, smallest = engine._sync, min(tensors, key=lambda name: tensors[name].nbytes)
+    weights, load, measured = WholeWeights({smallest: tensors[smallest]}), sync._route.load, []
+
+    async def timed(*bucket: Any) -> None:
+        began = time.perf_counter()
+        await load(*bucket)
+        measured.append(time.perf_counter() - began)
+
+    sync._route.load = timed
+    for _ in range(7):
+        sync._watch.start(60.0)
+        sync._meeting.begin_update()
+        sync._send(weights, weights.buckets(dtype=torch.float32, bucket_bytes=2**20, max_senders=1), [])
+    sync._route.load = load
+    return statistics.median(measured)
 
 
 def _pieces(expected: ExpectedChecksums, item: tuple[str, torch.Tensor]) -> dict[object, tuple[int, list[Piece]]]:

@@ -60,6 +60,7 @@ class BroadcastRoute:
         self._connected = False
         self._loading: asyncio.Future[None] | None = None  # the last bucket
         self._group: dist.ProcessGroup | None = None  # of this rank with the servers
+        self._kept: tuple[torch.Tensor, ...] = ()  # see _two_buffers
 
     def ranks(self, buckets: Sequence[Bucket]) -> frozenset[int]:
         """See ``WeightRoute``: who puts buckets together."""
@@ -170,9 +171,9 @@ class BroadcastRoute:
             return
         assert self._meeting is not None
         on_its_way: dist.Work | None = None
-        # One is filled while the other is on its way. Memory that is new for every bucket costs a CPU more than filling it.
+        # One is filled while the other is on its way.
         size = max((num_bytes(b, self._dtype) for b in buckets if b.sender == self._rank), default=0)
-        free, in_use = (torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2))
+        free, in_use = self._two_buffers(size)
         for index, tensors in fetched:
             flat = flatten(tensors, free)
             free, in_use = in_use, free
@@ -193,6 +194,17 @@ class BroadcastRoute:
         if on_its_way is not None:
             self._watch.wait(on_its_way)
 
+    def _two_buffers(self, num_bytes: int) -> tuple[torch.Tensor, ...]:
+        """Memory for two buckets. In a host's it is kept for the next update: new pages cost more than filling them.
+
+        On a GPU torch keeps freed memory for whoever wants it next, and between updates that is training.
+        """
+        if self._kept and len(self._kept[0]) >= num_bytes:
+            return self._kept
+        buffers = tuple(torch.empty(num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2))
+        self._kept = buffers if self._device.type == "cpu" else ()
+        return buffers
+
     async def leave(self) -> None:
         """See ``WeightRoute``."""
         if self._loading is not None:
@@ -206,6 +218,7 @@ class BroadcastRoute:
             dist.destroy_process_group(self._group)
             self._group = None
         self._meeting = None
+        self._kept = ()
 
 
 def _senders(buckets: Sequence[Bucket]) -> list[int]:

@@ -43,7 +43,7 @@ class WeightRoute(Protocol):
     def send(self, weights: WeightSource, buckets: Sequence[Bucket], kinds: Sequence[ExpectedChecksums]) -> None:
         """This rank's part in an update. What it has put together it adds to ``kinds``.
 
-        When it has returned, it holds no memory for this update any more.
+        When it has returned, it holds no memory of a GPU for this update any more.
         """
         ...
 
