@@ -20,7 +20,7 @@ from megatron_dppo.models.hf.config import load_hf_config
 from megatron_dppo.models.hf.dtype_names import dtype_name
 from megatron_dppo.rollout.engine import ServerLoad, WeightSource, check_request
 from megatron_dppo.rollout.sample import FailedSample, Prompt, Sample, SamplingParams
-from megatron_dppo.rollout.sglang.answers import reading
+from megatron_dppo.rollout.sglang.admission import Admission
 from megatron_dppo.rollout.sglang.client import RolloutClient
 from megatron_dppo.rollout.sglang.config import ROUTER_DROPS_EXPERTS, START_ROUTER, SGLangConfig
 from megatron_dppo.rollout.sglang.parameter_layout import ModelShape
@@ -28,9 +28,8 @@ from megatron_dppo.rollout.sglang.routed_experts import RoutingShape
 from megatron_dppo.rollout.sglang.router import Router
 from megatron_dppo.rollout.sglang.server_facts import ServerFacts
 from megatron_dppo.rollout.sglang.server_memory import ServerMemory
-from megatron_dppo.rollout.sglang.server_settings import examine_settings
 from megatron_dppo.rollout.sglang.servers.choose import choose_source
-from megatron_dppo.rollout.sglang.servers.pool import Fit, ServerPool
+from megatron_dppo.rollout.sglang.servers.pool import ServerPool
 from megatron_dppo.rollout.sglang.servers.router_process import RouterProcess
 from megatron_dppo.rollout.sglang.servers.served_policy import ServedPolicy
 from megatron_dppo.rollout.sglang.transport import Transport
@@ -104,6 +103,7 @@ class SGLangEngine:
         self._transport = Transport(config.keys)
         self._router_process: RouterProcess | None = None  # on the owner, if this engine starts one
         self._pool: ServerPool | None = None  # on the owner
+        self._admission: Admission | None = None  # likewise
         self._memory: ServerMemory | None = None  # likewise, if the servers are colocated
         self._sync: WeightSync | None = None
         self._log_folder = Path(log_folder)
@@ -213,6 +213,7 @@ class SGLangEngine:
         source = choose_source(self._config, self._served, self._transport, self._log_folder, self._serve_command)
         self._pool = ServerPool(self._config, self._transport, source, self._stop)
         self._pool.prepare()
+        self._admission = Admission(self._config, self._served, self._pool, self._transport)
         if self._config.colocated:
             self._memory = ServerMemory(source, self._transport, self._config.control_timeout_s)
             self._make_room()
@@ -250,7 +251,7 @@ class SGLangEngine:
 
     def _join_servers(self, *, anew: bool = False) -> None:
         """Find a way to the servers that answer. Collective. ``anew``: even if it is the one that there is."""
-        facts = self._on_owner(lambda: self._facts_if_changed(anew))
+        facts = self._on_owner(lambda: self._servers_to_join(anew))
         if facts is None:
             return
         if self._sync is not None:
@@ -258,43 +259,11 @@ class SGLangEngine:
         shape = ModelShape.of(self._hf_config) if self._config.verify == "checksum" else None
         self._sync = WeightSync(facts, self._config, shape, self._dtype, self._transport, self._memory)
 
-    def _facts_if_changed(self, anew: bool) -> list[ServerFacts] | None:
-        assert self._pool is not None
-        fit = self._pool.fit(self._weight_version)
-        admitted = self._admitted(fit)
-        urls = {server.url for server in admitted}
-        if not anew and self._sync is not None and urls == set(self._sync.urls) and not urls & fit.newcomers:
-            return None
-        return admitted
-
-    def _admitted(self, fit: Fit) -> list[ServerFacts]:
-        """At the start all have to be of use; later one that is not is left out like one that does not answer."""
-        known = {server.url: server for server in self._sync.servers} if self._sync is not None else {}
-        admitted, refused = [], []
-        for url in fit.urls:
-            try:
-                admitted.append(known[url] if url in known.keys() - fit.newcomers else self._facts_of(url))
-            except RolloutError as error:
-                if self._sync is None:
-                    raise
-                refused.append(str(error))
-                _log.warning("left out of this update: %s", error)
-        fewest = self._config.fewest_servers
-        if len(admitted) < fewest:
-            raise RolloutError(
-                f"{len(admitted)} SGLang servers can be used, fewer than min_servers = {fewest}: {'; '.join(refused)}"
-            )
-        return admitted
-
-    def _facts_of(self, url: str) -> ServerFacts:
-        info = self._transport.call(url, "/server_info", None, self._config.control_timeout_s)
-        with reading(f"{url}/server_info"):
-            findings = examine_settings(info, self._served)
-        for finding in findings:
-            if finding.is_fatal:
-                raise RolloutError(f"{url} cannot be used: {finding}")
-            _log.warning("%s: %s", url, finding)
-        return ServerFacts.of(url, info)
+    def _servers_to_join(self, anew: bool) -> list[ServerFacts] | None:
+        assert self._admission is not None
+        known = self._sync.servers if self._sync is not None else None
+        admitted = self._admission.admitted(self._weight_version, known)
+        return known if admitted is None and anew else admitted
 
     def _check_servers(self) -> None:
         assert self._sync is not None
