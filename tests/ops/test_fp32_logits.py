@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_those_of_float64(
     """Element by element. Sums of k fp32 products err by k roundings of their terms; a gradient is then rounded to its dtype.
 
     On CUDA each element of the logits' gradient is rounded before: a term of the sums by at most half a unit of itself, or of
-    the smallest normal number.
+    the smallest normal number. A processor may take two bf16 numbers for it: half a unit of what half a unit leaves.
     """
     torch.manual_seed(seed)
     hidden, weight = factors(n, h, width, dtype)
@@ -60,8 +60,8 @@ def test_logits_and_gradients_are_those_of_float64(
     assert ((logits.double() - a @ b.t()).abs() <= (h + 1) * EPS * (a.abs() @ b.abs().t())).all()
 
     half_unit = HALF_UNIT[dtype]
-    first = half_unit if way == "out_dtype" else 0.0
-    smallest = torch.finfo(dtype).smallest_normal if way == "out_dtype" else 0.0
+    first = {"out_dtype": half_unit, "device": HALF_UNIT[torch.bfloat16] ** 2}.get(way, 0.0)
+    smallest = torch.finfo(dtype).smallest_normal if way != "upcast" else 0.0
     for ours, x, y in ((gradients[0], g, b), (gradients[1], g.t(), a)):
         exact, terms = x @ y, x.abs() @ y.abs()
         before = (first + (x.shape[1] + 1) * EPS) * terms + half_unit * smallest * torch.ones_like(x) @ y.abs()
