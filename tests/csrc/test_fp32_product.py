@@ -5,6 +5,8 @@ The kernel's own part, for any processor, is in test_sanitized_cpu_kernels.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,12 @@ EPS = 2.0**-24
 
 needs_instructions = pytest.mark.skipif(not DTYPES, reason="this processor has no instructions for 16-bit products")
 product = torch.ops.megatron_dppo.fp32_product_
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    with torch.device("cpu"):  # a GPU's product is torch's own
+        yield
 
 
 def factor(rows: int, columns: int, dtype: torch.dtype, layout: str) -> torch.Tensor:

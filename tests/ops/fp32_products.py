@@ -46,6 +46,11 @@ def as_on_cuda() -> Iterator[None]:
 WAYS = {"upcast": upcast, "out_dtype": as_on_cuda, "device": nullcontext}
 
 
+def rounds_gradients(way: str) -> bool:
+    """Whether an fp32 gradient is rounded to 16 bits before it is multiplied."""
+    return way == "out_dtype" or (way == "device" and torch.get_default_device().type == "cuda")
+
+
 def _mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
     _check(a, b, out_dtype, out)
     return out.copy_(a.float() @ b.float())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_dppo.ops import fp32_product, linear_tiles
 from megatron_dppo.ops.fp32_linear import fp32_linear
 from megatron_dppo.ops.fused_linear import fused_linear_policy_stats
-from tests.ops.fp32_products import WAYS
+from tests.ops.fp32_products import WAYS, rounds_gradients
 from tests.ops.tensor_sizes import TensorSizes
 
 EPS = 2.0**-24  # half the distance of fp32 numbers near 1
@@ -60,7 +60,7 @@ def test_logits_and_gradients_are_those_of_float64(
     assert ((logits.double() - a @ b.t()).abs() <= (h + 1) * EPS * (a.abs() @ b.abs().t())).all()
 
     half_unit = HALF_UNIT[dtype]
-    first = {"out_dtype": half_unit, "device": HALF_UNIT[torch.bfloat16] ** 2}.get(way, 0.0)
+    first = half_unit if rounds_gradients(way) else HALF_UNIT[torch.bfloat16] ** 2 if way == "device" else 0.0
     smallest = torch.finfo(dtype).smallest_normal if way != "upcast" else 0.0
     for ours, x, y in ((gradients[0], g, b), (gradients[1], g.t(), a)):
         exact, terms = x @ y, x.abs() @ y.abs()
@@ -133,7 +133,7 @@ def test_fused_statistics_and_gradients_are_those_of_float64(
         )
         fused = with_gradients((stats.log_prob, stats.entropy), (hidden, weight))
         logits = with_gradients(statistics(fp32_linear(hidden, weight), **tokens), (hidden, weight))
-    roundings = 2 if way == "out_dtype" else 1
+    roundings = 2 if rounds_gradients(way) else 1
     for ours in (fused, logits):
         for index, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
             error, allowed, size = (x.square().mean().sqrt() for x in (a - c, b - c, c))
@@ -171,7 +171,7 @@ def test_the_weights_gradient_is_added_to_main_grad_in_its_precision(
     log_prob, _ = statistics(hidden.detach().double() @ exact.t(), target, everything, 40)
     (truth,) = torch.autograd.grad(log_prob.sum(), exact)
     # Relative to the norm: fp32 arithmetic (four rows of sums of at most 60 terms), then the roundings that there are.
-    allowed = (4 * 60**0.5 * 2 * EPS + (HALF_UNIT[torch.bfloat16] if way == "out_dtype" else 0.0)) * truth.norm()
+    allowed = (4 * 60**0.5 * 2 * EPS + (HALF_UNIT[torch.bfloat16] if rounds_gradients(way) else 0.0)) * truth.norm()
     if main_dtype is torch.bfloat16:
         allowed += HALF_UNIT[torch.bfloat16] * weight.main_grad.double().norm()
     else:
