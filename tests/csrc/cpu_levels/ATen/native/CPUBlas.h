@@ -1,5 +1,5 @@
-// Stands in for torch's header of this name where tests compile a CPU kernel by itself: products of blocks by definition,
-// on any processor. They read what they are said to and nothing else, as a sanitizer can see.
+// Stands in for torch's header of this name where tests compile a CPU kernel by itself: products of blocks by
+// definition, on any processor. They read what they are said to and nothing else, as a sanitizer can see.
 #pragma once
 
 #include <cmath>
@@ -39,8 +39,7 @@ void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t l
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       float sum = accumulate ? c[i * ldc + j] : 0.0f;
-      for (int64_t p = 0; p < k; ++p)
-        sum += to_float(a[i * lda + p]) * to_float(b[(p / 2 * ldb + j) * 2 + p % 2]);
+      for (int64_t p = 0; p < k; ++p) sum += to_float(a[i * lda + p]) * to_float(b[(p / 2 * ldb + j) * 2 + p % 2]);
       c[i * ldc + j] = sum;
     }
 }
