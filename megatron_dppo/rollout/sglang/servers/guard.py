@@ -1,8 +1,9 @@
 """Runs a command as the leader of its own process group and ends the whole group when the process that asked is gone.
 
 A trainer that is killed with SIGKILL cannot clean up, and a server's worker processes can outlive the server. So the
-trainer starts ``python guard.py <trainer's pid> <command...>`` in a new session: this process only waits, and
-takes the group down when its parent changes. Standard library only; never imported.
+trainer starts ``python guard.py <trainer's pid> <folder> <command...>`` in a new session: this process only waits, and
+takes the group down when its parent changes. With a folder (``scratch.py``; "": none) it notes meanwhile what the group
+makes in shared memory, and sees to it that the folder is removed. Standard library only; never imported.
 """
 
 import os
@@ -10,12 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-POLL_S = 0.5
+sys.path.insert(0, str(Path(__file__).parent))
+import scratch
+
+POLL_S = 0.2
 GRACE_S = 3.0
 
 
-def _end_group() -> None:
+def _end_group(folder: str) -> None:
+    if folder:  # not of the group, and not to be found by what marks the group's environment
+        subprocess.Popen([sys.executable, scratch.__file__, folder], env={}, start_new_session=True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     time.sleep(GRACE_S)
@@ -24,15 +31,17 @@ def _end_group() -> None:
 
 def main() -> int:
     """Return the command's exit code, 128 + signal if one ended it, unless the parent goes first."""
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+    parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    notes = scratch.Notes(Path(folder)) if folder else None
     child = subprocess.Popen(command)
     while os.getppid() == parent:
         try:
             code = child.wait(timeout=POLL_S)
             return code if code >= 0 else 128 - code
         except subprocess.TimeoutExpired:
-            continue
-    _end_group()
+            if notes is not None:
+                notes.look()
+    _end_group(folder)
     return 1
 
 
