@@ -218,6 +218,9 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
     environment["PYTHONPATH"] = str(_PLUGIN)
     environment.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local folder
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where SGLang has it; one that has it in TMPDIR would compile everything anew at every start (see scratch.py).
+    cache = Path(environment.get("SGLANG_CACHE_DIR", "~/.cache/sglang")).expanduser()
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     if not torch.cuda.is_available():
         environment["PYTHONPATH"] = os.pathsep.join([str(_CPU_SHIM), str(_PLUGIN)])
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
