@@ -138,9 +138,10 @@ def test_what_is_left_of_a_server_that_was_killed_with_its_owner_goes_with_the_n
     owner.kill()
     owner.wait()
     wait_until(lambda: scratch_module._living(scratch) == set(), within_s=5, what="all have ended")
-    Scratch(os.environ).remove()
+    of_next = Scratch(os.environ)
     assert not scratch.exists()
     assert left(token) == []
+    of_next.remove()
 
 
 @pytest.mark.slow
@@ -240,6 +241,19 @@ def test_sockets_have_room_in_the_folder(tmp_path: Path) -> None:
     missing = Scratch({"TMPDIR": str(tmp_path / "missing")})
     assert missing.folder.exists()
     missing.remove()
+
+
+def test_a_link_by_the_name_of_a_folder_leads_nowhere(tmp_path: Path) -> None:
+    """Anybody may make one in a folder that all users have for temporary files."""
+    (tmp_path / "work").write_text("of months")
+    scratch = Scratch(os.environ)
+    link = scratch.folder.with_name(f"{scratch_module._prefix()}{secrets.token_hex(4)}")
+    link.symlink_to(tmp_path)
+    try:
+        scratch.remove()
+        assert (tmp_path / "work").read_text() == "of months"
+    finally:
+        link.unlink()
 
 
 def test_a_command_that_cannot_be_started_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def _remove(folder: Path) -> None:
 def _remove_if_ended(folder: Path) -> bool:
     """Whether it is gone. It is not touched while its maker, its guard or one of its processes lives."""
     try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return True
     try:
@@ -170,7 +170,7 @@ def _sweep(base: Path) -> None:
     """Remove the folders, of this user and this host, of those that have ended and were not there to do it."""
     for folder in base.glob(f"{_prefix()}*"):
         with contextlib.suppress(OSError):
-            if folder.stat().st_uid == os.getuid():
+            if folder.lstat().st_uid == os.getuid():  # not what somebody's link leads to
                 _remove_if_ended(folder)
 
 
