@@ -98,13 +98,16 @@ class Notes:
         ours = {inode: name for inode, name in self._ours.items() if inode in there}
         self._looks = {inode: looks for inode, looks in self._looks.items() if inode in there}
         new = {inode for inode in there.keys() - ours.keys() if self._looks.get(inode, 0) < _LOOKS}
-        members = _members(os.getsid(0)) if new else set()
+        kinds = {inode: kind for inode in new if (kind := _kind(there[inode])) is not None}
+        self._looks.update(dict.fromkeys(new - kinds.keys(), _LOOKS))
+        members = _members(os.getsid(0)) if kinds else set()
         opened: dict[int, set[str]] = {}
-        for inode in new:
-            makers = _possible_makers(there[inode], members)
-            for pid in makers - opened.keys():
-                opened[pid] = _opened_by(pid)
-            if any(there[inode] in opened[pid] for pid in makers):
+        for inode, kind in kinds.items():
+            pid = kind.groupdict().get("pid")
+            makers = members if pid is None else members & {int(pid)}
+            for maker in makers - opened.keys():
+                opened[maker] = _opened_by(maker)
+            if any(there[inode] in opened[maker] for maker in makers):
                 ours[inode] = there[inode]
             else:
                 self._looks[inode] = self._looks.get(inode, 0) + 1 if makers else _LOOKS
@@ -115,13 +118,8 @@ class Notes:
             written.rename(self._folder / _NOTES)
 
 
-def _possible_makers(name: str, members: set[int]) -> set[int]:
-    """Those among the processes that a file of this name may be of."""
-    kind = next((match for pattern in _KINDS if (match := pattern.fullmatch(name))), None)
-    if kind is None:
-        return set()
-    pid = kind.groupdict().get("pid")
-    return members if pid is None else members & {int(pid)}
+def _kind(name: str) -> re.Match[str] | None:
+    return next((match for pattern in _KINDS if (match := pattern.fullmatch(name))), None)
 
 
 def _remove(folder: Path) -> None:
