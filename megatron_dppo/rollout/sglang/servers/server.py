@@ -167,7 +167,9 @@ class SGLangServer:
             transport.call(self.url, "/health", None, patience)
             # A server asks this of itself, but without a warm-up before it listens, and then it is not done: a CPU server
             # went through all that it has ever imported for garbage whenever its cache was flushed, 0.37 s of every update.
-            transport.call(self.url, "/freeze_gc", None, patience)
+            # The first node tells the others of its server, which answer nothing but /health.
+            if self._nodes.rank == 0:
+                transport.call(self.url, "/freeze_gc", None, patience)
             return True
         except TransientServerError:
             if time.monotonic() < self._ready_by:
