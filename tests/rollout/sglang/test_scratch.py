@@ -19,30 +19,11 @@ import pytest
 from megatron_dppo.rollout.sglang.servers import scratch as scratch_module
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 from megatron_dppo.rollout.sglang.servers.scratch import Scratch
+from tests.rollout.sglang.leaving_server import LeavingServer
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = Path("/dev/shm")
-# As a server does: a worker has made a queue, both have a file of the server's load, the first has a file in TMPDIR.
-SERVER = """
-import mmap, os, sys, tempfile, time
-token, *words = sys.argv[1:]
-def made(name):
-    fd = os.open(f"/dev/shm/{name}", os.O_CREAT | os.O_RDWR, 0o600)
-    os.ftruncate(fd, 4096)
-    return mmap.mmap(fd, 4096)
-_, path = tempfile.mkstemp(prefix=token)
-load = made(f"sglang_loads_{token}.shm")
-if os.fork() == 0:
-    queue = made(f"sgl_shm_mq_{os.getpid()}_{token}")
-    if "opens" in words:
-        other = made(words[words.index("opens") + 1])
-    time.sleep(1000)
-if "ends" in words:
-    time.sleep(2)
-    sys.exit(1)
-time.sleep(1000)
-"""
 
 
 @pytest.fixture
@@ -57,32 +38,16 @@ def left(token: str) -> list[str]:
     return sorted(path.name for path in SHARED_MEMORY.glob(f"*{token}*"))
 
 
-def noted(folder: Path) -> str:
-    notes = folder / "shared_memory"
-    return notes.read_text() if notes.exists() else ""
-
-
-class Server:
-    """Stands for one; it has made everything when this returns."""
-
-    def __init__(self, folder: Path, token: str, *words: str, files: int = 2) -> None:
-        self.scratch = Scratch(os.environ)
-        command = [sys.executable, "-c", SERVER, token, *words]
-        self.process = GuardedProcess(command, folder / "log", self.scratch.environment, scratch=self.scratch)
-        wait_until(lambda: noted(self.scratch.folder).count(token) == files, within_s=20, what="its files are noted")
-        assert [path.name for path in self.scratch.folder.glob(f"{token}*")] != []
-
-
-def _end(server: Server) -> None:
+def _end(server: LeavingServer) -> None:
     server.process.end()
 
 
-def _kill_all(server: Server) -> None:
+def _kill_all(server: LeavingServer) -> None:
     os.killpg(server.process.pid, signal.SIGKILL)
     server.process.end()
 
 
-def _wait_for_its_end(server: Server) -> None:
+def _wait_for_its_end(server: LeavingServer) -> None:
     wait_until(lambda: not server.process.is_running(), within_s=20, what="it ends")
     server.process.end()
 
@@ -93,9 +58,9 @@ def _wait_for_its_end(server: Server) -> None:
     ids=["asked to", "killed with its guard", "by itself, a worker stays"],
 )
 def test_a_server_that_has_ended_leaves_nothing(
-    tmp_path: Path, token: str, words: tuple[str, ...], ending: Callable[[Server], None]
+    tmp_path: Path, token: str, words: tuple[str, ...], ending: Callable[[LeavingServer], None]
 ) -> None:
-    server = Server(tmp_path, token, *words)
+    server = LeavingServer(tmp_path, token, *words)
     assert len(left(token)) == 2
     ending(server)
     assert left(token) == []
@@ -105,8 +70,8 @@ def test_a_server_that_has_ended_leaves_nothing(
 OWNER = """
 import sys, time
 from pathlib import Path
-from tests.rollout.sglang.test_scratch import Server
-server = Server(Path(sys.argv[1]), sys.argv[2])
+from tests.rollout.sglang.leaving_server import LeavingServer
+server = LeavingServer(Path(sys.argv[1]), sys.argv[2])
 print(server.scratch.folder, server.process.pid, flush=True)
 time.sleep(1000)
 """
@@ -164,7 +129,7 @@ def test_a_server_that_lives_without_guard_and_owner_keeps_what_it_has(tmp_path:
 
 def test_another_server_keeps_what_it_has(tmp_path: Path, token: str) -> None:
     of_another = secrets.token_hex(4)
-    server, another = Server(tmp_path, token), Server(tmp_path, of_another)
+    server, another = LeavingServer(tmp_path, token), LeavingServer(tmp_path, of_another)
     try:
         _kill_all(server)
         assert len(left(of_another)) == 2
@@ -175,18 +140,18 @@ def test_another_server_keeps_what_it_has(tmp_path: Path, token: str) -> None:
 
 
 def test_what_a_server_only_reads_stays(tmp_path: Path, token: str) -> None:
-    """Weights that somebody has put into shared memory, and a file of a kind of its own, by the name of another process."""
-    for name in (f"model-{token}.safetensors", f"sgl_shm_mq_{os.getpid()}_{token}", f"torch_{os.getpid()}_1{token}_0"):
+    """Weights that somebody has put into shared memory, and a queue that another process has made."""
+    for name in (f"model-{token}.safetensors", f"sgl_shm_mq_{os.getpid()}_{token}"):
         stays = SHARED_MEMORY / name
         stays.write_bytes(b"weights")
-        server = Server(tmp_path, token, "opens", name)
+        server = LeavingServer(tmp_path, token, "opens", name)
         _kill_all(server)
         assert left(token) == [name]
         stays.unlink()
 
 
 def test_a_name_that_another_has_taken_since_is_not_removed(tmp_path: Path, token: str) -> None:
-    server = Server(tmp_path, token)
+    server = LeavingServer(tmp_path, token)
     os.killpg(server.process.pid, signal.SIGKILL)
     (load,) = SHARED_MEMORY.glob(f"sglang_loads_{token}*")
     load.unlink()
@@ -197,7 +162,7 @@ def test_a_name_that_another_has_taken_since_is_not_removed(tmp_path: Path, toke
 
 def test_what_a_living_process_has_open_goes_when_it_has_ended(tmp_path: Path, token: str) -> None:
     """Two processes of one server on the same host, as two nodes: the first that ends has made what the other still has."""
-    server = Server(tmp_path, token)
+    server = LeavingServer(tmp_path, token)
     (name,) = (name for name in left(token) if name.startswith("sgl_shm_mq"))
     with (SHARED_MEMORY / name).open("rb"):
         _kill_all(server)
@@ -209,7 +174,7 @@ def test_what_a_living_process_has_open_goes_when_it_has_ended(tmp_path: Path, t
 
 def test_servers_that_die_and_are_started_again_do_not_add_up(tmp_path: Path, token: str) -> None:
     for _ in range(3):
-        server = Server(tmp_path, token)
+        server = LeavingServer(tmp_path, token)
         _kill_all(server)
         assert left(token) == []
         assert not server.scratch.folder.exists()
