@@ -127,6 +127,20 @@ def test_a_server_that_lives_without_guard_and_owner_keeps_what_it_has(tmp_path:
     assert not scratch.exists()
 
 
+def test_nobody_waits_long_for_processes_that_do_not_end(
+    tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with much memory may take many seconds to end. What it leaves goes when it has."""
+    server = LeavingServer(tmp_path, token)
+    monkeypatch.setattr(scratch_module, "_END_WITHIN_S", 0.1)
+    server.scratch.remove()
+    assert len(left(token)) == 2
+    os.killpg(server.process.pid, signal.SIGKILL)
+    wait_until(lambda: not server.scratch.folder.exists(), within_s=20, what="the folder goes")
+    assert left(token) == []
+    server.process.end()
+
+
 def test_another_server_keeps_what_it_has(tmp_path: Path, token: str) -> None:
     of_another = secrets.token_hex(4)
     server, another = LeavingServer(tmp_path, token), LeavingServer(tmp_path, of_another)

@@ -7,9 +7,9 @@ do: most say nothing of their maker, and containers that share /dev/shm give the
 one of the group, looks what the processes of its session have open, and notes what is of a kind that they make for
 themselves, by its inode. What a living process has open is never removed.
 
-Whoever made the folder removes it, at the end of the group. If that one was killed, a process that the guard leaves behind
-does; if the guard was, too, whoever makes such a folder next on this host, or removes one: a folder is locked as long as
-its maker or its guard lives.
+Whoever made the folder removes it, at the end of the group; if processes take long to end, as they do with much memory, one
+that it leaves behind. If the maker was killed, one that the guard leaves behind; if the guard was, too, whoever makes such a
+folder next on this host, or removes one: a folder is locked as long as its maker or its guard lives.
 
 Standard library only: this is also what the guard runs, which must not take the seconds and the memory of imports.
 """
@@ -22,6 +22,7 @@ import getpass
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,6 +75,8 @@ class Scratch:
             _remove(self.folder)
         os.close(self.lock)
         self.lock = -1
+        if alive:
+            leave_behind(self.folder)
         _sweep(self.folder.parent)
 
 
@@ -116,6 +119,14 @@ class Notes:
             written = self._folder / f"{_NOTES}.new"
             written.write_text("".join(f"{inode} {name}\n" for inode, name in ours.items()))
             written.rename(self._folder / _NOTES)
+
+
+def leave_behind(folder: Path) -> None:
+    """Start a process that removes the folder once its processes have ended and nobody has it locked any more."""
+    nothing = subprocess.DEVNULL  # whoever reads what the caller says is not to wait for it
+    # Not of the group, and not to be found by what marks the group's environment.
+    command = [sys.executable, __file__, str(folder)]
+    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, env={}, start_new_session=True)
 
 
 def _kind(name: str) -> re.Match[str] | None:
@@ -255,7 +266,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def main() -> None:
-    """What a guard leaves behind: remove a folder as soon as its processes have ended."""
+    """What is left behind: remove a folder as soon as its processes have ended."""
     folder, deadline = Path(sys.argv[1]), time.monotonic() + _LEFT_BEHIND_FOR_S
     while not _remove_if_ended(folder) and time.monotonic() < deadline:
         time.sleep(_ASK_AGAIN_S)
