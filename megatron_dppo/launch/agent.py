@@ -15,6 +15,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -48,7 +49,9 @@ class Agent:
             signal.signal(number, lambda *_: self._ask_ranks())
         threading.Thread(target=self._look, name="stop-file", daemon=True).start()
         try:
-            run_torchrun(parse_torchrun_arguments([*_leaving_signals(), *torchrun_arguments]))
+            with tempfile.TemporaryDirectory(prefix="torchelastic_") as notes:  # its own such folder it leaves behind
+                options = [*_leaving_signals(), "--log-dir", notes]
+                run_torchrun(parse_torchrun_arguments([*options, *torchrun_arguments]))
         except ChildFailedError as failed:
             print(failed, file=sys.stderr, flush=True)
             return exit_code_of(self._told(failure.exitcode) for failure in failed.failures.values())

@@ -29,6 +29,7 @@ from megatron_dppo.launch.followed_log import FollowedLog
 from megatron_dppo.launch.job import Job
 from megatron_dppo.launch.local_commands import LOOPBACK, local_trainer_command
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
+from megatron_dppo.rollout.sglang.servers.scratch import Scratch
 
 _LOOK_EVERY_S = 0.2
 _OTHERS_GRACE_S = 60.0  # of the other nodes, once one has ended: the ranks end by themselves in half of it
@@ -110,7 +111,8 @@ class LocalJob:
             return
         command = self._job.all_servers_command(attempt=str(attempt.folder), address=LOOPBACK)
         environment = self._environment(SERVER, attempt, self._job.launch.trainer_nodes, serving.nodes)
-        process = GuardedProcess(command, attempt.log(SERVER, 0), environment, _SERVER_GRACE_S)
+        scratch = Scratch(environment)
+        process = GuardedProcess(command, attempt.log(SERVER, 0), scratch.environment, _SERVER_GRACE_S, scratch)
         try:
             yield process
         finally:
@@ -124,7 +126,10 @@ class LocalJob:
             for node in range(self._job.launch.trainer_nodes):
                 command = local_trainer_command(self._job, node, port=port, attempt=str(attempt.folder))
                 environment = self._environment(TRAINER, attempt, node, 1)
-                trainers.append(GuardedProcess(command, attempt.log(TRAINER, node), environment))
+                scratch = Scratch(environment)
+                trainers.append(
+                    GuardedProcess(command, attempt.log(TRAINER, node), scratch.environment, scratch=scratch)
+                )
             yield trainers
         finally:
             for trainer in trainers:

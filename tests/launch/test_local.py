@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_dppo.launch import agent
+from megatron_dppo.launch.attempt import Attempt
 from tests.launch.launched_run import ONE_RANK, LaunchedRun
 from tests.rollout.sglang.stand_in_server import stand_in_interpreter
 from tests.training.tiny_runs import deterministic_part, read_metrics, train, wait_for_step, write_tiny_policy
@@ -33,6 +38,28 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_policy(tmp_path_factory.mktemp("policy"))
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where what is started has temporary files. Not in pytest's folder: a socket's path has 107 characters."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def test_torchruns_folder_goes_with_the_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+
+    def run(options: Namespace) -> None:
+        seen.append(Path(options.log_dir))
+        assert seen[0].is_dir()
+
+    monkeypatch.setattr(agent, "run_torchrun", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("MEGATRON_DPPO_AGENT", "")
+    assert agent.Agent(Attempt(tmp_path)).run(["-m", "megatron_dppo.launch.rank"]) == 0
+    assert not seen[0].exists()
+
+
 def test_a_node_that_is_asked_to_stop_has_the_run_save_and_go_on_with_the_same_numbers(policy, tmp_path) -> None:
     """Two agents over the loopback device, one rank each; what torchrun would do is to kill the ranks after 30 s."""
     launched = LaunchedRun(policy, tmp_path, *SMALL, *TWO_NODES)
@@ -52,7 +79,7 @@ def test_a_node_that_is_asked_to_stop_has_the_run_save_and_go_on_with_the_same_n
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly)])
-def test_nothing_is_left_of_a_job_that_is_ended(policy, tmp_path, number) -> None:
+def test_nothing_is_left_of_a_job_that_is_ended(policy, tmp_path, temporary, number) -> None:
     """While its trainer waits for a server that never becomes ready."""
     python = stand_in_interpreter(tmp_path, before="sleep 1000")
     serving = ("rollout.engine=sglang", "launch.server_nodes=1", f"rollout.sglang.python={python}")
@@ -65,6 +92,11 @@ def test_nothing_is_left_of_a_job_that_is_ended(policy, tmp_path, number) -> Non
     assert code == (75 if number == signal.SIGTERM else -number), output
     wait_until(lambda: not launched.left(), within_s=60, what="everything that was started has ended")
     assert launched.processes("") == []
+
+    def left() -> list[str]:
+        return [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+
+    wait_until(lambda: left() == [], within_s=20, what=f"{left()} go")
 
 
 def test_input_that_the_ranks_refuse_ends_the_job_with_their_code_and_its_servers(policy, tmp_path) -> None:

@@ -9,9 +9,12 @@ import pytest
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang import SGLangConfig
+from megatron_dppo.rollout.sglang.servers.nodes import Nodes
 from megatron_dppo.rollout.sglang.servers.server import SGLangServer, free_port
 from megatron_dppo.rollout.sglang.transport import Transport
 from tests.rollout.sglang.stand_in_server import stand_in_interpreter
+
+NO_OTHERS = Nodes()
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def transport() -> Iterator[Transport]:
     transport.close()
 
 
-def _server(folder: Path, failures: int) -> SGLangServer:
+def _server(folder: Path, failures: int, nodes: Nodes = NO_OTHERS) -> SGLangServer:
     """What is started ends so often as a server does whose port is taken, and is healthy then."""
     interpreter = stand_in_interpreter(
         folder,
@@ -29,7 +32,7 @@ def _server(folder: Path, failures: int) -> SGLangServer:
         f"[ $(wc -l < {folder}/starts) -le {failures} ] && echo '[Errno 98] address already in use' && exit 1",
     )
     config = SGLangConfig(python=str(interpreter), startup_timeout_s=60.0)
-    return SGLangServer(config, folder, "float32", folder, 0)
+    return SGLangServer(config, folder, "float32", folder, 0, nodes=nodes)
 
 
 def test_ports_are_not_among_those_that_the_system_gives_away() -> None:
@@ -65,5 +68,19 @@ def test_a_server_that_is_ready_has_set_aside_what_it_imported(tmp_path: Path, t
         server.start()
         server.wait_until_ready(transport)
         assert "asked for /freeze_gc" in server.log_path.read_text()
+    finally:
+        server.close()
+
+
+def test_a_node_that_is_not_the_first_of_its_server_is_ready_when_it_is_healthy(
+    tmp_path: Path, transport: Transport
+) -> None:
+    """SGLang answers nothing but /health there."""
+    server = _server(tmp_path, failures=0, nodes=Nodes(2, 1, "127.0.0.1:1"))
+    try:
+        server.start()
+        server.wait_until_ready(transport)
+        assert "/health" in server.log_path.read_text()
+        assert "/freeze_gc" not in server.log_path.read_text()
     finally:
         server.close()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_dppo.errors import RolloutError
+from megatron_dppo.rollout.sglang.servers.scratch import Scratch
 
 _GUARD = Path(__file__).parent / "guard.py"
 _TERMINATE_GRACE_S = 3.0
@@ -28,6 +29,7 @@ class GuardedProcess:
         log_path: Path,
         environment: Mapping[str, str],
         extra_grace_s: float = 0.0,
+        scratch: Scratch | None = None,
     ) -> None:
         """Raises RolloutError if the command cannot be started.
 
@@ -37,11 +39,14 @@ class GuardedProcess:
             log_path: of its output, after a line with the command. The folder is made.
             environment: all of its environment.
             extra_grace_s: that it may take, beyond the usual, to end by itself once it was told to.
+            scratch: its folder for temporary files, of which its environment is then to be; removed, with what its processes
+                have left in shared memory, when they have ended.
         """
+        self._scratch = scratch
         self._extra_grace_s = extra_grace_s
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, str(_GUARD), str(os.getpid())]
+        guard = [sys.executable, str(_GUARD), str(os.getpid()), str(scratch.folder) if scratch else ""]
         with log_path.open("ab") as log:
             self._log_start = log.tell()
             log.write(f"$ {' '.join(command)}\n".encode())
@@ -54,8 +59,11 @@ class GuardedProcess:
                     stderr=subprocess.STDOUT,
                     env=dict(environment),
                     start_new_session=True,
+                    pass_fds=[scratch.lock] if scratch else [],
                 )
             except OSError as error:
+                if scratch:
+                    scratch.remove()
                 raise RolloutError(f"{command[0]} cannot be started: {error}") from error
         atexit.register(self.end)
 
@@ -90,7 +98,7 @@ class GuardedProcess:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def end(self) -> None:
-        """End it and every process of its group. Safe to call twice."""
+        """End it and every process of its group, and remove what they leave. Safe to call twice."""
         atexit.unregister(self.end)
         group = self._process.pid
         self.ask_to_end()
@@ -101,6 +109,8 @@ class GuardedProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
         self._process.wait()
+        if self._scratch:
+            self._scratch.remove()
 
 
 def _group_exists(group: int) -> bool:

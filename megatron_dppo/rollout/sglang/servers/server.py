@@ -18,6 +18,7 @@ from megatron_dppo.errors import ConfigError, RolloutError, TransientServerError
 from megatron_dppo.rollout.sglang.config import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.guarded_process import GuardedProcess
 from megatron_dppo.rollout.sglang.servers.nodes import Nodes
+from megatron_dppo.rollout.sglang.servers.scratch import Scratch
 from megatron_dppo.rollout.sglang.servers.software import Software, software_of
 from megatron_dppo.rollout.sglang.transport import Transport
 
@@ -91,7 +92,6 @@ class SGLangServer:
         self._nodes = nodes
         self.log_path = log_folder / f"sglang_server_{index}.log"
         self.url = ""
-        self._key_file = log_folder / f"sglang_server_{index}_keys.yaml"
         self._config = config
         self._model_folder = model_folder
         self._dtype = dtype
@@ -115,7 +115,10 @@ class SGLangServer:
         port = free_port()
         self.url = f"http://{self._config.host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._process = GuardedProcess(self._command(port), self.log_path, server_environment(self._config))
+        command = self._command(port)
+        scratch = Scratch(server_environment(self._config))
+        command += self._key_arguments(scratch.folder / "keys.yaml")
+        self._process = GuardedProcess(command, self.log_path, scratch.environment, scratch=scratch)
 
     def _command(self, port: int) -> list[str]:
         config = self._config
@@ -130,7 +133,6 @@ class SGLangServer:
         command += [EXPERT_CHOICES_FLAG] if self._return_routed_experts else []
         command += self._nodes.arguments()
         command += [FP32_HEAD_FLAG] if self._fp32_head else []
-        command += self._key_arguments()
         if torch.cuda.is_available():
             command += ["--enable-deterministic-inference"] if config.deterministic else []
             command += ["--enable-memory-saver"] if config.colocated else []  # it fails to start with it on a CPU
@@ -142,16 +144,15 @@ class SGLangServer:
             command += [word for flag in _CPU_FLAGS.items() for word in flag] + _CPU_SWITCHES
         return command + list(config.extra_args)
 
-    def _key_arguments(self) -> list[str]:
+    def _key_arguments(self, key_file: Path) -> list[str]:
         """The keys by way of a file that is nobody else's: arguments are there for all to see, in the log as well."""
         keys = {"api-key": self._config.keys.api, "admin-api-key": self._config.keys.admin}
         keys = {name: key for name, key in keys.items() if key is not None}
         if not keys:
             return []
-        self._key_file.unlink(missing_ok=True)
-        with os.fdopen(os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(keys, file)  # which is YAML too
-        return ["--config", str(self._key_file)]
+        return ["--config", str(key_file)]
 
     def is_ready(self, transport: Transport) -> bool:
         """Whether it generates tokens by now. Raises RolloutError, with the log's end, if it never will."""
@@ -166,7 +167,9 @@ class SGLangServer:
             transport.call(self.url, "/health", None, patience)
             # A server asks this of itself, but without a warm-up before it listens, and then it is not done: a CPU server
             # went through all that it has ever imported for garbage whenever its cache was flushed, 0.37 s of every update.
-            transport.call(self.url, "/freeze_gc", None, patience)
+            # The first node tells the others of its server, which answer nothing but /health.
+            if self._nodes.rank == 0:
+                transport.call(self.url, "/freeze_gc", None, patience)
             return True
         except TransientServerError:
             if time.monotonic() < self._ready_by:
@@ -200,8 +203,7 @@ class SGLangServer:
             self._process.ask_to_end()
 
     def close(self) -> None:
-        """End the server and every process of its group. Safe to call twice."""
-        self._key_file.unlink(missing_ok=True)
+        """End the server and every process of its group; nothing of them is left. Safe to call twice."""
         if self._process is not None:
             self._process.end()
             self._process = None
@@ -218,6 +220,9 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
     environment["PYTHONPATH"] = str(_PLUGIN)
     environment.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local folder
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where SGLang has it; one that has it in TMPDIR would compile everything anew at every start (see scratch.py).
+    cache = Path(environment.get("SGLANG_CACHE_DIR", "~/.cache/sglang")).expanduser()
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     if not torch.cuda.is_available():
         environment["PYTHONPATH"] = os.pathsep.join([str(_CPU_SHIM), str(_PLUGIN)])
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
