@@ -1,16 +1,21 @@
-"""Starting a server process: its port is its own, and one that was taken while it loaded is changed for another."""
+"""Starting a server process: its port is its own, and one that was taken while it loaded is changed for another; on a CPU it keeps memory."""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_dppo.errors import RolloutError
 from megatron_dppo.rollout.sglang import SGLangConfig
 from megatron_dppo.rollout.sglang.servers.nodes import Nodes
-from megatron_dppo.rollout.sglang.servers.server import SGLangServer, free_port
+from megatron_dppo.rollout.sglang.servers.server import SGLangServer, free_port, server_environment
 from megatron_dppo.rollout.sglang.transport import Transport
 from tests.rollout.sglang.stand_in_server import stand_in_interpreter
 
@@ -84,3 +89,31 @@ def test_a_node_that_is_not_the_first_of_its_server_is_ready_when_it_is_healthy(
         assert "/freeze_gc" not in server.log_path.read_text()
     finally:
         server.close()
+
+
+_TAKES_AND_GIVES_BACK = """
+import ctypes, resource
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory = library.malloc(64 * 2**20)
+    library.memset(memory, 1, 64 * 2**20)
+    library.free(memory)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's server keeps buckets in the GPU's memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other settings")
+def test_memory_of_a_bucket_is_there_for_the_next_one() -> None:
+    def new_pages(environment: dict[str, str]) -> int:
+        command = [sys.executable, "-c", _TAKES_AND_GIVES_BACK]
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60).stdout)
+
+    pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    servers = server_environment(SGLangConfig())
+    assert new_pages(servers) < pages / 100
+    left_alone = {name: value for name, value in servers.items() if not name.startswith("MALLOC_")}
+    assert new_pages(left_alone) > pages / 100  # else the settings are for nothing
