@@ -1,4 +1,4 @@
-"""Starting a server process: its port is its own, and one that was taken while it loaded is changed for another; on a CPU it keeps memory."""
+"""Starting a server: its port is its own, one that was taken meanwhile is changed for another, on a CPU it keeps memory."""
 
 from __future__ import annotations
 
