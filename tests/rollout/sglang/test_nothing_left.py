@@ -133,7 +133,8 @@ class Host:
         self.temporary = Path(tempfile.mkdtemp(prefix="left-", dir="/tmp"))
 
     def shared_memory(self) -> set[str]:
-        return set(os.listdir("/dev/shm")) - self._before
+        """Of servers: other processes of this host, as those of tests beside these, make and leave what is theirs."""
+        return {name for name in os.listdir("/dev/shm") if name.startswith(("sgl_shm_", "sglang_"))} - self._before
 
     def files(self) -> list[Path]:
         """Compiled kernels are there to stay."""
