@@ -69,7 +69,9 @@ def main() -> None:
             _report(engine, tensors, broadcast, args.rounds)
 
 
-def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: Callable[[], None], rounds: int) -> None:
+def _report(
+    engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: Callable[..., None], rounds: int
+) -> None:
     updates, plain, verifying = [], [], []
     conclude = WeightSync._conclude
 
@@ -99,7 +101,7 @@ def _report(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: C
     )
 
 
-def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: Callable[[], None]) -> float:
+def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast: Callable[..., None]) -> float:
     """What tools/plan_sync.py makes of rates that are measured here, none of them in an update."""
     config = engine._config
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -122,27 +124,31 @@ def _forecast(engine: SGLangEngine, tensors: dict[str, torch.Tensor], broadcast:
         """On a machine with few cores a sender's threads take them from each other."""
         with ThreadPoolExecutor(1) as pool:
             rest = pool.submit(lambda: (put_together(), hash_all()))
-            broadcast()
+            broadcast(config.bucket_bytes)
         rest.result()
 
+    # Buckets of next to nothing: one of one tensor, one of many.
+    small = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 1}
+    call_s = _seconds_of_a_bucket(engine, dict([next(iter(small.items()))]))
+    tensor_s = max(0.0, _seconds_of_a_bucket(engine, small) - call_s) / (len(small) - 1)
     copy_s, hash_s = _seconds(put_together), _seconds(hash_all)
     rates = Rates(
         network=num_bytes / _seconds(broadcast_beside_the_rest),
         copy=num_bytes / copy_s,
         hash=num_bytes / hash_s,
-        call=_seconds_of_a_call(engine, tensors),
+        call=call_s,
         load=served.nbytes / _seconds(lambda: served.copy_(buffer)),
-        tensor=1e-4,
+        tensor=tensor_s,
         checksum=num_bytes / hash_s,
     )
     print("rates: " + ", ".join(f"{name} {value:.3g}" for name, value in vars(rates).items()))
     return forecast(buckets, [(0, 0)] * len(buckets), 4, 1, rates).total
 
 
-def _seconds_of_a_call(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> float:
-    """The median time in which a server is told of a bucket, gets it and says so, where that is next to nothing."""
-    sync, smallest = engine._sync, min(tensors, key=lambda name: tensors[name].nbytes)
-    weights, load, measured = WholeWeights({smallest: tensors[smallest]}), sync._route.load, []
+def _seconds_of_a_bucket(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> float:
+    """The median time in which a server is told of a bucket of these, gets it and says so."""
+    sync, weights, measured = engine._sync, WholeWeights(tensors), []
+    load = sync._route.load
 
     async def timed(*bucket: Any) -> None:
         began = time.perf_counter()
@@ -150,7 +156,7 @@ def _seconds_of_a_call(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -
         measured.append(time.perf_counter() - began)
 
     sync._route.load = timed
-    for _ in range(7):
+    for _ in range(9):
         sync._watch.start(60.0)
         sync._meeting.begin_update()
         sync._send(weights, weights.buckets(dtype=torch.float32, bucket_bytes=2**20, max_senders=1), [])
@@ -173,33 +179,34 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _other_process(num_bytes: int) -> Iterator[Callable[[], None]]:
-    """Within: a function that broadcasts so many bytes to a process that waits for them."""
+def _other_process(num_bytes: int) -> Iterator[Callable[..., None]]:
+    """Within: a function that broadcasts so many bytes, or parts of them one by one, to a process that waits for them."""
     store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     process = mp.get_context("spawn").Process(target=_receive, args=(store.port, num_bytes), daemon=True)
     process.start()
     group = _group(store, 0)
     payload = torch.ones(num_bytes, dtype=torch.uint8)
-    flag = torch.ones(1)
 
-    def broadcast() -> None:
-        group.broadcast(flag, 0).wait()
-        group.broadcast(payload, 0).wait()
+    def broadcast(bytes_of_a_part: int = num_bytes) -> None:
+        group.broadcast(torch.tensor([bytes_of_a_part]), 0).wait()
+        for part in payload.split(bytes_of_a_part):
+            group.broadcast(part, 0).wait()
         group.barrier().wait()  # it has arrived
 
     yield broadcast
-    group.broadcast(torch.zeros(1), 0).wait()
+    group.broadcast(torch.tensor([0]), 0).wait()
     process.join(timeout=30)
 
 
 def _receive(port: int, num_bytes: int) -> None:
     group = _group(TCPStore("127.0.0.1", port, 2, is_master=False), 1)
-    payload, flag = torch.empty(num_bytes, dtype=torch.uint8), torch.ones(1)
+    payload, bytes_of_a_part = torch.empty(num_bytes, dtype=torch.uint8), torch.tensor([0])
     while True:
-        group.broadcast(flag, 0).wait()
-        if not flag.item():
+        group.broadcast(bytes_of_a_part, 0).wait()
+        if not bytes_of_a_part.item():
             return
-        group.broadcast(payload, 0).wait()
+        for part in payload.split(int(bytes_of_a_part)):
+            group.broadcast(part, 0).wait()
         group.barrier().wait()
 
 
